@@ -1,0 +1,1 @@
+"""EfficientNet training and fine-tuning: YAML in, a trained, tracked and honestly evaluated model out."""

@@ -1,0 +1,345 @@
+"""The schema of a config: every key, its type, bounds, default and meaning. `load_config` makes one from YAML."""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from pipeline.scaling import VARIANTS, Variant, from_multipliers, from_phi
+
+IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "lite1", "lite2")  # with weights to be had by name
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["exponential", "cosine", "constant"]
+Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown key: the nearest valid one, else the valid ones where they are few, else nothing."""
+    valid = list(valid)
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid are {', '.join(valid)}" if 0 < len(valid) <= 20 else ""
+
+
+class Section(BaseModel):
+    """A mapping in the YAML whose keys are known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Phi(Section):
+    """A variant by its compound coefficient."""
+
+    phi: Annotated[float, Field(ge=-6, le=12)]
+    """0 is B0; the resolution is 224 * 1.15^phi."""
+
+
+class Multipliers(Section):
+    """A variant by its multipliers of B0."""
+
+    width: Annotated[float, Field(gt=0, le=10)]
+    """Of the channels."""
+    depth: Annotated[float, Field(gt=0, le=10)]
+    """Of the repeats of a stage."""
+    resolution: Annotated[int, Field(ge=32, le=4096)]
+    """Side of the square input, in pixels."""
+
+
+def _variant_form(value: Any) -> str:
+    if isinstance(value, Phi) or (isinstance(value, Mapping) and "phi" in value):
+        return "phi"
+    return "multipliers" if isinstance(value, Mapping | Multipliers) else "name"
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    variant: Annotated[
+        Annotated[Literal[tuple(VARIANTS)], Tag("name")] | Annotated[Phi, Tag("phi")] | Annotated[Multipliers, Tag("multipliers")],  # type: ignore[valid-type]
+        Discriminator(_variant_form),
+    ] = "b0"
+    """b0 to b8, l2, lite0 to lite4, {phi: 1.5} or {width: 1.1, depth: 1.2, resolution: 260}."""
+    resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
+    """Side of the square input in pixels; null takes the variant's own."""
+    weights: str | None = "imagenet"
+    """null starts from random values; imagenet; a file (.h5, .keras, .pth); or the directory of a run."""
+    dropout: Fraction | None = None
+    """Rate in front of the classifier; null takes the variant's own."""
+    survival: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Probability that the last block survives stochastic depth; the first always does, between them it falls linearly."""
+    batch_norm_momentum: Fraction = 0.99
+    """Of the moving statistics. 0.99 is the paper's; runs of a few hundred steps from random weights want about 0.9."""
+
+
+class SplitsConfig(Section):
+    """Shares of the splits that the program makes itself."""
+
+    train: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    val: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> "SplitsConfig":
+        total = self.train + self.val + self.test
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"train, val and test must add up to 1; they add up to {total:g}")
+        return self
+
+
+class DataConfig(Section):
+    """Where the pictures come from and how they are cut to the input's square."""
+
+    source: Literal["folder", "csv", "tfds", "digits"]
+    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; tfds; digits."""
+    path: Path | None = None
+    """The image folder, the CSV file, or where tensorflow-datasets keeps its data (null: data/tfds)."""
+    name: str | None = None
+    """Name of the data set in tensorflow-datasets."""
+    splits: SplitsConfig = SplitsConfig()
+    """Used for the splits that the data do not bring along."""
+    group_near_duplicates: bool = True
+    """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
+    resize: Literal["crop", "squash", "letterbox"] = "crop"
+    """How a picture becomes a square in evaluation: crop takes the centre, squash distorts, letterbox pads."""
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> "DataConfig":
+        if self.source in ("folder", "csv") and self.path is None:
+            raise ValueError(f"source {self.source} needs path: the {'image folder' if self.source == 'folder' else 'CSV file'}")
+        if self.source == "tfds" and not self.name:
+            raise ValueError("source tfds needs name: a data set of tensorflow-datasets, such as tf_flowers")
+        if self.source != "tfds" and self.name:
+            raise ValueError(f"name belongs to source tfds; with source {self.source} leave it out or set it to null")
+        if self.source == "digits" and self.path is not None:
+            raise ValueError("source digits ships with scikit-learn and takes no path; leave it out or set it to null")
+        return self
+
+
+class RandAugmentConfig(Section):
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719)."""
+
+    num_ops: Annotated[int, Field(ge=1, le=8)] = 2
+    """Operations that one image goes through, one after the other."""
+    magnitude: Annotated[float, Field(ge=0, le=30)] = 9
+    """Strength on the official scale of 0 to 30; the paper takes 17 for B5 and 28 for B7."""
+
+
+class Transform(Section):
+    """One augmentation by name, with its arguments."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """Takes `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as they stand in the YAML."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and set(value) != {"name", "args"}:
+            if len(value) != 1:
+                raise ValueError("each transform is one name with its arguments, as in - HorizontalFlip: {p: 0.5}")
+            [(name, args)] = value.items()
+            return {"name": name, "args": {} if args is None else args}
+        return value
+
+
+NATIVE_ARGUMENTS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
+
+
+class AugmentConfig(Section):
+    """What training does to the pictures. Evaluation does none of it."""
+
+    backend: Literal["albumentations", "native"] = "native"
+    """native runs inside TensorFlow and is fast; albumentations knows many more transforms."""
+    transforms: tuple[Transform, ...] = ()
+    """By albumentations' names and arguments; native knows RandomResizedCrop and HorizontalFlip. Sizes are fractions of the resolution."""
+    randaugment: RandAugmentConfig | None = None
+    """null for none."""
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of the Beta distribution of the mixing weight (arXiv 1710.09412); 0 for none."""
+    cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 for none. With mixup too, each group of images draws one."""
+
+    @field_validator("transforms", mode="after")
+    @classmethod
+    def _known(cls, transforms: tuple[Transform, ...], info: Any) -> tuple[Transform, ...]:
+        backend = info.data.get("backend")
+        for transform in transforms:
+            if backend == "native":
+                _check_native(transform)
+            elif backend == "albumentations":
+                _check_albumentations(transform)
+        return transforms
+
+
+def _check_native(transform: Transform) -> None:
+    if transform.name not in NATIVE_ARGUMENTS:
+        raise ValueError(f"the native backend knows {' and '.join(NATIVE_ARGUMENTS)}; for {transform.name} set backend: albumentations")
+    for key, value in transform.args.items():
+        if key not in NATIVE_ARGUMENTS[transform.name]:
+            raise ValueError(f"{transform.name} has no argument {key!r}{nearest(key, NATIVE_ARGUMENTS[transform.name])}")
+        if key == "p" and not (_is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{transform.name}: p is a probability from 0 to 1; received {value!r}")
+        if key in ("scale", "ratio"):
+            top = 1 if key == "scale" else 100
+            if not (isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1] <= top):
+                raise ValueError(f"{transform.name}: {key} is a pair [low, high] above 0 and at most {top}; received {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_albumentations(transform: Transform) -> None:
+    import os
+
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
+    import albumentations
+
+    exported = {name: value for name, value in vars(albumentations).items() if isinstance(value, type)}
+    known = {name: value for name, value in exported.items() if issubclass(value, albumentations.BasicTransform)}
+    if transform.name not in known:
+        raise ValueError(f"albumentations has no transform {transform.name!r}{nearest(transform.name, known)}")
+    schema: Any = known[transform.name].InitSchema  # type: ignore[attr-defined]
+    unknown = [key for key in transform.args if key not in schema.model_fields or key == "strict"]
+    if unknown:
+        raise ValueError("; ".join(f"{transform.name} has no argument {key!r}{nearest(key, schema.model_fields)}" for key in unknown))
+
+
+class OptimizerConfig(Section):
+    """How the weights move. The defaults are the paper's recipe."""
+
+    name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
+    """rmsprop: TensorFlow 1's (decay 0.9, momentum 0.9, epsilon 1e-3, accumulator from ones); sgd: Nesterov, momentum 0.9; adamw."""
+    base_lr: PositiveFloat = 0.016
+    """Learning rate per 256 images; multiplied by global_batch_size / 256."""
+    schedule: Schedule = "exponential"
+    """exponential: x decay_rate every decay_epochs, in steps; cosine: to zero at the stage's end; constant."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.97
+    """Of the exponential schedule."""
+    decay_epochs: PositiveFloat = 2.4
+    """Of the exponential schedule."""
+    warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Linear rise at the start of each stage."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+    """rmsprop, sgd: factor of half the squared norm in the loss; adamw: decoupled. Never on batch normalisation's weights."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
+    """Decay of the moving average of all weights and statistics, min(ema, (1 + step) / (10 + step)); null for none."""
+
+
+class StageConfig(Section):
+    """A stretch of training with one set of trainable weights. Its schedule starts anew."""
+
+    epochs: PositiveInt
+    trainable: Trainable = "all"
+    """head; blockN: the blocks from N on and everything behind them; all."""
+    base_lr: PositiveFloat | None = None
+    """null takes the optimizer's."""
+    schedule: Schedule | None = None
+    """null takes the optimizer's."""
+    warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """null takes the optimizer's."""
+    freeze_batch_norm: bool = False
+    """Keep batch normalisation in inference mode where its block is trained, too; in frozen blocks it always is."""
+
+
+class TrainConfig(Section):
+    """How long and in what portions."""
+
+    global_batch_size: PositiveInt = 32
+    """Images per step over all replicas."""
+    accumulation: PositiveInt = 1
+    """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
+    label_smoothing: Fraction = 0.1
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
+    """One stage with trainable: all is plain training."""
+    best_metric: Literal["accuracy", "loss"] = "accuracy"
+    """Of the validation split; decides which epoch is kept in best/. The test split decides nothing."""
+    keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.global_batch_size % self.accumulation:
+            raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of accumulation ({self.accumulation})")
+        return self
+
+
+class RuntimeConfig(Section):
+    """The machine."""
+
+    strategy: Literal["auto", "one", "mirrored"] = "auto"
+    """auto: MirroredStrategy when there is more than one GPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on GPUs that have it (compute capability 8.0), else float32. Weights are float32 either way."""
+    xla: Literal["auto", True, False] = "auto"
+    """auto: on one GPU, off on the CPU and above one replica."""
+    input_workers: PositiveInt | None = None
+    """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_length=100)] = "default"
+    """Name of the experiment in MLflow and of the folder under runs/."""
+    uri: str | None = None
+    """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
+
+
+class Config(Section):
+    """Everything that a run is made from."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> "Config":
+        if self.model.weights == "imagenet" and self.model.variant not in IMAGENET_VARIANTS:
+            published = ", ".join(IMAGENET_VARIANTS)
+            raise ValueError(f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; give a file or null")
+        return self
+
+    @property
+    def variant(self) -> Variant:
+        """The numbers behind `model.variant`, with `model.resolution` and `model.dropout` applied."""
+        chosen = self.model.variant
+        if isinstance(chosen, Phi):
+            base = from_phi(chosen.phi)
+        elif isinstance(chosen, Multipliers):
+            base = from_multipliers(chosen.width, chosen.depth, chosen.resolution)
+        else:
+            base = VARIANTS[chosen]
+        return Variant(
+            base.name,
+            base.width,
+            base.depth,
+            self.model.resolution or base.resolution,
+            base.dropout if self.model.dropout is None else self.model.dropout,
+            base.lite,
+        )
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as a YAML that loads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """SHA-256 over the values, in hexadecimal; equal configs have equal digests."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
