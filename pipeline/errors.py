@@ -1,4 +1,4 @@
-"""What a user did wrong, in one message: the programs print it without a traceback and leave with exit code 2."""
+"""What a program tells its user in one message, without a traceback: exit code 2 for bad input, 1 for a run that failed."""
 
 
 class UserError(Exception):
@@ -19,3 +19,7 @@ class WeightsError(UserError):
 
 class RunError(UserError):
     """A run directory is missing, unfinished, or does not fit what is asked of it."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on, through no mistake in its input. Programs print the message and leave with exit code 1."""

@@ -1,0 +1,28 @@
+# make setup      the environment: .venv with the pinned dependencies
+# make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarise
+# make test       lint, types, and the fast tests
+# make test-slow  the long checks
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test test-slow
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; name one by: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: setup
+	$(BIN)/python train.py --config configs/lite0_digits.yaml
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: setup
+	$(BIN)/pytest -m slow

@@ -1,0 +1,135 @@
+"""A run's directory: what stands where in it, how a new one is made and how an old one is found."""
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import RunError
+
+RUNS = Path("runs")
+_BEFORE_TRAINING = {"config.yaml", "log.txt"}  # all that a run holds which failed before its data were read
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The config as resolved, with every default."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Every sample with its label and split."""
+        return self.path / "manifest.parquet"
+
+    @property
+    def classes(self) -> Path:
+        """The class names, one a line, in the order of the network's outputs."""
+        return self.path / "classes.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a resume starts from."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The network of the best epoch on the validation split."""
+        return self.path / "best" / "model.keras"
+
+    @property
+    def model(self) -> Path:
+        """The network at the end of the run, its weights averaged where the config says so."""
+        return self.path / "model.keras"
+
+    @property
+    def log(self) -> Path:
+        """What the libraries had to say."""
+        return self.path / "log.txt"
+
+    @property
+    def tracking(self) -> Path:
+        """The run's identity in MLflow."""
+        return self.path / "mlflow.json"
+
+    def evaluation(self, split: str) -> Path:
+        """The results on a split."""
+        return self.path / "evaluation" / split
+
+    def load_config(self) -> Config:
+        """The config that the run was made from."""
+        return load_config(self.config)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The class names in the order of the network's outputs."""
+        return tuple(self.classes.read_text(encoding="utf-8").splitlines())
+
+    def mlflow_run_id(self) -> str | None:
+        """The run's id in MLflow, once it is known."""
+        return json.loads(self.tracking.read_text())["run_id"] if self.tracking.exists() else None
+
+
+def create(path: Path | None, config: Config) -> RunDirectory:
+    """Makes the directory of a new run.
+
+    Args:
+        path: Where; None for runs/<experiment>/<date-time>.
+        config: Written into it.
+
+    Raises:
+        RunError: If something stands there already.
+    """
+    if path is None:
+        now = datetime.datetime.now()
+        path = RUNS / config.tracking.experiment / now.strftime("%Y-%m-%d_%H-%M-%S")
+        while path.exists():
+            now += datetime.timedelta(seconds=1)
+            path = path.with_name(now.strftime("%Y-%m-%d_%H-%M-%S"))
+    run = RunDirectory(path)
+    if path.exists() and not (path.is_dir() and {item.name for item in path.iterdir()} <= _BEFORE_TRAINING):
+        if run.checkpoints.exists() and not run.model.exists():
+            raise RunError(f"{path}: holds an unfinished run; go on with it by --resume, or choose another --run-dir")
+        raise RunError(f"{path}: exists already and nothing in it is overwritten; choose another --run-dir")
+    path.mkdir(parents=True, exist_ok=True)
+    write(run.config, config.to_yaml())
+    return run
+
+
+def find(name: str) -> RunDirectory:
+    """Finds a run by its directory, its MLflow run id, or `latest`: the newest finished run under runs/.
+
+    Raises:
+        RunError: If there is none.
+    """
+    if name == "latest":
+        finished = sorted(RUNS.glob("*/*/model.keras"), key=lambda model: model.stat().st_mtime)
+        if not finished:
+            raise RunError(f"{RUNS}/: holds no finished run; train one, or give a run's directory by --run")
+        return RunDirectory(finished[-1].parent)
+    if Path(name).is_dir():
+        run = RunDirectory(Path(name))
+        if not run.config.exists():
+            raise RunError(f"{name}: is not a run's directory (it has no config.yaml)")
+        return run
+    for tracking in RUNS.glob("*/*/mlflow.json"):
+        if json.loads(tracking.read_text())["run_id"] == name:
+            return RunDirectory(tracking.parent)
+    raise RunError(f"{name}: is neither a directory, nor the MLflow id of a run under {RUNS}/, nor the word latest")
+
+
+def write(path: Path, content: str) -> None:
+    """Writes a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(content, encoding="utf-8")
+    aside.replace(path)

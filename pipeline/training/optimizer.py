@@ -1,0 +1,125 @@
+"""How the weights move: the official RMSProp, the learning rate as a function of the step, and the moving average."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.config import OptimizerConfig, StageConfig
+
+
+class RMSprop(keras.optimizers.RMSprop):
+    """Keras's RMSProp with the mean square starting at ones, as TensorFlow 1's does and the published recipe needs.
+
+    From zeros, the first updates are divided by nearly nothing and are several times as long as from ones
+    (tensorflow/tpu models/official/efficientnet/utils.py builds tf.train.RMSPropOptimizer, whose slot `rms` is initialised to ones).
+    """
+
+    def build(self, var_list: Sequence[keras.Variable]) -> None:
+        """Makes the slots of all of `var_list`."""
+        super().build(var_list)
+        for mean_square in self._velocities:
+            mean_square.assign(tf.ones(mean_square.shape, mean_square.dtype))
+
+
+def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
+    """Makes the optimizer with its slots for all `variables`; a stage may apply it to some of them.
+
+    RMSProp's and SGD's constants are those of the official code, AdamW's are Keras's defaults. Weight decay is the step's business:
+    part of the loss with RMSProp and SGD, decoupled with AdamW, which is Adam here.
+    """
+    optimizer: keras.optimizers.Optimizer
+    if config.name == "rmsprop":
+        optimizer = RMSprop(config.base_lr, rho=0.9, momentum=0.9, epsilon=1e-3)
+    elif config.name == "sgd":
+        optimizer = keras.optimizers.SGD(config.base_lr, momentum=0.9, nesterov=True)
+    else:
+        optimizer = keras.optimizers.Adam(config.base_lr)
+    optimizer.build(variables)
+    return optimizer
+
+
+def decayed(variable: keras.Variable) -> bool:
+    """Whether weight decay reaches a variable: all trainable ones but batch normalisation's, as in the official code."""
+    return variable.name not in ("gamma", "beta")
+
+
+def learning_rate(
+    optimizer: OptimizerConfig, stage: StageConfig, *, global_batch_size: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """The learning rate of a stage as a function of the step within it.
+
+    Linear warm-up from zero; then `exponential` (base * decay_rate^floor(step / (decay_epochs * steps_per_epoch)), the decay counted
+    from the stage's first step as in the official code), `cosine` (from the end of warm-up to zero at the stage's end) or `constant`.
+    The base is base_lr * global_batch_size / 256.
+    """
+    base = (stage.base_lr or optimizer.base_lr) * global_batch_size / 256
+    schedule = stage.schedule or optimizer.schedule
+    warmup_epochs = optimizer.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+    warmup, total = warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return base * (step + 1) / (warmup + 1)
+        if schedule == "exponential":
+            return base * optimizer.decay_rate ** int(step / (optimizer.decay_epochs * steps_per_epoch))
+        if schedule == "cosine":
+            return base * 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / (total - warmup))))
+        return base
+
+    return at
+
+
+class MovingAverage:
+    """Exponential moving average of a network's weights and of its batch normalisation statistics.
+
+    The decay warms up as min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage does with `num_updates` in the
+    official code. Keras's `use_ema` averages the trainable weights only and has no warm-up.
+
+    Attributes:
+        variables: The averages, one for each of `averaged`, in its order.
+    """
+
+    def __init__(self, averaged: Sequence[keras.Variable], decay: float) -> None:
+        """Starts at the present values.
+
+        Args:
+            averaged: Weights and moving statistics of the network.
+            decay: Upper bound of the decay, in (0, 1).
+        """
+        self.averaged = list(averaged)
+        self.decay = decay
+        self.variables = [
+            tf.Variable(variable.value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            for variable in self.averaged
+        ]
+
+    def update(self, step: tf.Tensor, strategy: tf.distribute.Strategy) -> None:
+        """Moves the averages towards the present values, in cross-replica context.
+
+        Args:
+            step: Number of steps applied before this one, integer scalar.
+            strategy: That of the variables.
+        """
+        step = tf.cast(step, tf.float32)
+        rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
+        for average, variable in zip(self.variables, self.averaged, strict=True):
+            strategy.extended.update(
+                average, lambda a, v: a.assign_sub((a - v) * tf.cast(rate, a.dtype)), args=(variable.value,), group=False
+            )
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The network holds the averages inside the block and its own values again after it."""
+        kept = [variable.numpy() for variable in self.averaged]
+        self._put([average.numpy() for average in self.variables])
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: Sequence[np.ndarray]) -> None:
+        for variable, value in zip(self.averaged, values, strict=True):
+            variable.assign(value)

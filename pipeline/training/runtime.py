@@ -1,0 +1,106 @@
+"""The machine that a run uses: devices, precision, compilation and seeds."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the steps of a run are carried out.
+
+    Attributes:
+        strategy: TensorFlow's distribution strategy; the default one on a single device.
+        dtype: Keras's dtype policy of the network, `float32` or `mixed_bfloat16`.
+        jit_compile: Whether the step is compiled by XLA.
+    """
+
+    strategy: tf.distribute.Strategy
+    dtype: str
+    jit_compile: bool
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the network that a global batch is shared among."""
+        return self.strategy.num_replicas_in_sync
+
+    def feed(self, dataset: tf.data.Dataset) -> Iterable[Any]:
+        """Brings global batches to the devices ahead of their use, each replica getting a contiguous share of every batch."""
+        if self.replicas > 1:
+            options = tf.data.Options()
+            options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+            return self.strategy.experimental_distribute_dataset(dataset.with_options(options))
+        if tf.config.list_logical_devices("GPU"):
+            return dataset.apply(tf.data.experimental.prefetch_to_device("/gpu:0", buffer_size=2))
+        return dataset
+
+    def describe(self) -> str:
+        """One line for the screen: devices, precision, compilation."""
+        kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+        devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
+        return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {'on' if self.jit_compile else 'off'}"
+
+
+def set_up(config: Config) -> Runtime:
+    """Seeds every generator and settles devices, precision and compilation.
+
+    Raises:
+        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches.
+    """
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    keras.utils.set_random_seed(config.seed)
+    gpus = tf.config.list_logical_devices("GPU")
+    devices = gpus or tf.config.list_logical_devices("CPU")
+    choice = config.runtime.strategy
+    mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
+    strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
+    replicas, batch, accumulation = strategy.num_replicas_in_sync, config.train.global_batch_size, config.train.accumulation
+    if batch % (replicas * accumulation):
+        raise ConfigError(
+            f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "
+            f"micro-batches each; take a multiple of {replicas * accumulation}"
+        )
+    jit_compile = config.runtime.xla
+    if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
+        jit_compile = len(gpus) > 0 and replicas == 1
+    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
+
+
+def _dtype(precision: str) -> str:
+    if precision == "auto":
+        gpus = tf.config.list_physical_devices("GPU")
+        capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus]
+        precision = "bfloat16" if capabilities and min(capabilities) >= (8, 0) else "float32"
+    return "mixed_bfloat16" if precision == "bfloat16" else "float32"
+
+
+_REPLICA_STRIDE = 1 << 32  # beyond the layers' own seeds, which are below it: no two replicas share a seed
+
+
+class PerReplicaDropout(keras.layers.Dropout):
+    """Dropout whose mask differs between replicas, and that a frozen layer does not apply.
+
+    Keras's own draws the same mask on every replica, and goes on drawing where `trainable` is False: a frozen block would be noisy.
+    Only for training: saved models hold Keras's layer, which computes the same at inference.
+    """
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Masks `inputs` of any shape and floating dtype while training; passes them on otherwise."""
+        if not training or not self.trainable or self.rate == 0:
+            return inputs
+        seed, counter = tf.unstack(tf.cast(self.seed_generator.next(), tf.int64))
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.stack([seed + tf.cast(replica, tf.int64) * _REPLICA_STRIDE, counter])
+        noise_shape = None
+        if self.noise_shape is not None:
+            noise_shape = [tf.shape(inputs)[axis] if size is None else size for axis, size in enumerate(self.noise_shape)]
+        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed=seed, noise_shape=noise_shape)

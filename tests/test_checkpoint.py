@@ -1,0 +1,145 @@
+"""A checkpoint is whole or not there, is believed only when verified, and gives back every bit."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.errors import RunError
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import State
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import PerReplicaDropout
+from pipeline.training.step import Totals
+
+IDENTITY = {"config": {"seed": 1}}
+
+
+def make_state(units: int = 3, *, average: bool = True) -> State:
+    from pipeline.config import OptimizerConfig
+
+    inputs = keras.Input((4,))
+    x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(units, name="dense")(inputs))
+    model = keras.Model(inputs, PerReplicaDropout(0.5, seed=7, name="drop")(x))
+    optimizer = build_optimizer(OptimizerConfig(), model.trainable_variables)
+    return State(model, optimizer, MovingAverage(model.weights, 0.9) if average else None, Totals())
+
+
+def scramble(state: State, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for variables in state.groups().values():
+        for variable in variables.values():
+            drawn = rng.normal(size=variable.shape) if "float" in str(variable.dtype) else rng.integers(0, 1000, variable.shape)
+            variable.assign(tf.cast(drawn, variable.dtype))
+    state.step = int(rng.integers(1, 1000))
+    state.history = [{"epoch": 1, "val/accuracy": float(rng.random())}]
+
+
+def contents(state: State) -> dict[str, bytes]:
+    return {f"{group}/{name}": v.numpy().tobytes() for group, variables in state.groups().items() for name, v in variables.items()}
+
+
+def test_every_bit_comes_back_random_generators_included(tmp_path):
+    state = make_state()
+    scramble(state, 1)
+    written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    fresh = make_state()
+    assert contents(fresh) != contents(state)
+    checkpoint.restore(fresh, written)
+    assert contents(fresh) == contents(state)
+    assert (fresh.step, fresh.history, fresh.best) == (state.step, state.history, state.best)
+    names = list(contents(state))
+    for wanted in ("model/drop/seed_generator_state", "model/norm/moving_variance", "totals/loss"):
+        assert wanted in names
+    assert any("iteration" in name for name in names)
+    ones = tf.ones((8, 3))
+    np.testing.assert_array_equal(fresh.model.layers[-1](ones, training=True), state.model.layers[-1](ones, training=True))
+
+
+def test_one_changed_bit_is_noticed_by_the_comparison_itself():
+    state, other = make_state(), make_state()
+    scramble(state, 1)
+    scramble(other, 1)
+    assert contents(state) == contents(other)
+    kernel = other.model.get_layer("dense").kernel
+    bits = kernel.numpy().view(np.int32)
+    bits[0, 0] ^= 1
+    kernel.assign(bits.view(np.float32))
+    assert contents(state) != contents(other)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    state = make_state()
+    for step in (10, 20, 30, 40, 50):
+        state.step = step
+        if step == 20:
+            state.best = {"step": 20, "val/accuracy": 0.9}
+        checkpoint.save(state, tmp_path, IDENTITY, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000040", "step-00000050"]
+    assert checkpoint.newest_verified(tmp_path) == (tmp_path / "step-00000050", [])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
+    state = make_state()
+    for step in (1, 2):
+        state.step = step
+        checkpoint.save(state, tmp_path, IDENTITY, keep=2)
+    newest = tmp_path / "step-00000002"
+    file = newest / ("manifest.json" if damage == "no manifest" else "optimizer.npz")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(bytes(content))
+    elif damage == "truncate":
+        file.write_bytes(bytes(content[:-7]))
+    else:
+        file.unlink()
+    found, problems = checkpoint.newest_verified(tmp_path)
+    assert found == tmp_path / "step-00000001"
+    assert len(problems) == 1
+    assert str(newest) in problems[0]
+    state.step = 2
+    checkpoint.save(state, tmp_path, IDENTITY, keep=2)  # the run came here again: the damaged one is replaced
+    assert checkpoint.newest_verified(tmp_path) == (newest, [])
+
+
+def test_a_kill_while_writing_leaves_the_older_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    state = make_state()
+    state.step = 1
+    checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    real, calls = checkpoint._write_synced, []
+
+    def killed(path, content):
+        calls.append(path.name)
+        if len(calls) == 3:
+            path.write_bytes(content[: len(content) // 2])
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", killed)
+    state.step = 2
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    assert checkpoint.newest_verified(tmp_path) == (tmp_path / "step-00000001", [])
+    monkeypatch.setattr(checkpoint, "_write_synced", real)
+    checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_words(tmp_path):
+    written = checkpoint.save(make_state(3), tmp_path / "a", IDENTITY, keep=1)
+    with pytest.raises(RunError, match="does not fit this program's model"):
+        checkpoint.restore(make_state(5), written)
+
+
+def test_the_manifest_says_what_the_run_was(tmp_path):
+    state = make_state()
+    scramble(state, 2)
+    manifest = json.loads((checkpoint.save(state, tmp_path, IDENTITY, keep=1) / "manifest.json").read_text())
+    assert manifest["identity"] == IDENTITY
+    assert manifest["step"] == state.step
+    assert set(manifest["sha256"]) == {"model.npz", "optimizer.npz", "average.npz", "totals.npz"}
+    assert manifest["versions"]["tensorflow"] == tf.__version__

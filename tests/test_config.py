@@ -1,0 +1,238 @@
+"""Configs load as written, and every mistake in one is named with its place, key and nearest valid key."""
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError
+
+PROJECT = Path(__file__).parents[1]
+SHIPPED = sorted((PROJECT / "configs").glob("*.yaml"))
+MINIMAL = "data: {source: digits}\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def mistakes(path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_opens_with_its_command(path):
+    load_config(path)
+    assert path.read_text().startswith(f"# python train.py --config configs/{path.name}")
+
+
+def test_a_resolved_config_loads_back_equal(tmp_path):
+    for path in SHIPPED:
+        config = load_config(path)
+        assert load_config(write(tmp_path / "resolved.yaml", config.to_yaml())) == config
+
+
+def test_digest_tells_configs_apart(tmp_path):
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    assert load_config(path).digest() == load_config(path).digest() != load_config(path, ["seed=43"]).digest()
+
+
+def test_all_mistakes_are_named_at_once_with_line_key_and_nearest_key(tmp_path):
+    path = write(
+        tmp_path / "bad.yaml",
+        """seed: 42
+model:
+  variant: b9
+  wieghts: imagenet
+data:
+  source: digits
+  splits: {train: 0.8, val: 0.1, test: 0.2}
+augment:
+  transforms:
+    - RandomResizedCrop: {scal: [0.08, 1.0]}
+  randaugment: {num_ops: 2, magntude: 9}
+optimizer: {name: rmspropp}
+train:
+  stages:
+    - {epochs: 3, trainable: hed}
+    - {epoch: 3}
+""",
+    )
+    found = mistakes(path, ("train.global_batch_size=0", "data.sorce=x"))
+    wanted = [
+        (f"{path}:3: model.variant: ", "did you mean 'b8'"),
+        (f"{path}:4: model.wieghts: ", "did you mean 'weights'?"),
+        (f"{path}:7: data.splits: ", "add up to 1.1"),
+        (f"{path}:9: augment.transforms: ", "did you mean 'scale'?"),
+        (f"{path}:11: augment.randaugment.magntude: ", "did you mean 'magnitude'?"),
+        (f"{path}:12: optimizer.name: ", "did you mean 'rmsprop'?"),
+        (f"{path}:15: train.stages.0.trainable: ", "did you mean 'head'?"),
+        (f"{path}:16: train.stages.1.epochs: ", "is missing"),
+        (f"{path}:16: train.stages.1.epoch: ", "did you mean 'epochs'?"),
+        ("command line: train.global_batch_size=0: train.global_batch_size: ", "greater than 0"),
+        ("command line: data.sorce=x: data.sorce: ", "did you mean 'source'?"),
+    ]
+    for start, content in wanted:
+        assert [line for line in found if line.startswith(start) and content in line], (start, content, found)
+    assert len(found) == len(wanted), found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {source: digits}\ndata: {source: csv}\n", ":2: data: is given twice (first at"),
+        ("data: [1, 2\n", ": is not valid YAML"),
+        ("- a\n", "must hold keys and values"),
+        ("1: 2\n", ":1: the config: keys must be names"),
+        ("a: &a\n  b: *a\n", "nested more than 20 levels deep"),
+        ("seed: 2026-13-45\n", ":1: seed: "),
+        ("", "data: is missing"),
+        ("extends: absent.yaml\n", "absent.yaml: cannot be read"),
+        ("extends: [a]\n", "extends: must be the name of another config file"),
+        ("data: {source: folder}\n", "source folder needs path"),
+        ("data: {source: tfds}\n", "source tfds needs name"),
+        ("data: {source: digits, name: x}\n", "name belongs to source tfds"),
+        ("data: {source: digits}\nmodel: {variant: b8}\n", "model.weights: imagenet is to be had for b0"),
+        ("data: {source: digits}\ntrain: {global_batch_size: 10, accumulation: 4}\n", "must be a multiple of accumulation"),
+        ("data: {source: digits}\naugment: {transforms: [CLAHE]}\n", "set backend: albumentations"),
+        ("data: {source: digits}\naugment: {backend: albumentations, transforms: [ClAHE]}\n", "did you mean 'CLAHE'?"),
+        ("data: {source: digits}\naugment: {backend: albumentations, transforms: [CLAHE: {clip: 2}]}\n", "did you mean 'clip_limit'?"),
+        ("data: {source: digits}\naugment: {transforms: [HorizontalFlip: {p: 2}]}\n", "p is a probability from 0 to 1"),
+        ("data: {source: digits}\naugment: {transforms: [RandomResizedCrop: {scale: [1, 0.5]}]}\n", "scale is a pair [low, high]"),
+        ("data: {source: digits}\ntracking: {experiment: ../x}\n", "tracking.experiment: "),
+    ],
+)
+def test_each_mistake_has_its_message(tmp_path, text, message):
+    assert message in "\n".join(mistakes(write(tmp_path / "bad.yaml", text)))
+
+
+def test_extends_merges_sections_and_replaces_lists(tmp_path):
+    write(
+        tmp_path / "base.yaml",
+        MINIMAL + "model: {variant: {phi: 1}, survival: 0.9, weights: null}\ntrain: {stages: [{epochs: 3}, {epochs: 4}]}\n",
+    )
+    child = write(
+        tmp_path / "child.yaml",
+        "extends: base.yaml\nmodel:\n  variant: {width: 1, depth: 1, resolution: 64}\ntrain:\n  stages: [{epochs: 5}]\n",
+    )
+    config = load_config(child)
+    assert (config.model.survival, config.variant.resolution, [stage.epochs for stage in config.train.stages]) == (0.9, 64, [5])
+
+
+def test_a_mistake_in_an_extended_config_is_placed_in_its_own_file(tmp_path):
+    base = write(tmp_path / "base.yaml", MINIMAL + "optimizer:\n  base_lrr: 1\n")
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\noptimizer:\n  ema: 2\n")
+    found = mistakes(child)
+    assert [line.split(": ")[0] for line in found] == [f"{child}:3", f"{base}:3"]
+
+
+def test_extending_itself_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    assert "extends itself by way of a.yaml -> b.yaml -> a.yaml" in mistakes(tmp_path / "a.yaml")[0]
+
+
+def test_overrides_reach_lists_optional_sections_and_null(tmp_path):
+    path = write(tmp_path / "c.yaml", MINIMAL + "train: {stages: [{epochs: 3}]}\n")
+    config = load_config(
+        path,
+        [
+            "train.stages.0.epochs=7",
+            "augment.randaugment.magnitude=5",
+            "model.weights=null",
+            "optimizer.base_lr=1e-3",
+            "model.variant={phi: 1}",
+        ],
+    )
+    assert config.train.stages[0].epochs == 7
+    assert config.augment.randaugment is not None
+    assert config.augment.randaugment.magnitude == 5
+    assert config.model.weights is None
+    assert config.optimizer.base_lr == 1e-3
+    assert config.variant.name == "phi=1"
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "train..x=1", "train.stages.3.epochs=1", "seed=[1", "a: b=2"])
+def test_overrides_that_cannot_be_applied_are_refused(tmp_path, override):
+    assert override in mistakes(write(tmp_path / "c.yaml", MINIMAL + "train: {stages: [{epochs: 3}]}\n"), (override,))[0]
+
+
+def test_a_config_cannot_be_changed_after_loading(tmp_path):
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_every_field_is_described():
+    def walk(section: type) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Config.__mro__[1]):
+                walk(annotation)
+            elif name not in ("seed", "train", "val", "test", "name", "args", "label_smoothing", "keep_checkpoints"):  # these say it all
+                assert field.description, f"{section.__name__}.{name}"
+
+    walk(Config)
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["b0", "folder", "head", "rmsprop"])
+)
+values = st.recursive(
+    scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=6
+)
+
+
+def paths_of(node: object, path: tuple = ()) -> list[tuple]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return (
+        [path, *(found for key, value in items for found in paths_of(value, (*path, key)))]
+        if path
+        else [found for key, value in items for found in paths_of(value, (*path, key))]
+    )
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mutated_config_loads_or_is_refused_in_words(tmp_path, data):
+    mutated = yaml.safe_load(data.draw(st.sampled_from(SHIPPED)).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(sorted(paths_of(mutated), key=str)))
+        target = mutated
+        for part in path[:-1]:
+            target = target[part]
+        what = data.draw(st.sampled_from(["value", "drop", "misspell"]))
+        if what == "value" or isinstance(target, list):
+            target[path[-1]] = data.draw(values)
+        elif what == "drop":
+            del target[path[-1]]
+        else:
+            target[str(path[-1]) + "x"] = target.pop(path[-1])
+        if not paths_of(mutated):
+            break
+    file = write(tmp_path / "mutated.yaml", yaml.safe_dump(mutated))
+    with contextlib.suppress(ConfigError):
+        load_config(file)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--config", "configs/absent.yaml"], ["--confg", "x"], ["--config", "BAD"]])
+def test_train_answers_help_and_mistakes_within_two_seconds_of_processor_time(tmp_path, arguments):
+    bad = write(tmp_path / "bad.yaml", MINIMAL + "sed: 3\n")
+    arguments = [str(bad) if argument == "BAD" else argument for argument in arguments]
+    begun = time.monotonic()
+    result = subprocess.run([sys.executable, "train.py", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - begun
+    assert result.returncode == (0 if arguments == ["--help"] else 2)
+    assert "Traceback" not in result.stderr
+    assert seconds < 2

@@ -1,0 +1,223 @@
+"""One step: micro-batches, the guard, weight decay, frozen layers; and the same step on several replicas."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.config import Config
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.step import Totals, TrainStep
+
+PROJECT = Path(__file__).parents[1]
+CLASSES = 4
+
+
+def small_network(*, drop: float = 0.0, batch_norm: bool = True) -> keras.Model:
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
+    x = keras.layers.Conv2D(6, 3, name="conv", kernel_initializer=keras.initializers.HeNormal(seed=1))(x)
+    if batch_norm:
+        x = keras.layers.BatchNormalization(name="norm")(x)
+    x = PerReplicaDropout(drop, seed=5, name="drop")(keras.layers.Activation("swish")(x))
+    x = keras.layers.Dense(CLASSES, name="predictions", kernel_initializer=keras.initializers.HeNormal(seed=2))(
+        keras.layers.GlobalAveragePooling2D()(x)
+    )
+    return keras.Model(inputs, x)
+
+
+def make_config(**sections: dict) -> Config:
+    return Config.model_validate({"data": {"source": "digits"}, "model": {"weights": None}, **sections})
+
+
+def batch(size: int = 8, seed: int = 0) -> tuple[tf.Tensor, ...]:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, 8, 8, 3)).astype(np.uint8)
+    labels = rng.dirichlet(np.ones(CLASSES), size).astype(np.float32)
+    return tuple(tf.constant(array) for array in (images, labels, np.ones(size, np.float32), np.arange(size)))
+
+
+class Bench:
+    """A network with all that a step changes, and a look at it."""
+
+    def __init__(self, model: keras.Model, config: Config) -> None:
+        self.model, self.config = model, config
+        self.runtime = set_up(config)
+        self.optimizer = build_optimizer(config.optimizer, model.trainable_variables)
+        self.average = MovingAverage(model.weights, 0.99)
+        self.totals = Totals()
+
+    def step(self) -> TrainStep:
+        return TrainStep(self.model, self.optimizer, self.average, self.totals, self.config, self.runtime)
+
+    def everything(self) -> list[np.ndarray]:
+        variables = [*self.model.variables, *self.optimizer.variables, *self.average.variables, *self.totals.sums.values()]
+        return [variable.numpy() for variable in variables]
+
+
+def test_gradient_is_that_of_the_smoothed_soft_label_loss_with_half_squared_norm():
+    config = make_config(
+        optimizer={"name": "sgd", "weight_decay": 0.01},
+        train={"global_batch_size": 8, "label_smoothing": 0.1},
+        runtime={"precision": "float32"},
+    )
+    bench = Bench(small_network(batch_norm=False), config)
+    images, labels, *_ = batch()
+    with tf.GradientTape() as tape:
+        smoothed = 0.9 * labels + 0.1 / CLASSES
+        logits = bench.model(tf.cast(images, tf.float32))
+        loss = tf.reduce_mean(-tf.reduce_sum(smoothed * tf.nn.log_softmax(logits), -1))
+        objective = loss + 0.01 * sum(tf.nn.l2_loss(variable.value) for variable in bench.model.trainable_variables)
+    gradients = tape.gradient(objective, [variable.value for variable in bench.model.trainable_variables])
+    before = [variable.numpy() for variable in bench.model.trainable_variables]
+    bench.step()(batch(), 0.1)
+    for old, gradient, variable in zip(before, gradients, bench.model.trainable_variables, strict=True):
+        np.testing.assert_allclose(variable.numpy(), old - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)  # Nesterov's first step
+    sums = bench.totals.read()
+    assert sums["images"] == 8
+    assert sums["loss"] / 8 == pytest.approx(float(loss), rel=1e-5)
+    assert sums["gradient_norm"] == pytest.approx(float(tf.linalg.global_norm(gradients)), rel=1e-5)
+    assert sums["correct"] == np.sum(np.argmax(logits, -1) == np.argmax(labels, -1))
+
+
+def test_decoupled_weight_decay_of_adamw():
+    config = make_config(optimizer={"name": "adamw", "weight_decay": 0.5}, train={"global_batch_size": 8})
+    without = make_config(optimizer={"name": "adamw", "weight_decay": 0.0}, train={"global_batch_size": 8})
+    results = []
+    for one in (config, without):
+        bench = Bench(small_network(), one)
+        before = {variable.path: variable.numpy() for variable in bench.model.trainable_variables}
+        bench.step()(batch(), 0.01)
+        results.append({variable.path: variable.numpy() for variable in bench.model.trainable_variables})
+    for path, old in before.items():
+        shrink = 0.0 if path.startswith("norm") else 0.01 * 0.5
+        np.testing.assert_allclose(results[0][path], results[1][path] - shrink * old, atol=1e-6)
+
+
+def test_micro_batches_give_the_same_update_as_the_whole_batch():
+    results = []
+    for accumulation in (1, 4):
+        bench = Bench(small_network(batch_norm=False), make_config(train={"global_batch_size": 8, "accumulation": accumulation}))
+        step = bench.step()
+        for number in range(3):
+            step(batch(seed=number), 0.01)
+        results.append([variable.numpy() for variable in bench.model.weights])
+    for whole, parts in zip(*results, strict=True):
+        np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", ["weights", "labels"])
+def test_a_step_that_is_not_finite_changes_nothing_at_all(poison):
+    bench = Bench(small_network(drop=0.3), make_config(train={"global_batch_size": 8}))
+    step = bench.step()
+    step(batch(), 0.01)
+    before = bench.everything()
+    images, labels, weights, index = batch(seed=1)
+    bad = (images, labels * np.inf, weights, index) if poison == "labels" else (images, labels, weights * np.nan, index)
+    step(bad, 0.01)
+    assert bool(bench.totals.halted)
+    for old, new in zip(before, bench.everything(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    step(batch(seed=2), 0.01)
+    for old, new in zip(before, bench.everything(), strict=True):
+        np.testing.assert_array_equal(old, new, "a halted run must stay where it is")
+
+
+def test_frozen_layers_keep_weights_statistics_and_do_not_drop():
+    bench = Bench(small_network(drop=0.5), make_config(train={"global_batch_size": 8}))
+    for layer in bench.model.layers:
+        layer.trainable = layer.name == "predictions"
+    before = {variable.path: variable.numpy() for variable in bench.model.variables}
+    step = bench.step()
+    for number in range(3):
+        step(batch(seed=number), 0.1)
+    moved = {variable.path for variable in bench.model.variables if not np.array_equal(variable.numpy(), before[variable.path])}
+    assert moved == {"predictions/kernel", "predictions/bias"}
+
+
+def test_the_averages_follow_the_steps():
+    bench = Bench(small_network(), make_config(train={"global_batch_size": 8}))
+    start = [variable.numpy() for variable in bench.model.weights]
+    bench.step()(batch(), 0.1)
+    for old, variable, average in zip(start, bench.model.weights, bench.average.variables, strict=True):
+        np.testing.assert_allclose(average.numpy(), 0.1 * old + 0.9 * variable.numpy(), rtol=1e-5, atol=1e-6)  # min(0.99, 1 / 10)
+
+
+TWO_REPLICAS = """
+import json, sys
+import numpy as np, tensorflow as tf
+replicas, drop = int(sys.argv[1]), float(sys.argv[2])
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+from pipeline.config import Config
+from pipeline.model.efficientnet import efficientnet
+from pipeline.scaling import from_multipliers
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.step import Totals, TrainStep
+config = Config.model_validate({"data": {"source": "digits"}, "model": {"weights": None}, "train": {"global_batch_size": 16},
+                                "runtime": {"strategy": "mirrored" if replicas > 1 else "one"}})
+runtime = set_up(config)
+with runtime.strategy.scope():
+    model = efficientnet(from_multipliers(0.25, 0.3, 32), num_classes=4, dropout=0.0, survival=1.0, synchronized=replicas > 1)
+    optimizer = build_optimizer(config.optimizer, model.trainable_variables)
+    totals = Totals()
+    step = TrainStep(model, optimizer, MovingAverage(model.weights, 0.99), totals, config, runtime)
+    layer = PerReplicaDropout(drop, noise_shape=(None, 1), seed=3)
+    layer.build((None, 5))
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (80, 32, 32, 3)).astype(np.uint8)
+labels = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 80)]
+dataset = tf.data.Dataset.from_tensor_slices((images, labels, np.ones(80, np.float32), np.arange(80))).batch(16, drop_remainder=True)
+weights = {"start." + variable.path.replace("/", "."): variable.numpy() for variable in model.weights}
+for batch in runtime.feed(dataset):
+    step(batch, 0.016 * 16 / 256)
+weights |= {variable.path.replace("/", "."): variable.numpy() for variable in model.weights}
+masks = runtime.strategy.run(tf.function(lambda: layer(tf.ones((64, 5)), training=True)))
+np.savez(sys.argv[3], masks=np.stack([mask.numpy() for mask in runtime.strategy.experimental_local_results(masks)]), **weights)
+print(json.dumps(totals.read()))
+"""
+
+
+def test_two_replicas_equal_one_device_and_draw_different_masks(tmp_path):
+    results, sums = [], []
+    for replicas in (1, 2):
+        file = tmp_path / f"{replicas}.npz"
+        command = [sys.executable, "-c", TWO_REPLICAS, str(replicas), "0.5", str(file)]
+        ran = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        sums.append(json.loads(ran.stdout.splitlines()[-1]))
+        results.append(dict(np.load(file)))
+    masks = results[1].pop("masks")
+    assert masks.shape == (2, 64, 5)
+    assert np.mean(masks[0] != masks[1]) > 0.3
+    assert np.all(masks == masks[:, :, :1]), "the noise shape makes one draw for a whole sample"
+    assert set(np.unique(masks)) == {0.0, 2.0}
+    results[0].pop("masks")
+    moved = np.sqrt(sum(np.sum((one - results[0][f"start.{name}"]) ** 2) for name, one in results[0].items() if "start" not in name))
+    apart = np.sqrt(sum(np.sum((one - results[1][name]) ** 2) for name, one in results[0].items() if "start" not in name))
+    assert moved > 0.1
+    assert apart < 1e-3 * moved, "weights and statistics after five steps, against the way they have gone"
+    assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], rel=1e-3)
+    assert sums[0]["images"] == sums[1]["images"] == 80
+
+
+def test_an_indivisible_batch_is_refused():
+    from pipeline.errors import ConfigError
+
+    config = make_config(train={"global_batch_size": 6, "accumulation": 2}, runtime={"strategy": "one"})
+    assert set_up(config).replicas == 1
+    code = TWO_REPLICAS.split("config = ")[0].split("from pipeline.model")[0] + (
+        "from pipeline.training.runtime import set_up\n"
+        "set_up(Config.model_validate({'data': {'source': 'digits'}, 'train': {'global_batch_size': 6, 'accumulation': 2},"
+        " 'runtime': {'strategy': 'mirrored'}}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, "2", "0", "-"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ConfigError.__name__ in ran.stderr
+    assert "take a multiple of 4" in ran.stderr
