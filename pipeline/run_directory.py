@@ -54,6 +54,16 @@ class RunDirectory:
         return self.path / "model.keras"
 
     @property
+    def final(self) -> Path:
+        """Where the final network waits until everything else of the run is written."""
+        return self.path / "final.keras"
+
+    @property
+    def training_curves(self) -> Path:
+        """Loss, accuracy and learning rate over the epochs."""
+        return self.path / "report" / "training_curves.png"
+
+    @property
     def log(self) -> Path:
         """What the libraries had to say."""
         return self.path / "log.txt"

@@ -6,7 +6,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,11 +43,21 @@ class Screen:
         logging.captureWarnings(True)
         warnings.simplefilter("default")
 
-    def say(self, text: Any = "") -> None:
-        """Shows a line or one of rich's renderables, and writes text to the log."""
-        self.console.print(text)
+    def say(self, text: Any = "", *, details: str | None = None) -> None:
+        """Shows a line of text or one of rich's renderables; a line goes to the log, too, or its details in its place."""
+        self.console.print(text, markup=False)
         if isinstance(text, str) and self.log is not None:
-            logging.getLogger("pipeline").info("%s", text)
+            logging.getLogger("pipeline").info("%s", details or text)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows how far something has come; inside the block, call what is given with the number done and of all."""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"))
+        with Progress(
+            *columns, TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as progress:
+            task = progress.add_task(what, total=1)
+            yield lambda done, of: progress.update(task, completed=done, total=of)
 
     def error(self, text: str) -> None:
         """Shows an error."""

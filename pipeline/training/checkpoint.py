@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ class State:
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] | None = None
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block inside which the network holds the moving average, where the run keeps one."""
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
     def groups(self) -> dict[str, dict[str, keras.Variable | tf.Variable]]:
         """Every variable by group and by a name that is the same in every process."""
@@ -110,6 +115,27 @@ def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: in
     return final
 
 
+class Keeper:
+    """A hook of the training loop that saves the state whenever it should be kept."""
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int) -> None:
+        """Takes what `save` wants beside the state."""
+        self._directory, self._identity, self._keep = directory, identity, keep
+
+    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def on_epoch(self, record: Mapping[str, float]) -> None:
+        """Nothing: the loop says when the state should be kept."""
+
+    def on_checkpoint(self, state: State) -> None:
+        """Saves the state."""
+        save(state, self._directory, self._identity, keep=self._keep)
+
+
 def checkpoint_path(directory: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
     return directory / f"step-{step:08d}"
@@ -133,6 +159,28 @@ def newest_verified(directory: Path) -> tuple[Path | None, list[str]]:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a verified checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text())
+
+
+FREE_TO_CHANGE = ("config.tracking", "config.runtime.input_workers", "config.train.keep_checkpoints")  # without changing the result
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses to go on with another config, other data or another number of replicas than the checkpoint's.
+
+    Raises:
+        RunError: Naming every difference.
+    """
+    old, new = _flat(read_manifest(checkpoint)["identity"]), _flat(json.loads(json.dumps(identity)))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)]
+    if differing:
+        lines = "\n".join(f"  {key.removeprefix('config.')}: was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
+        raise RunError(f"{checkpoint}: belongs to a run that differs in\n{lines}\nresume it as it was, or start a new run")
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for key, value in values.items() for k, v in _flat(value, f"{path}.{key}" if path else key).items()}
+    return {path: values}
 
 
 def restore(state: State, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
 from pipeline.errors import TrainingError
-from pipeline.model.efficientnet import block_of
+from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.runtime import Runtime
@@ -65,7 +65,11 @@ def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
 
 def set_trainable(model: keras.Model, stage: StageConfig) -> None:
     """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
-    lowest = {"head": 9, "all": 0}.get(stage.trainable) or int(stage.trainable.removeprefix("block")) if stage.trainable != "all" else 0
+    lowest = (
+        {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
+        if stage.trainable in ("head", "all")
+        else int(stage.trainable.removeprefix("block"))
+    )
     for layer in model.layers:
         frozen_statistics = stage.freeze_batch_norm and isinstance(layer, keras.layers.BatchNormalization)
         layer.trainable = block_of(layer.name) >= lowest and not frozen_statistics
@@ -172,11 +176,8 @@ class Trainer:
         }
 
     def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
-        if state.average is None:
+        with state.averaged():
             validation = validate()
-        else:
-            with state.average.swapped_in():
-                validation = validate()
         record = {"epoch": state.step // self._steps_per_epoch, "step": state.step, **metrics, **validation}
         state.history.append(record)
         if self._is_best(record, state.best):

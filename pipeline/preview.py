@@ -1,0 +1,75 @@
+"""What a run would be, without running it: the resolved config, the data, the stages, and what the network costs."""
+
+from rich.syntax import Syntax
+from rich.table import Table
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest, scan
+from pipeline.data.sources import NotFetchedError, open_source
+from pipeline.data.stream import steps_per_epoch
+from pipeline.model.cost import cost, estimated_memory
+from pipeline.model.efficientnet import efficientnet
+from pipeline.screen import Screen
+from pipeline.training.loop import plan
+from pipeline.training.runtime import set_up
+
+
+def show(config: Config, screen: Screen) -> None:
+    """Prints it all. Downloads nothing and writes nothing.
+
+    Raises:
+        UserError: Where the run itself would.
+    """
+    runtime = set_up(config)
+    screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
+    manifest: Manifest | None = None
+    try:
+        manifest = scan(open_source(config.data, fetch=False), config.data, seed=config.seed)
+        num_classes = len(manifest.class_names)
+        screen.say(class_counts(manifest))
+        for note in manifest.notes:
+            screen.say(f"note: {note}")
+    except NotFetchedError as missing:
+        num_classes = len(missing.class_names)
+        screen.say(f"{missing}: training will fetch it. It has {num_classes} classes; the number of images is known after that.")
+
+    variant = config.variant
+    model = efficientnet(variant, num_classes=num_classes, dtype=runtime.dtype)
+    size = cost(model)
+    share = config.train.global_batch_size // runtime.replicas // config.train.accumulation
+    memory = estimated_memory(
+        model,
+        share,
+        optimizer_slots=1 if config.optimizer.name == "sgd" else 2,
+        ema=config.optimizer.ema is not None,
+        accumulation=config.train.accumulation > 1,
+    )
+    screen.say(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
+    screen.say(f"  parameters            {size.parameters:,} ({size.trainable_parameters:,} trainable)")
+    screen.say(f"  multiply-adds         {size.flops / 1e9:.2f} G per image")
+    screen.say(f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {share} images per step and device")
+    if manifest is not None:
+        images = len(manifest.indices("train"))
+        steps = steps_per_epoch(images, config.train.global_batch_size)
+        screen.say(f"  steps per epoch       {steps:,} of {config.train.global_batch_size} images ({images:,} training images)")
+        for number, stage in enumerate(plan(config, steps), 1):
+            rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
+            screen.say(
+                f"  stage {number}               {stage.config.epochs} epochs, steps {stage.first + 1:,} to {stage.stop:,}, "
+                f"trains {stage.config.trainable}, learning rate {max(rates):.2g} to {rates[-1]:.2g}"
+            )
+
+
+def class_counts(manifest: Manifest) -> Table:
+    """Images per class and split, for the screen."""
+    counts = manifest.class_counts()
+    table = Table(box=None)
+    for column in ("class", *counts.columns):
+        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
+    rows = counts if len(counts) <= 30 else counts.head(10)
+    for name, row in rows.iterrows():
+        table.add_row(str(name), *(f"{count:,}" for count in row))
+    if len(rows) < len(counts):
+        table.add_row(f"and {len(counts) - len(rows)} more classes")
+    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
+    return table

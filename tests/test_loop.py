@@ -1,0 +1,187 @@
+"""The loop: stages turned into steps, freezing, history, the best epoch, stopping and going on."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.config import Config, StageConfig
+from pipeline.errors import TrainingError
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Keeper, State
+from pipeline.training.loop import Interrupted, Trainer, plan, set_trainable
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.step import Totals
+
+STEPS = 5  # per epoch
+CONFIG = Config.model_validate(
+    {
+        "data": {"source": "digits"},
+        "model": {"weights": None},
+        "optimizer": {"base_lr": 1.0, "schedule": "cosine"},
+        "train": {
+            "global_batch_size": 4,
+            "stages": [{"epochs": 2, "trainable": "head"}, {"epochs": 2, "trainable": "block6", "base_lr": 0.5}],
+        },
+    }
+)
+
+
+def network() -> keras.Model:
+    inputs = keras.Input((6, 6, 3))
+    x = keras.layers.Conv2D(4, 3, name="stem_conv", kernel_initializer=keras.initializers.HeNormal(seed=1))(inputs)
+    x = keras.layers.BatchNormalization(name="stem_bn")(x)
+    x = keras.layers.Conv2D(4, 1, name="block6a_expand_conv", kernel_initializer=keras.initializers.HeNormal(seed=2))(x)
+    x = keras.layers.BatchNormalization(name="block6a_expand_bn")(x)
+    x = PerReplicaDropout(0.2, seed=9, name="block6a_drop")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="predictions", kernel_initializer=keras.initializers.HeNormal(seed=3))(x))
+
+
+def fresh_state() -> State:
+    model = network()
+    return State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals())
+
+
+def stream(start: int, *, poisoned: int | None = None) -> tf.data.Dataset:
+    """Batch number n is a function of n alone."""
+
+    def batch(number: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        seed = tf.stack([number, 0])
+        images = tf.cast(tf.random.stateless_uniform((4, 6, 6, 3), seed, 0, 256, tf.int32), tf.uint8)
+        labels = tf.one_hot(tf.random.stateless_uniform((4,), seed, 0, 3, tf.int32), 3)
+        weights = tf.where(number == (-1 if poisoned is None else poisoned), np.nan, 1.0) * tf.ones(4)
+        return images, labels, weights, tf.range(4, dtype=tf.int64)
+
+    return tf.data.Dataset.range(start, 10**9).map(batch)
+
+
+class Recorder:
+    """A hook that keeps what it is told, and checks what it sees of the network."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.epochs: list[dict] = []
+        self.kept: list[int] = []
+
+    def on_progress(self, step: int, metrics: dict) -> None:
+        assert set(metrics) == {"train/loss", "train/accuracy", "train/gradient_norm", "learning_rate"}
+
+    def on_step(self, step: int, metrics: dict) -> None:
+        self.steps.append(step)
+
+    def on_epoch(self, record: dict) -> None:
+        self.epochs.append(dict(record))
+
+    def on_checkpoint(self, state: State) -> None:
+        self.kept.append(state.step)
+
+
+def run(
+    state: State, hooks: list, *, accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9), stop_at: int | None = None, **kwargs
+) -> list[dict]:
+    trainer = Trainer(CONFIG, set_up(CONFIG), STEPS, hooks, lambda: state.step == stop_at)
+    return trainer.run(
+        state, lambda start: stream(start, **kwargs), lambda: {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
+    )
+
+
+def contents(state: State) -> dict[str, bytes]:
+    return {f"{group}/{name}": v.numpy().tobytes() for group, variables in state.groups().items() for name, v in variables.items()}
+
+
+def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
+    stages = plan(CONFIG, STEPS)
+    assert [(stage.first, stage.stop) for stage in stages] == [(0, 10), (10, 20)]
+    assert stages[0].learning_rate(0) == pytest.approx(4 / 256)
+    assert stages[1].learning_rate(0) == pytest.approx(0.5 * 4 / 256)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "freeze", "expected"),
+    [
+        ("head", False, {"predictions"}),
+        ("block7", False, {"predictions"}),
+        ("block6", False, {"block6a_expand_conv", "block6a_expand_bn", "predictions"}),
+        ("block1", True, {"block6a_expand_conv", "predictions"}),
+        ("all", False, {"stem_conv", "stem_bn", "block6a_expand_conv", "block6a_expand_bn", "predictions"}),
+        ("all", True, {"stem_conv", "block6a_expand_conv", "predictions"}),
+    ],
+)
+def test_a_stage_trains_its_blocks_and_what_lies_behind_them(trainable, freeze, expected):
+    model = network()
+    set_trainable(model, StageConfig(epochs=1, trainable=trainable, freeze_batch_norm=freeze))
+    assert {variable.path.split("/")[0] for variable in model.trainable_variables} == expected
+
+
+def test_a_run_keeps_history_best_epoch_and_checkpoints():
+    state, recorder = fresh_state(), Recorder()
+    history = run(state, [recorder])
+    assert [record["step"] for record in history] == [5, 10, 15, 20] == recorder.kept
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    assert recorder.steps == list(range(1, 21))
+    assert state.best == history[1], "the first of two equal ones"
+    assert state.totals.read()["images"] == 0, "the sums begin anew with each epoch"
+    assert all(np.isfinite(record["train/loss"]) for record in history)
+
+
+def test_frozen_blocks_do_not_move_and_slots_outlive_the_change_of_stage():
+    state = fresh_state()
+    start = {variable.path: variable.numpy() for variable in state.model.variables}
+    with pytest.raises(Interrupted):
+        run(state, [], stop_at=10)
+    moved = {path for path, value in start.items() if not np.array_equal(value, {v.path: v.numpy() for v in state.model.variables}[path])}
+    assert moved == {"predictions/kernel", "predictions/bias"}
+    slots = {v.name: v.numpy() for v in state.optimizer.variables if "predictions" in v.name and "velocity" in v.name}
+    assert any((value != 1).any() for value in slots.values())
+    with pytest.raises(Interrupted):
+        run(state, [], stop_at=11)
+    later = {v.name: v.numpy() for v in state.optimizer.variables if v.name in slots}
+    for name, value in slots.items():  # one step of decay 0.9 on what was there, not a new start from ones
+        assert (later[name] >= 0.9 * value - 1e-7).all()
+    assert not np.array_equal(start["stem_bn/gamma"], np.zeros(4))
+    assert np.array_equal(start["stem_bn/moving_mean"], state.model.get_layer("stem_bn").moving_mean.numpy())
+    assert not np.array_equal(start["block6a_expand_bn/moving_mean"], state.model.get_layer("block6a_expand_bn").moving_mean.numpy())
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 10, 13, 19])
+def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int):
+    whole = fresh_state()
+    history = run(whole, [])
+
+    stopped = fresh_state()
+    with pytest.raises(Interrupted):
+        run(stopped, [Keeper(tmp_path, {}, keep=1)], stop_at=stop_at)
+    resumed = fresh_state()
+    newest, problems = checkpoint.newest_verified(tmp_path)
+    assert problems == []
+    assert newest is not None
+    checkpoint.restore(resumed, newest)
+    assert resumed.step == stop_at
+    assert run(resumed, []) == history
+    assert contents(resumed) == contents(whole)
+
+
+def test_validation_sees_the_moving_average():
+    state = fresh_state()
+    seen = []
+
+    def validate() -> dict[str, float]:
+        seen.append(all(np.array_equal(v.numpy(), a.numpy()) for v, a in zip(state.average.averaged, state.average.variables, strict=True)))
+        return {}
+
+    Trainer(CONFIG, set_up(CONFIG), STEPS, [], lambda: False).run(state, stream, validate)
+    assert seen == [True] * 4
+    assert state.best is None, "without a validation metric no epoch is best"
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_state():
+    good, bad = fresh_state(), fresh_state()
+    with pytest.raises(Interrupted):
+        run(good, [], stop_at=7)
+    with pytest.raises(TrainingError, match=r"not finite in step 8; nothing of that step was applied. Try a lower optimizer.base_lr"):
+        run(bad, [], poisoned=7)
+    assert {k: v for k, v in contents(bad).items() if "totals" not in k} == {k: v for k, v in contents(good).items() if "totals" not in k}

@@ -1,0 +1,217 @@
+"""Trains an EfficientNet as a config says: python train.py --config configs/b2_flowers.yaml [key=value ...]
+
+The story of a run, top to bottom: config, run directory, data, network, training, evaluation. TensorFlow is imported only once the
+config is known to be good, so that a mistake in it is answered at once.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline import run_directory
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import RunError
+from pipeline.run_directory import RunDirectory
+from pipeline.screen import ProgressLine, Screen, run_program
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Train or fine-tune an EfficientNet.", epilog="Every key is described in pipeline/config.py."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
+    parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/<experiment>/<date-time>)")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --run-dir")
+    parser.add_argument("--dry-run", action="store_true", help="show the config, the data and the cost of the network, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, such as train.global_batch_size=64")
+    arguments = parser.parse_intermixed_args()
+    if arguments.resume and arguments.run_dir is None:
+        parser.error("--resume needs --run-dir: the directory of the run to go on with")
+    return arguments
+
+
+def main(screen: Screen) -> int:
+    """Runs the program; returns its exit code."""
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        screen.divert_to(None)
+        from pipeline.preview import show
+
+        show(config, screen)
+        return 0
+    if not arguments.resume:
+        run = run_directory.create(arguments.run_dir, config)
+    else:
+        run = run_directory.find(str(arguments.run_dir))
+        if run.model.exists():
+            screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
+            return 0
+    screen.divert_to(run.log)
+    return train(config, run, screen, resume=arguments.resume)
+
+
+def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> int:
+    """Takes a run from its data to its evaluation; returns the exit code."""
+    from pipeline.data.stream import evaluation_stream, steps_per_epoch, training_stream
+    from pipeline.evaluation.metrics import Predictor, evaluate_predictions
+    from pipeline.evaluation.report import table, write_evaluation, write_training_curves
+    from pipeline.training import checkpoint
+    from pipeline.training.loop import Interrupted, Trainer
+    from pipeline.training.runtime import set_up
+    from pipeline.training.tracking import Tracker
+
+    runtime = set_up(config)
+    screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
+    source, manifest = read_data(config, run, screen, resume=resume)
+    state = build(config, runtime, manifest.class_names, screen, weights=None if resume else config.model.weights)
+    identity = {"config": config.model_dump(mode="json"), "data": manifest.digest(), "replicas": runtime.replicas}
+    if resume:
+        restore_newest(state, run, identity, screen)
+
+    batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
+    predictor = Predictor(state.model, runtime.strategy)
+
+    def evaluate(split: str) -> tuple[Any, Any]:
+        predictions = predictor(evaluation_stream(manifest, source, config, split, batch_size=batch_size))
+        return predictions, evaluate_predictions(predictions, manifest.class_names, split)
+
+    def validate() -> dict[str, float]:
+        return evaluate("val")[1].headline() if len(manifest.indices("val")) else {}
+
+    stop = StopRequest()
+    with Tracker(config, run, manifest) as tracker:
+        keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
+        hooks: list[Any] = [tracker, keeper]  # in this order: what is in a checkpoint is in MLflow, too
+        trainer = Trainer(config, runtime, steps, hooks, stop)
+        with ProgressLine(
+            screen, first_step=state.step, total_steps=trainer.total_steps, steps_per_epoch=steps, global_batch_size=batch_size
+        ) as line:
+            hooks.append(line)
+            try:
+                history = trainer.run(state, lambda step: training_stream(manifest, source, config, start_step=step), validate)
+            except Interrupted:
+                screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
+                raise SystemExit(128 + stop.signal) from None
+
+        # The end: the final network (averaged) on the split that nothing was selected on; then the best epoch's.
+        split = "test" if len(manifest.indices("test")) else "val"
+        with state.averaged():
+            predictions, evaluation = evaluate(split)
+            save_plain(state.model, run.final)
+        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
+        write_training_curves(history, run.training_curves)
+        if state.best is not None:
+            if state.best["step"] != state.step:
+                checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
+            with state.averaged():
+                save_plain(state.model, run.best)
+        tracker.log_results(evaluation)
+        run.final.replace(run.model)  # from here on the run counts as finished
+
+    screen.say(table(evaluation))
+    if split == "val":
+        screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
+    screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
+    screen.say(f"figures          {run.evaluation(split)}")
+    screen.say(f"label a picture  python evaluate.py --run {run.path} PICTURE")
+    screen.say(f"compare runs     {tracker.how_to_open()}")
+    return 0
+
+
+def read_data(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> tuple[Any, Any]:
+    """Opens the data and scans them: every sample is read and decoded once before any training. A resumed run scanned them already."""
+    from pipeline.data.manifest import Manifest, scan
+    from pipeline.data.sources import open_source
+
+    source = open_source(config.data)
+    if resume:
+        manifest = Manifest.load(run.manifest)
+        listed = [(sample.key, sample.label) for sample in source.samples()]
+        if listed != list(zip(manifest.table["key"], manifest.table["label"], strict=True)):
+            raise RunError(f"{run.path}: pictures or labels of its data have changed since it began; put them back, or start a new run")
+    else:
+        with screen.counting("reading the data") as count:
+            manifest = scan(source, config.data, seed=config.seed, progress=count)
+        manifest.save(run.manifest)
+        run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
+    sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
+    screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    for note in manifest.notes:
+        screen.say(f"note: {note}")
+    return source, manifest
+
+
+def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None) -> Any:
+    """Builds the network, its optimizer and its moving average under the strategy that will run them."""
+    from pipeline.model.efficientnet import efficientnet
+    from pipeline.model.weights import load_pretrained
+    from pipeline.training.checkpoint import State
+    from pipeline.training.optimizer import MovingAverage, build_optimizer
+    from pipeline.training.runtime import PerReplicaDropout
+    from pipeline.training.step import Totals
+
+    with runtime.strategy.scope():
+        model = efficientnet(
+            config.variant,
+            num_classes=len(class_names),
+            survival=config.model.survival,
+            batch_norm_momentum=config.model.batch_norm_momentum,
+            synchronized=runtime.replicas > 1,
+            dropout_layer=PerReplicaDropout,
+            dtype=runtime.dtype,
+            seed=config.seed,
+        )
+        if weights is not None:
+            report = load_pretrained(model, weights, variant=config.variant, class_names=class_names)
+            screen.say(f"weights: {report}", details=report.details())
+        average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
+        return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
+
+
+def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen) -> None:
+    """Puts the newest good checkpoint into the state, if it is one of the same run."""
+    from pipeline.training import checkpoint
+
+    newest, problems = checkpoint.newest_verified(run.checkpoints)
+    for problem in problems:
+        screen.say(f"passed over {problem}")
+    if newest is None:
+        raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
+    checkpoint.check_identity(newest, identity)
+    checkpoint.restore(state, newest)
+    screen.say(f"resumed behind step {state.step:,} from {newest}")
+
+
+def save_plain(model: Any, path: Path) -> None:
+    """Saves the network as it is now, of plain Keras layers in float32, whole or not at all."""
+    from pipeline.model.efficientnet import plain_copy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"new-{path.name}")
+    plain_copy(model).save(aside)
+    aside.replace(path)
+
+
+class StopRequest:
+    """Whether the process was asked to stop, by SIGTERM or the first SIGINT; the second SIGINT ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        return self.signal != 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
