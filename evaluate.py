@@ -76,9 +76,11 @@ def measure(run: RunDirectory, split: str | None, screen: Screen) -> int:
     predictions = Predictor(model, runtime.strategy)(dataset)
     evaluation = evaluate_predictions(predictions, manifest.class_names, split)
     write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
-    log_evaluation(config, run, evaluation)
     screen.say(table(evaluation))
-    screen.say(f"written to {run.evaluation(split)} and to MLflow")
+    screen.say(f"written to {run.evaluation(split)}")
+    if (run_id := run.mlflow_run_id()) is not None:
+        log_evaluation(config, run_id, evaluation.headline(), run.evaluation(split))
+        screen.say(f"logged to the run {run_id} in MLflow")
     return 0
 
 

@@ -84,7 +84,10 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
         return evaluate("val")[1].headline() if len(manifest.indices("val")) else {}
 
     stop = StopRequest()
-    with Tracker(config, run, manifest) as tracker:
+    with Tracker(config, run.path, run_id=run.mlflow_run_id()) as tracker:
+        run.note_mlflow_run_id(tracker.run_id)
+        counts = {split: column.to_dict() for split, column in manifest.class_counts().items()}
+        tracker.log_dataset(config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), counts)
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
         hooks: list[Any] = [tracker, keeper]  # in this order: what is in a checkpoint is in MLflow, too
         trainer = Trainer(config, runtime, steps, hooks, stop)
@@ -100,17 +103,21 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
 
         # The end: the final network (averaged) on the split that nothing was selected on; then the best epoch's.
         split = "test" if len(manifest.indices("test")) else "val"
+        final_step = state.step
         with state.averaged():
             predictions, evaluation = evaluate(split)
             save_plain(state.model, run.final)
         write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
-        write_training_curves(history, run.training_curves)
+        write_training_curves(history, run.report / "training_curves.png")
         if state.best is not None:
-            if state.best["step"] != state.step:
-                checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
+            checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
             with state.averaged():
                 save_plain(state.model, run.best)
-        tracker.log_results(evaluation)
+        tracker.log_metrics(evaluation.headline(), final_step)
+        for path in (run.config, run.classes, run.manifest, run.report, run.evaluation(split), run.best):
+            if path.exists():
+                tracker.log_artifacts(path, path.relative_to(run.path).as_posix() if path.is_dir() else None)
+        tracker.log_model(run.final, "model", step=final_step)
         run.final.replace(run.model)  # from here on the run counts as finished
 
     screen.say(table(evaluation))

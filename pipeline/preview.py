@@ -31,7 +31,7 @@ def show(config: Config, screen: Screen) -> None:
             screen.say(f"note: {note}")
     except NotFetchedError as missing:
         num_classes = len(missing.class_names)
-        screen.say(f"{missing}: training will fetch it. It has {num_classes} classes; the number of images is known after that.")
+        screen.say(f"{missing}: training will prepare it. It has {num_classes} classes; the number of images is known then.")
 
     variant = config.variant
     model = efficientnet(variant, num_classes=num_classes, dtype=runtime.dtype)

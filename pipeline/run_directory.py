@@ -59,9 +59,9 @@ class RunDirectory:
         return self.path / "final.keras"
 
     @property
-    def training_curves(self) -> Path:
-        """Loss, accuracy and learning rate over the epochs."""
-        return self.path / "report" / "training_curves.png"
+    def report(self) -> Path:
+        """Pictures of the run."""
+        return self.path / "report"
 
     @property
     def log(self) -> Path:
@@ -88,6 +88,10 @@ class RunDirectory:
     def mlflow_run_id(self) -> str | None:
         """The run's id in MLflow, once it is known."""
         return json.loads(self.tracking.read_text())["run_id"] if self.tracking.exists() else None
+
+    def note_mlflow_run_id(self, run_id: str) -> None:
+        """Keeps the run's id in MLflow for a resume and for later evaluations."""
+        write(self.tracking, json.dumps({"run_id": run_id}) + "\n")
 
 
 def create(path: Path | None, config: Config) -> RunDirectory:

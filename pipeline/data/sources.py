@@ -65,16 +65,33 @@ class Source(Protocol):
         """The same in a tf.data graph: scalar string key to scalar string bytes."""
 
 
-def open_source(config: DataConfig) -> Source:
-    """Opens the data set that the config names; fetches and prepares it where it comes from tensorflow-datasets.
+class NotFetchedError(DataError):
+    """The data are not on this machine yet.
+
+    Attributes:
+        class_names: Known all the same.
+    """
+
+    def __init__(self, message: str, class_names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.class_names = class_names
+
+
+def open_source(config: DataConfig, *, fetch: bool = True) -> Source:
+    """Opens the data set that the config names.
+
+    Args:
+        config: Names it.
+        fetch: Whether to fetch and prepare it where it comes from tensorflow-datasets and is not there yet.
 
     Raises:
+        NotFetchedError: It is not there yet and `fetch` is False.
         DataError: The data cannot be had, or their layout is not understood. The message says what to do.
     """
     if config.source == "tfds":
         from pipeline.data.tfds import open_tfds
 
-        return open_tfds(config.name or "", config.path or Path("data/tfds"))
+        return open_tfds(config.name or "", config.path or Path("data/tfds"), fetch=fetch)
     if config.source == "digits":
         return DigitsSource()
     assert config.path is not None  # the schema sees to it

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import tensorflow as tf
 
-from pipeline.data.sources import SPLIT_NAMES, Sample
+from pipeline.data.sources import SPLIT_NAMES, NotFetchedError, Sample
 from pipeline.errors import DataError
 
 REACH_SECONDS = 15.0  # for all servers together
@@ -47,14 +47,16 @@ class TfdsSource:
         return tf.ensure_shape(file, ())
 
 
-def open_tfds(name: str, data_dir: Path) -> TfdsSource:
-    """Opens a data set, which is fetched and prepared if it is not there yet.
+def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
+    """Opens a data set.
 
     Args:
         name: As in tensorflow-datasets, `cifar10` or `<data set>/<configuration>`.
         data_dir: Where tensorflow-datasets keeps its data.
+        fetch: Whether to fetch and prepare the data set if it is not there yet.
 
     Raises:
+        NotFetchedError: It is not there yet and `fetch` is False.
         DataError: There is no such data set, it cannot be fetched, or it is not one of labelled pictures.
     """
     import tensorflow_datasets as tfds
@@ -68,14 +70,16 @@ def open_tfds(name: str, data_dir: Path) -> TfdsSource:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; {data_dir} does not hold it either"
         raise DataError(f"data.name: tensorflow-datasets has no data set {name!r}{hint}") from None
-    if not builder.is_prepared():
-        _prepare(builder, name, data_dir)
-
     features = dict(builder.info.features.items())
     if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise DataError(
             f"data.name: {name} has the features {', '.join(features)}; needed are a picture named image and a class named label"
         )
+    if not builder.is_prepared():
+        if not fetch:
+            raise NotFetchedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
+        _prepare(builder, name, data_dir)
+
     splits = [split for split in builder.info.splits if split in SPLIT_NAMES]
     if not splits:
         raise DataError(f"data.name: {name} has only the splits {', '.join(builder.info.splits)}; needed is train")

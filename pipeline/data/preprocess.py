@@ -1,0 +1,164 @@
+"""From an encoded picture to the network's square: what evaluation, prediction and export do, and where augmentation starts.
+
+`preprocess` is the only evaluation preprocessing there is, so that training's validation, `evaluate.py`, predictions and exports agree.
+Normalisation is not here: it is in the model.
+"""
+
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+
+Resize = Literal["crop", "squash", "letterbox"]
+
+CROP_PADDING = 32  # pixels of the resized picture around the centre crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
+PADDING_GREY = 128  # close to ImageNet's mean colour, so nearly zero after normalisation
+ALIASING = 2.0  # shrinking by more than this takes an antialiasing filter
+ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
+JPEG_METHOD = "INTEGER_ACCURATE"  # the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
+
+
+def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Decodes a picture and turns it upright.
+
+    Grey pictures get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF gives its first
+    frame.
+
+    Args:
+        encoded: Scalar string: a JPEG, PNG, GIF, BMP or unanimated WebP file.
+        orientation: Scalar integer, EXIF orientation 1 to 8.
+
+    Returns:
+        uint8 (H, W, 3) in [0, 255], upright.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run on something that is not such a picture, or is cut short.
+    """
+    stored = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=JPEG_METHOD),
+        lambda: _decode_other(encoded),
+    )
+    return turn_upright(stored, orientation)
+
+
+def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.cond(
+        tf.strings.substr(encoded, 8, 4) == b"WEBP",
+        lambda: tf.io.decode_webp(encoded, channels=0)[0, :, :, :3],  # it takes only the number of channels that the file has
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
+
+
+def turn_upright(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Undoes the camera's rotation and mirroring.
+
+    Args:
+        stored: (H, W, 3) as in the file.
+        orientation: Scalar integer, EXIF orientation 1 to 8.
+
+    Returns:
+        The upright picture: (H, W, 3), or (W, H, 3) for orientations 5 to 8.
+    """
+    transpose, mirror, flip = orientation_steps(orientation)
+
+    def turned() -> tf.Tensor:
+        image = tf.cond(transpose, lambda: tf.transpose(stored, (1, 0, 2)), lambda: stored)
+        image = tf.cond(mirror, lambda: tf.reverse(image, [1]), lambda: image)
+        return tf.cond(flip, lambda: tf.reverse(image, [0]), lambda: image)
+
+    upright = tf.cond(tf.equal(orientation, 1), lambda: stored, turned)
+    return tf.ensure_shape(upright, (None, None, 3))
+
+
+def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What makes a stored picture upright: transpose, then mirror left to right, then flip top to bottom.
+
+    Args:
+        orientation: Scalar integer, EXIF orientation 1 to 8 (CIPA DC-008, tag 0x0112).
+
+    Returns:
+        Three scalar booleans: transpose, mirror, flip.
+    """
+    transpose, mirror, flip = tf.unstack(tf.gather(ORIENTATIONS, tf.cast(orientation, tf.int32)))
+    return transpose, mirror, flip
+
+
+def shrink_or_grow(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int, method: str) -> tf.Tensor:
+    """Resizes, with an antialiasing filter only where a side shrinks more than twofold.
+
+    The published weights were evaluated with plain bicubic sampling (resize_bicubic), which a photo at ImageNet's sizes survives. A
+    12-megapixel one does not: 4 x 4 taps see a hundredth of its pixels. Below a factor of two the filter costs as much as the resizing and
+    moves the pixels away from what the weights were made for.
+
+    Args:
+        image: uint8 (H, W, 3).
+        height: Of the result, in pixels.
+        width: Of the result, in pixels.
+        method: bicubic or bilinear.
+
+    Returns:
+        uint8 (height, width, 3), rounded and clipped to [0, 255].
+    """
+    shape = tf.cast(tf.shape(image)[:2], tf.float32)
+    size = tf.stack([height, width])
+    resized = tf.cond(
+        tf.reduce_any(shape > ALIASING * tf.cast(size, tf.float32)),
+        lambda: tf.image.resize(image, size, method, antialias=True),
+        lambda: tf.image.resize(image, size, method),
+    )
+    return to_uint8(resized)
+
+
+def to_uint8(values: tf.Tensor) -> tf.Tensor:
+    """Rounds and clips floats to uint8 in [0, 255]; the shape stays."""
+    return tf.cast(tf.clip_by_value(tf.round(values), 0, 255), tf.uint8)
+
+
+def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
+    """Makes a square of a picture.
+
+    Args:
+        image: uint8 (H, W, 3).
+        resolution: Side R of the square, in pixels.
+        resize: crop takes the centre, of side min(H, W) * R / (R + 32); squash takes the whole picture and distorts it; letterbox takes the
+            whole picture, keeps its aspect and pads with grey.
+
+    Returns:
+        uint8 (R, R, 3), resampled bicubically.
+    """
+    height, width = tf.unstack(tf.shape(image)[:2])
+    if resize == "squash":
+        square = shrink_or_grow(image, resolution, resolution, "bicubic")
+    elif resize == "crop":
+        shorter = tf.minimum(height, width)
+        side = tf.maximum(shorter * resolution // (resolution + CROP_PADDING), 1)
+        image = tf.image.crop_to_bounding_box(image, (height - side + 1) // 2, (width - side + 1) // 2, side, side)
+        square = shrink_or_grow(image, resolution, resolution, "bicubic")
+    else:
+        longer = tf.maximum(height, width)
+        inner_height = tf.maximum(tf.cast(tf.round(resolution * height / longer), tf.int32), 1)
+        inner_width = tf.maximum(tf.cast(tf.round(resolution * width / longer), tf.int32), 1)
+        inner = shrink_or_grow(image, inner_height, inner_width, "bicubic")
+        top, left = (resolution - inner_height) // 2, (resolution - inner_width) // 2
+        margins = [[top, resolution - inner_height - top], [left, resolution - inner_width - left], [0, 0]]
+        square = tf.pad(inner, margins, constant_values=PADDING_GREY)
+    return tf.ensure_shape(square, (resolution, resolution, 3))
+
+
+def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, resize: Resize) -> tf.Tensor:
+    """Evaluation preprocessing: decodes, turns upright, makes a square.
+
+    Args:
+        encoded: Scalar string with an image file.
+        orientation: Scalar integer, EXIF orientation 1 to 8.
+        resolution: Side R of the square, in pixels.
+        resize: How to make a square, see `fit_square`.
+
+    Returns:
+        uint8 (R, R, 3) in [0, 255], RGB.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run on something that `decode` cannot read.
+    """
+    return fit_square(decode(encoded, orientation), resolution, resize)

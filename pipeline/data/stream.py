@@ -1,0 +1,181 @@
+"""The stream of batches: a pure function of (manifest, config, global step).
+
+Position g = step * global_batch_size + place in the batch; pass g // n over the n training images in an order of the pass's own; every
+image draws its augmentation from (config.seed, pass, its index). Nothing depends on threads, and starting at a step decodes nothing of
+what lies before it.
+"""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from pipeline.config import Config
+from pipeline.data.augment import image_augmentation
+from pipeline.data.manifest import Manifest
+from pipeline.data.mixing import group_mixing, mixing_group
+from pipeline.data.preprocess import preprocess
+from pipeline.data.randaugment import randaugment
+from pipeline.data.sources import Source
+from pipeline.errors import DataError
+
+PREFETCHED = 2  # batches that wait ready; more would only take memory
+PASS_BITS = 40  # an image's index takes so many bits of its seed, the pass the others
+
+Row = Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
+
+
+def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
+    """Steps that count as one epoch: whole batches in the images, at least one.
+
+    What is left over is not lost: the next epoch begins with it.
+
+    Args:
+        num_images: Training images.
+        global_batch_size: Images per step over all replicas.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, num_images // global_batch_size)
+
+
+def training_stream(manifest: Manifest, source: Source, config: Config, *, start_step: int = 0) -> tf.data.Dataset:
+    """Batches for training, without end.
+
+    Args:
+        manifest: The samples; those of split train are used.
+        source: Where their files come from.
+        config: Everything that decides about the pixels, and `runtime.input_workers`, which does not.
+        start_step: Steps to leave out, without decoding them.
+
+    Returns:
+        An infinite dataset of global batches: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding up to 1, weights float32
+        (B,) of ones, index int64 (B,) into the manifest (under MixUp and CutMix, of the image that was mixed into).
+
+    Raises:
+        ConfigError: If the augmentation cannot be built.
+        DataError: If the split is empty.
+    """
+    rows = _rows(manifest, "train")
+    batch_size, workers = config.train.global_batch_size, _workers(config)
+    row, augment, classes = _lookup(manifest), image_augmentation(config), len(manifest.class_names)
+    randomly = randaugment(config.augment.randaugment.num_ops, config.augment.randaugment.magnitude) if config.augment.randaugment else None
+
+    @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
+    def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        key, label, height, width, orientation = row(index)
+        seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(passes, PASS_BITS) + index])
+        image = augment(source.encoded(key), height, width, orientation, seed)
+        if randomly is not None:
+            image = randomly(image, seed)
+        return image, tf.one_hot(label, classes), tf.ones(()), index
+
+    dataset = _order(rows, config.seed, start_step * batch_size).map(load, num_parallel_calls=workers)
+    if config.augment.mixup or config.augment.cutmix:
+        size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
+
+        def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+            images, labels, weights, index = group
+            return *mix(images, labels, number), weights, index
+
+        dataset = dataset.batch(size, drop_remainder=True).enumerate(start_step * batch_size // size)
+        dataset = dataset.map(mix_group, num_parallel_calls=workers).rebatch(batch_size, drop_remainder=True)
+    else:
+        dataset = dataset.batch(batch_size, drop_remainder=True)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    return _finish(dataset, workers)
+
+
+def evaluation_stream(manifest: Manifest, source: Source, config: Config, split: str, *, batch_size: int) -> tf.data.Dataset:
+    """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
+
+    Args:
+        manifest: The samples.
+        source: Where their files come from.
+        config: Its resolution R, `data.resize` and `runtime.input_workers` are used.
+        split: train, val or test.
+        batch_size: Images per batch, B.
+
+    Returns:
+        A finite dataset of batches as those of `training_stream`, all of B. The last is filled up with black images of weight 0, index -1
+        and labels of zeros.
+
+    Raises:
+        DataError: If the split is empty.
+    """
+    rows = _rows(manifest, split)
+    row, classes = _lookup(manifest), len(manifest.class_names)
+    resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
+    filling = -len(rows) % batch_size
+
+    def picture(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        key, label, _, _, orientation = row(index)
+        image = preprocess(source.encoded(key), orientation, resolution=resolution, resize=resize)
+        return image, tf.one_hot(label, classes), tf.ones(())
+
+    def nothing() -> tuple[tf.Tensor, ...]:
+        return tf.zeros((resolution, resolution, 3), tf.uint8), tf.zeros((classes,)), tf.zeros(())
+
+    def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        image, label, weight = tf.cond(index >= 0, lambda: picture(index), nothing)
+        return tf.ensure_shape(image, (resolution, resolution, 3)), tf.ensure_shape(label, (classes,)), weight, index
+
+    indices = np.concatenate([rows, np.full(filling, -1, np.int64)])
+    dataset = tf.data.Dataset.from_tensor_slices(indices).map(load, num_parallel_calls=workers)
+    return _finish(dataset.batch(batch_size, drop_remainder=True), workers)
+
+
+def _order(rows: np.ndarray, seed: int, start: int) -> tf.data.Dataset:
+    """(pass, index) of every position from `start` on, both scalar int64.
+
+    Sorting random numbers gives every order the same chance, at 0.2 s a pass for a million images. `tf.random.experimental.index_shuffle`
+    would be free, but of the seed it uses 16 bits or fewer: over 2,000 consecutive passes it repeated 256 orders.
+    """
+    count = len(rows)
+    with tf.device("cpu"):
+        indices = tf.constant(rows, tf.int64)
+
+    def one_pass(passes: tf.Tensor) -> tf.data.Dataset:
+        draws = tf.random.stateless_uniform((count,), tf.stack([tf.constant(seed, tf.int64), passes]), None, None, tf.int64)
+        order = tf.gather(indices, tf.argsort(draws, stable=True))
+        order = order[tf.where(tf.equal(passes, start // count), start % count, 0) :]
+        return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), passes), order))
+
+    return tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(one_pass)
+
+
+def _rows(manifest: Manifest, split: str) -> np.ndarray:
+    rows = manifest.indices(split)
+    if not len(rows):
+        raise DataError(f"split {split} holds no images; give it a share in data.splits, or images of its own")
+    return rows
+
+
+def _lookup(manifest: Manifest) -> Row:
+    """A function from a scalar index to its key, label, height, width and orientation, as scalars.
+
+    The columns are tensors that the map captures, so that a million keys are not written into its graph.
+    """
+    table = manifest.table
+    with tf.device("cpu"):
+        keys = tf.constant(table["key"].to_numpy(dtype=object), tf.string)
+        numbers = tf.constant(table[["label", "height", "width", "orientation"]].to_numpy(np.int32))
+
+    def row(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return keys[index], *tf.unstack(numbers[index])
+
+    return row
+
+
+def _workers(config: Config) -> int:
+    return config.runtime.input_workers or os.cpu_count() or 1
+
+
+def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = workers
+    options.threading.max_intra_op_parallelism = 1  # pictures are prepared side by side; one more level of threads only gets in the way
+    return dataset.prefetch(PREFETCHED).with_options(options)

@@ -1,0 +1,69 @@
+"""The rules that keep the project readable: imports point one way, modules stay small, libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+MODULES = sorted((PROJECT / "pipeline").rglob("*.py"))
+LIGHT = {"errors", "scaling", "config", "config_file", "run_directory", "screen"}
+ALLOWED = {  # part -> the parts that it may import
+    "errors": set(),
+    "scaling": set(),
+    "config": {"scaling", "errors"},
+    "config_file": {"config", "errors"},
+    "run_directory": {"config", "config_file", "errors"},
+    "screen": {"errors"},
+    "model": {"scaling", "config", "errors"},
+    "data": {"scaling", "config", "errors"},
+    "training": {"scaling", "config", "errors", "model", "data", "run_directory"},
+    "evaluation": {"scaling", "config", "errors", "model", "data"},
+    "preview": {"config", "data", "model", "screen", "training", "errors"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PROJECT / "pipeline").with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_imports_point_one_way(path):
+    if part(path) == "__init__":
+        return
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+    assert used <= ALLOWED[part(path)] | {part(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_modules_are_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_only_tracking_knows_mlflow():
+    assert [path.stem for path in MODULES if any(name.split(".")[0] == "mlflow" for name in imports(path))] == ["tracking"]
+
+
+def test_the_light_modules_load_no_heavy_library():
+    heavy = ["tensorflow", "keras", "mlflow", "pandas", "albumentations", "sklearn", "matplotlib"]
+    code = f"import sys, {', '.join(f'pipeline.{name}' for name in sorted(LIGHT))}, train, evaluate; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_no_unpickling_anywhere_but_in_the_restricted_reader():
+    users = [
+        path.stem for path in MODULES if any(name.split(".")[0] in ("pickle", "cloudpickle", "joblib", "dill") for name in imports(path))
+    ]
+    assert users == ["torch_file"]
