@@ -7,7 +7,9 @@ python evaluate.py --weights imagenet --variant lite0 a.jpg  the same with publi
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from pipeline import run_directory
 from pipeline.errors import RunError, UserError
@@ -105,7 +107,14 @@ def label_by_imagenet(weights: str, name: str, images: list[Path], screen: Scree
     return show_predictions(model, classes, images, variant.resolution, "crop", screen)
 
 
-def show_predictions(model, class_names, images: list[Path], resolution: int, resize: str, screen: Screen) -> int:
+def show_predictions(
+    model: Any,
+    class_names: Sequence[str],
+    images: list[Path],
+    resolution: int,
+    resize: Literal["crop", "squash", "letterbox"],
+    screen: Screen,
+) -> int:
     """Prints a table for each picture; the exit code is 1 if one could not be read."""
     from pipeline.evaluation.predict import predict_files, prediction_table
 

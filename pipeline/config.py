@@ -41,7 +41,7 @@ class Section(BaseModel):
 class Phi(Section):
     """A variant by its compound coefficient."""
 
-    phi: Annotated[float, Field(ge=-6, le=12)]
+    phi: Annotated[float, Field(ge=-6, le=9)]
     """0 is B0; the resolution is 224 * 1.15^phi."""
 
 
@@ -50,7 +50,7 @@ class Multipliers(Section):
 
     width: Annotated[float, Field(gt=0, le=10)]
     """Of the channels."""
-    depth: Annotated[float, Field(gt=0, le=10)]
+    depth: Annotated[float, Field(gt=0, le=6)]
     """Of the repeats of a stage."""
     resolution: Annotated[int, Field(ge=32, le=4096)]
     """Side of the square input, in pixels."""

@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        found = [dict(item) for item in error.errors(include_url=False)]
+        found: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
         inner = {item["loc"][:n] for item in found for n in range(1, len(item["loc"]))}
         lines = [
             _describe(item, values, origins, str(path)) for item in found if not (item["type"] == "too_short" and item["loc"] in inner)

@@ -138,40 +138,30 @@ class ProgressLine:
         if self._rate.mean:
             text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (f", {_duration(left)} left" if step < self._total else "")
         self._screen.say(text)
-        self._rate.pause()
+        self._rate = Throughput()  # the next epoch may be another stage's, with another speed
 
     def on_checkpoint(self, state: object) -> None:
-        """Starts the clock anew, so that validation and saving do not count as training."""
-        self._rate.pause()
+        """Nothing."""
 
 
 class Throughput:
-    """Steps per second of training proper: the clock stands still between `pause` and the next step."""
+    """Steps per second since the first call of `at`; that one waits for the compilation, which does not count."""
 
     def __init__(self) -> None:
-        self._steps = self._seconds = 0.0
-        self._last: tuple[float, float] | None = None
-
-    @property
-    def mean(self) -> float:
-        """Steps per second so far, the first step (which compiles) left out."""
-        return self._steps / self._seconds if self._seconds else 0.0
+        self._first: tuple[float, float] | None = None
+        self.mean = 0.0
 
     def at(self, step: int) -> float:
-        """Counts the steps since the last call; returns the mean."""
+        """Notes that `step` steps are done; returns the mean."""
         now = time.monotonic()
-        if self._last is not None:
-            self._steps += step - self._last[0]
-            self._seconds += now - self._last[1]
-        self._last = (step, now)
+        if self._first is None:
+            self._first = (step, now)
+        else:
+            self.mean = (step - self._first[0]) / (now - self._first[1])
         return self.mean
 
-    def pause(self) -> None:
-        """Leaves out the time up to the next call of `at`."""
-        self._last = None
-
     def seconds_left(self, steps: int) -> float:
-        """Time that `steps` will take at the present mean."""
+        """Time that `steps` will take at the mean."""
         return steps / self.mean if self.mean else 0.0
 
 

@@ -58,7 +58,8 @@ def test_only_tracking_knows_mlflow():
 
 def test_the_light_modules_load_no_heavy_library():
     heavy = ["tensorflow", "keras", "mlflow", "pandas", "albumentations", "sklearn", "matplotlib"]
-    code = f"import sys, {', '.join(f'pipeline.{name}' for name in sorted(LIGHT))}, train, evaluate; print([m for m in {heavy} if m in sys.modules])"
+    light = ", ".join(f"pipeline.{name}" for name in sorted(LIGHT))
+    code = f"import sys, {light}, train, evaluate; print([module for module in {heavy} if module in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -16,7 +16,7 @@ import pytest
 from pipeline.model.efficientnet import block_name, block_of, efficientnet, plain_copy, stage_repeats
 from pipeline.scaling import VARIANTS, Variant, from_multipliers
 
-TINY = replace(VARIANTS["b0"], width=0.25, depth=0.5, resolution=32)
+TINY = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
 
 
 def images(size: int, count: int = 3) -> np.ndarray:
@@ -96,8 +96,7 @@ def test_every_layer_but_padding_and_normalisation_is_called_as_in_keras_applica
     assert ours - names == {"images", "rescaling"} - names
 
 
-@pytest.mark.parametrize("name", ["b0", "b3", "lite2"])
-@pytest.mark.parametrize("survival", [0.8, 0.5])
+@pytest.mark.parametrize(("name", "survival"), [("b0", 0.8), ("b0", 0.5), ("b3", 0.8), ("lite2", 0.8)])
 def test_survival_falls_linearly_over_the_blocks(name: str, survival: float) -> None:
     with keras.StatelessScope(initialize_variables=False):
         model = efficientnet(VARIANTS[name], survival=survival)
@@ -179,16 +178,22 @@ def test_squeeze_and_excitation_squeezes_to_a_quarter_of_what_enters_the_block()
 
 
 def test_initial_weights_have_the_published_spread() -> None:
-    model = efficientnet(replace(VARIANTS["b0"], resolution=32), num_classes=100)
+    model = efficientnet(replace(VARIANTS["b0"], resolution=32))
     top, dw, head = (model.get_layer(name).kernel.numpy() for name in ("top_conv", "block6b_dwconv", "predictions"))
     assert top.std() == pytest.approx(np.sqrt(2 / 1280), rel=0.01)
     assert np.abs(top).max() > 3.5 * top.std()  # untruncated
     assert dw.std() == pytest.approx(np.sqrt(2 / 25), rel=0.02)
-    assert np.abs(head).max() <= 0.1
-    assert head.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.01)
+    assert np.abs(head).max() <= 1000**-0.5
+    assert head.std() == pytest.approx((3 * 1000) ** -0.5, rel=0.01)
     assert {(layer.epsilon, layer.momentum) for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)} == {
         (1e-3, 0.99)
     }
+
+
+@pytest.mark.parametrize(("num_classes", "bound"), [(2, 1000**-0.5), (4000, 4000**-0.5)])
+def test_the_classifier_of_few_classes_starts_no_wider_than_imagenets(num_classes: int, bound: float) -> None:
+    kernel = efficientnet(TINY, num_classes=num_classes).get_layer("predictions").kernel.numpy()
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
 
 
 def test_one_seed_gives_equal_weights_and_another_gives_others() -> None:
@@ -238,6 +243,22 @@ def test_a_free_variant_is_named_so_that_it_can_be_traced() -> None:
 
     model = efficientnet(Variant("phi=-2.5", 0.25, 0.5, 32, 0.2), num_classes=2)
     assert tf.function(model)(images(32)).shape == (3, 2)
+
+
+def test_a_plain_copy_has_kerass_own_layers_again() -> None:
+    class TrainingDropout(keras.layers.Dropout):
+        pass
+
+    model = efficientnet(replace(TINY, depth=0.5), num_classes=4, dropout_layer=TrainingDropout)
+    assert [type(layer) for layer in model.layers if isinstance(layer, keras.layers.Dropout)] == [TrainingDropout] * 4
+    copy = plain_copy(model)
+    assert {type(layer).__module__.split(".")[0] for layer in copy.layers} == {"keras"}
+    for layer in copy.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            assert (
+                layer.get_config().items()
+                >= {key: getattr(model.get_layer(layer.name), key) for key in ("rate", "seed", "noise_shape")}.items()
+            )
 
 
 def test_a_plain_copy_computes_in_float32_and_loads_without_this_package(tmp_path: Path) -> None:

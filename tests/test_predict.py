@@ -96,8 +96,9 @@ def test_unreadable_files_are_reported_and_the_others_predicted(colour_model: ke
     assert [prediction.path for prediction in got if prediction.top] == [good]
     assert list(reasons) == [path.name for path in bad]
     assert "No such file" in reasons["missing.jpg"]
-    assert reasons["cut.jpg"] == "is damaged, or of a format that is not read here (JPEG)"
-    assert reasons["text.jpg"] == reasons["empty.jpg"] == "is not a picture"
+    assert reasons["cut.jpg"] == "is a damaged JPEG"
+    assert reasons["text.jpg"] == "is not a picture, or of a format that is not read here"
+    assert reasons["empty.jpg"] == "is empty"
     assert "TIFF" in reasons["odd.tiff"]
     assert "10000 x 10000 pixels" in reasons["huge.png"]
     assert "directory" in reasons[tmp_path.name]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import DataConfig
+from pipeline.data.preprocess import decode
 from pipeline.data.sources import SPLITS, Sample, Source, listing
 from pipeline.data.splits import Signature, assign_splits, near_duplicates, signature
 from pipeline.errors import DataError
@@ -197,12 +199,23 @@ def _inspect_all(source: Source, samples: Sequence[Sample]) -> Iterator[_Inspect
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(source: Source, key: str) -> _Inspection | str:
-    """What a picture is, or why it cannot be used."""
-    try:
-        data = source.read(key)
-    except OSError as error:
-        return f"cannot be opened: {error.strerror or error}"
+class Header(NamedTuple):
+    """What an image file says of itself."""
+
+    kind: str
+    """PIL's name of its format."""
+    height: int
+    width: int
+    orientation: int
+    """EXIF, 1 to 8: how to turn what is stored."""
+
+
+def read_header(data: bytes) -> Header | str:
+    """Reads an image file's header, or says why the file cannot be used; decodes nothing.
+
+    Args:
+        data: The encoded file.
+    """
     if not data:
         return "is empty"
     try:
@@ -219,13 +232,25 @@ def _inspect(source: Source, key: str) -> _Inspection | str:
         return f"is {kind}, which TensorFlow does not decode"
     if width * height > MOST_PIXELS:
         return f"has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read, shrink it"
+    return Header(kind, height, width, orientation if orientation in range(1, 9) else 1)
+
+
+def _inspect(source: Source, key: str) -> _Inspection | str:
+    """What a picture is, or why it cannot be used."""
+    try:
+        data = source.read(key)
+    except OSError as error:
+        return f"cannot be opened: {error.strerror or error}"
+    header = read_header(data)
+    if isinstance(header, str):
+        return header
     try:
         with tf.device("CPU:0"):
-            picture = tf.io.decode_image(data, channels=3, expand_animations=False).numpy()
+            picture = decode(tf.constant(data), tf.constant(1)).numpy()
     except (tf.errors.OpError, ValueError) as error:
-        return f"is a damaged {kind}: {_reason(error)}"
-    orientation = orientation if orientation in range(1, 9) else 1
-    return _Inspection(hashlib.sha256(data).hexdigest(), height, width, orientation, signature(picture, orientation))
+        return f"is a damaged {header.kind}: {_reason(error)}"
+    found = signature(picture, header.orientation)
+    return _Inspection(hashlib.sha256(data).hexdigest(), header.height, header.width, header.orientation, found)
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Labels for picture files, through the same preprocessing as training's validation."""
 
-import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +13,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
-from PIL import Image, UnidentifiedImageError
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.manifest import MOST_PIXELS, ORIENTATION
+from pipeline.data.manifest import read_header
 from pipeline.data.preprocess import Resize, preprocess
 
 BATCH = 32  # pictures; bounds the memory whatever the number of files
@@ -88,22 +86,14 @@ def _read(to_square: tf.types.experimental.PolymorphicFunction, path: Path) -> n
         encoded = path.read_bytes()
     except OSError as error:
         return f"cannot be opened: {error.strerror}"
-    try:
-        with Image.open(io.BytesIO(encoded)) as header:
-            width, height = header.size
-            rotated = header.format in ("JPEG", "MPO") and "exif" in header.info
-            orientation = header.getexif().get(ORIENTATION, 1) if rotated else 1
-    except UnidentifiedImageError:
-        return "is not a picture"
-    except Exception as error:  # PIL's parsers raise all sorts on damaged headers
-        return f"has a damaged header: {error}"
-    if width * height > MOST_PIXELS:
-        return f"has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read"
+    header = read_header(encoded)
+    if isinstance(header, str):
+        return header
     try:
         with tf.device("CPU:0"):
-            return to_square(encoded, orientation if orientation in range(1, 9) else 1).numpy()
+            return to_square(encoded, header.orientation).numpy()
     except tf.errors.OpError:
-        return f"is damaged, or of a format that is not read here ({header.format})"
+        return f"is a damaged {header.kind}"
 
 
 def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tuple[Label, ...]]:

@@ -169,9 +169,8 @@ def efficientnet(
     x = norm_activate(conv(normalisation(images), "stem_conv", round_filters(STEM_FILTERS, end_width), 3, 2), "stem")
 
     repeats = stage_repeats(variant)
-    sys.setrecursionlimit(
-        max(sys.getrecursionlimit(), 1000 + 20 * sum(repeats))
-    )  # Keras recurses once per layer; L2 has as many as Python allows
+    # Keras recurses once per layer of the longest path; L2 has about as many as Python allows.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 20 * sum(repeats)))
     block = 0
     for number, stage in enumerate(STAGES):
         for repeat in range(repeats[number]):
@@ -226,7 +225,7 @@ def plain_copy(model: keras.Model) -> keras.Model:
         config = layer.get_config() | {"dtype": "float32", "trainable": True}
         if "synchronized" in config:
             config["synchronized"] = False
-        kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("keras."))
+        kind: type[layers.Layer] = next(base for base in type(layer).__mro__ if base.__module__.startswith("keras."))
         return kind.from_config(config)
 
     copy = keras.models.clone_model(model, clone_function=plain)

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config
+from pipeline.data.mixing import mixing_group
 from pipeline.errors import ConfigError
 
 
@@ -69,6 +70,13 @@ def set_up(config: Config) -> Runtime:
             f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "
             f"micro-batches each; take a multiple of {replicas * accumulation}"
         )
+    if config.augment.mixup or config.augment.cutmix:
+        group, micro_batch = mixing_group(batch, accumulation), batch // accumulation // replicas
+        if micro_batch % group:
+            raise ConfigError(
+                f"train.global_batch_size: mixup and cutmix mix groups of {group} images, which {micro_batch} images per replica and "
+                f"micro-batch would cut apart; take a multiple of {group * replicas * accumulation}"
+            )
     jit_compile = config.runtime.xla
     if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
         jit_compile = len(gpus) > 0 and replicas == 1
