@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import run_directory
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.run_directory import RunDirectory
 from pipeline.scaling import VARIANTS
 from pipeline.screen import Screen, run_program
@@ -74,15 +74,17 @@ def measure(run: RunDirectory, split: str | None, screen: Screen) -> int:
     runtime = set_up(config)
     with runtime.strategy.scope():
         model = keras.saving.load_model(run.model, compile=False)
-    dataset = evaluation_stream(manifest, open_source(config.data), config, split, batch_size=config.train.global_batch_size)
-    predictions = Predictor(model, runtime.strategy)(dataset)
+    batch_size = runtime.whole_batch(config.train.global_batch_size // config.train.accumulation)
+    dataset = evaluation_stream(manifest, open_source(config.data), config, split, batch_size=batch_size)
+    with screen.counting(f"measuring {split}") as count:
+        predictions = Predictor(model, runtime.strategy)(dataset, progress=count)
     evaluation = evaluate_predictions(predictions, manifest.class_names, split)
     write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
     screen.say(table(evaluation))
     screen.say(f"written to {run.evaluation(split)}")
-    if (run_id := run.mlflow_run_id()) is not None:
-        log_evaluation(config, run_id, evaluation.headline(), run.evaluation(split))
-        screen.say(f"logged to the run {run_id} in MLflow")
+    if (tracked := run.mlflow_run()) is not None:
+        log_evaluation(config, tracked, evaluation.headline(), run.evaluation(split))
+        screen.say(f"logged to the run {tracked[1]} in MLflow")
     return 0
 
 
@@ -90,9 +92,11 @@ def label(run: RunDirectory, images: list[Path], screen: Screen) -> int:
     """Prints the most probable classes of pictures by a run's final network; returns the exit code."""
     import keras
 
-    config = run.load_config()
+    from pipeline.data.manifest import Manifest
+
+    config, class_names = run.load_config(), Manifest.load(run.manifest).class_names
     model = keras.saving.load_model(run.model, compile=False)
-    return show_predictions(model, run.class_names(), images, config.variant.resolution, config.data.resize, screen)
+    return show_predictions(model, class_names, images, config.variant.resolution, config.data.resize, screen)
 
 
 def label_by_imagenet(weights: str, name: str, images: list[Path], screen: Screen) -> int:
@@ -103,7 +107,12 @@ def label_by_imagenet(weights: str, name: str, images: list[Path], screen: Scree
     classes = [readable for _, readable in imagenet_classes()]
     variant = VARIANTS[name]
     model = efficientnet(variant, num_classes=len(classes))
-    screen.say(str(load_pretrained(model, weights, variant=variant, class_names=classes)))
+    report = load_pretrained(model, weights, variant=variant, class_names=classes)
+    if report.new:
+        raise WeightsError(
+            f"{report}. These are not the weights of a whole {name} with ImageNet's classes; a run is labelled with by --run"
+        )
+    screen.say(f"weights: {report}")
     return show_predictions(model, classes, images, variant.resolution, "crop", screen)
 
 

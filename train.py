@@ -7,13 +7,15 @@ config is known to be good, so that a mistake in it is answered at once.
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline import run_directory
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import RunError
+from pipeline.errors import RunError, TrainingError, UserError
 from pipeline.run_directory import RunDirectory
 from pipeline.screen import ProgressLine, Screen, run_program
 
@@ -51,24 +53,32 @@ def main(screen: Screen) -> int:
         if run.model.exists():
             screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
             return 0
+        if not run.has_checkpoints():  # it was cut off in its first epoch: it begins anew
+            run_directory.write(run.config, config.to_yaml())
+            run.tracking.unlink(missing_ok=True)
     screen.divert_to(run.log)
-    return train(config, run, screen, resume=arguments.resume)
+    return train(config, run, screen, resume=run.has_checkpoints())
 
 
 def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> int:
     """Takes a run from its data to its evaluation; returns the exit code."""
+    from pipeline.data.augment import image_augmentation
+    from pipeline.data.sources import open_source
     from pipeline.data.stream import evaluation_stream, steps_per_epoch, training_stream
     from pipeline.evaluation.metrics import Predictor, evaluate_predictions
     from pipeline.evaluation.report import table, write_evaluation, write_training_curves
     from pipeline.training import checkpoint
-    from pipeline.training.loop import Interrupted, Trainer
-    from pipeline.training.runtime import set_up
+    from pipeline.training.loop import Interrupted, Trainer, plan
+    from pipeline.training.runtime import check_batch, set_up
     from pipeline.training.tracking import Tracker
 
     runtime = set_up(config)
+    check_batch(config, runtime)
+    image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
-    source, manifest = read_data(config, run, screen, resume=resume)
-    state = build(config, runtime, manifest.class_names, screen, weights=None if resume else config.model.weights)
+    source = open_source(config.data)
+    state = build(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
+    manifest = read_data(source, config, run, screen, resume=resume)
     identity = {"config": config.model_dump(mode="json"), "data": manifest.digest(), "replicas": runtime.replicas}
     if resume:
         restore_newest(state, run, identity, screen)
@@ -77,24 +87,23 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     predictor = Predictor(state.model, runtime.strategy)
 
     def evaluate(split: str) -> tuple[Any, Any]:
-        predictions = predictor(evaluation_stream(manifest, source, config, split, batch_size=batch_size))
+        predictions = predictor(evaluation_stream(manifest, source, config, split, batch_size=batch_size // config.train.accumulation))
         return predictions, evaluate_predictions(predictions, manifest.class_names, split)
 
     def validate() -> dict[str, float]:
         return evaluate("val")[1].headline() if len(manifest.indices("val")) else {}
 
-    stop = StopRequest()
-    with Tracker(config, run.path, run_id=run.mlflow_run_id()) as tracker:
-        run.note_mlflow_run_id(tracker.run_id)
+    stop = StopRequest(screen)
+    with Tracker(config, run.path, resumed=run.mlflow_run()) as tracker:
+        run.note_mlflow_run(tracker.uri, tracker.run_id)
         counts = {split: column.to_dict() for split, column in manifest.class_counts().items()}
         tracker.log_dataset(config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), counts)
+        line = ProgressLine(
+            screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
+        )
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-        hooks: list[Any] = [tracker, keeper]  # in this order: what is in a checkpoint is in MLflow, too
-        trainer = Trainer(config, runtime, steps, hooks, stop)
-        with ProgressLine(
-            screen, first_step=state.step, total_steps=trainer.total_steps, steps_per_epoch=steps, global_batch_size=batch_size
-        ) as line:
-            hooks.append(line)
+        trainer = Trainer(config, runtime, steps, [tracker, keeper, line], stop)  # what is in a checkpoint is in MLflow, too
+        with line, stop.listening():
             try:
                 history = trainer.run(state, lambda step: training_stream(manifest, source, config, start_step=step), validate)
             except Interrupted:
@@ -113,16 +122,13 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
             checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
             with state.averaged():
                 save_plain(state.model, run.best)
-        tracker.log_metrics(evaluation.headline(), final_step)
-        for path in (run.config, run.classes, run.manifest, run.report, run.evaluation(split), run.best):
-            if path.exists():
-                tracker.log_artifacts(path, path.relative_to(run.path).as_posix() if path.is_dir() else None)
-        tracker.log_model(run.final, "model", step=final_step)
+        screen.say()
+        screen.say(table(evaluation))
+        if split == "val":
+            screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
+        send_results(tracker, evaluation, run, split, final_step)
         run.final.replace(run.model)  # from here on the run counts as finished
 
-    screen.say(table(evaluation))
-    if split == "val":
-        screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
     screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
     screen.say(f"figures          {run.evaluation(split)}")
     screen.say(f"label a picture  python evaluate.py --run {run.path} PICTURE")
@@ -130,12 +136,10 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     return 0
 
 
-def read_data(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> tuple[Any, Any]:
-    """Opens the data and scans them: every sample is read and decoded once before any training. A resumed run scanned them already."""
+def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> Any:
+    """Scans the data: every sample is read and decoded once before any training. A resumed run did so when it began."""
     from pipeline.data.manifest import Manifest, scan
-    from pipeline.data.sources import open_source
 
-    source = open_source(config.data)
     if resume:
         manifest = Manifest.load(run.manifest)
         listed = [(sample.key, sample.label) for sample in source.samples()]
@@ -150,7 +154,7 @@ def read_data(config: Config, run: RunDirectory, screen: Screen, *, resume: bool
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
         screen.say(f"note: {note}")
-    return source, manifest
+    return manifest
 
 
 def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None) -> Any:
@@ -174,7 +178,7 @@ def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Sc
             seed=config.seed,
         )
         if weights is not None:
-            report = load_pretrained(model, weights, variant=config.variant, class_names=class_names)
+            report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
             screen.say(f"weights: {report}", details=report.details())
         average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
@@ -194,6 +198,21 @@ def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], scre
     screen.say(f"resumed behind step {state.step:,} from {newest}")
 
 
+def send_results(tracker: Any, evaluation: Any, run: RunDirectory, split: str, step: int) -> None:
+    """Gives MLflow the figures, the files and the final network of a run that is complete."""
+    tracker.log_metrics(evaluation.headline(), step)
+    try:
+        for path in (run.config, run.classes, run.manifest, run.report, run.evaluation(split), run.best):
+            if path.exists():
+                folder = path if path.is_dir() else path.parent
+                tracker.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
+        tracker.log_model(run.final, "model", step=step)
+    except UserError as error:
+        raise TrainingError(
+            f"{error}\nThe run is complete but for this: the same command with --run-dir {run.path} --resume ends it"
+        ) from None
+
+
 def save_plain(model: Any, path: Path) -> None:
     """Saves the network as it is now, of plain Keras layers in float32, whole or not at all."""
     from pipeline.model.efficientnet import plain_copy
@@ -205,16 +224,25 @@ def save_plain(model: Any, path: Path) -> None:
 
 
 class StopRequest:
-    """Whether the process was asked to stop, by SIGTERM or the first SIGINT; the second SIGINT ends it at once."""
+    """Whether the process was asked to stop, by SIGTERM or by a first Ctrl-C; a second Ctrl-C ends it at once."""
 
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def __init__(self, screen: Screen) -> None:
+        self.signal, self._screen = 0, screen
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """A block in which such a request waits for the end of the step. Outside it, the process ends as any other does."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._screen.say("stopping behind this step or validation; Ctrl-C ends it at once")
 
     def __call__(self) -> bool:
         return self.signal != 0

@@ -1,16 +1,15 @@
 """The schema of a config: every key, its type, bounds, default and meaning. `load_config` makes one from YAML."""
 
-import difflib
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from pipeline.augmentations import check_albumentations, check_native
 from pipeline.scaling import VARIANTS, Variant, from_multipliers, from_phi
 
 IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "lite1", "lite2")  # with weights to be had by name
@@ -21,15 +20,6 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["exponential", "cosine", "constant"]
 Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
-
-
-def nearest(key: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown key: the nearest valid one, else the valid ones where they are few, else nothing."""
-    valid = list(valid)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid are {', '.join(valid)}" if 0 < len(valid) <= 20 else ""
 
 
 class Section(BaseModel):
@@ -74,12 +64,20 @@ class ModelConfig(Section):
     """Side of the square input in pixels; null takes the variant's own."""
     weights: str | None = "imagenet"
     """null starts from random values; imagenet; a file (.h5, .keras, .pth); or the directory of a run."""
+    class_map: Path | None = None
+    """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights; null goes by names."""
     dropout: Fraction | None = None
     """Rate in front of the classifier; null takes the variant's own."""
     survival: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Probability that the last block survives stochastic depth; the first always does, between them it falls linearly."""
     batch_norm_momentum: Fraction = 0.99
     """Of the moving statistics. 0.99 is the paper's; runs of a few hundred steps from random weights want about 0.9."""
+
+    @model_validator(mode="after")
+    def _map_has_weights(self) -> "ModelConfig":
+        if self.class_map is not None and self.weights is None:
+            raise ValueError("class_map says where the rows of the weights' classifier go; set weights, or leave class_map out")
+        return self
 
 
 class SplitsConfig(Section):
@@ -112,6 +110,11 @@ class DataConfig(Section):
     """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """How a picture becomes a square in evaluation: crop takes the centre, squash distorts, letterbox pads."""
+
+    @field_validator("path", mode="after")
+    @classmethod
+    def _home(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path is not None else None
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> "DataConfig":
@@ -155,9 +158,6 @@ class Transform(Section):
         return value
 
 
-NATIVE_ARGUMENTS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
-
-
 class AugmentConfig(Section):
     """What training does to the pictures. Evaluation does none of it."""
 
@@ -178,44 +178,10 @@ class AugmentConfig(Section):
         backend = info.data.get("backend")
         for transform in transforms:
             if backend == "native":
-                _check_native(transform)
+                check_native(transform.name, transform.args)
             elif backend == "albumentations":
-                _check_albumentations(transform)
+                check_albumentations(transform.name, transform.args)
         return transforms
-
-
-def _check_native(transform: Transform) -> None:
-    if transform.name not in NATIVE_ARGUMENTS:
-        raise ValueError(f"the native backend knows {' and '.join(NATIVE_ARGUMENTS)}; for {transform.name} set backend: albumentations")
-    for key, value in transform.args.items():
-        if key not in NATIVE_ARGUMENTS[transform.name]:
-            raise ValueError(f"{transform.name} has no argument {key!r}{nearest(key, NATIVE_ARGUMENTS[transform.name])}")
-        if key == "p" and not (_is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"{transform.name}: p is a probability from 0 to 1; received {value!r}")
-        if key in ("scale", "ratio"):
-            top = 1 if key == "scale" else 100
-            if not (isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1] <= top):
-                raise ValueError(f"{transform.name}: {key} is a pair [low, high] above 0 and at most {top}; received {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_albumentations(transform: Transform) -> None:
-    import os
-
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
-    import albumentations
-
-    exported = {name: value for name, value in vars(albumentations).items() if isinstance(value, type)}
-    known = {name: value for name, value in exported.items() if issubclass(value, albumentations.BasicTransform)}
-    if transform.name not in known:
-        raise ValueError(f"albumentations has no transform {transform.name!r}{nearest(transform.name, known)}")
-    schema: Any = known[transform.name].InitSchema  # type: ignore[attr-defined]
-    unknown = [key for key in transform.args if key not in schema.model_fields or key == "strict"]
-    if unknown:
-        raise ValueError("; ".join(f"{transform.name} has no argument {key!r}{nearest(key, schema.model_fields)}" for key in unknown))
 
 
 class OptimizerConfig(Section):
@@ -252,7 +218,7 @@ class StageConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """null takes the optimizer's."""
     freeze_batch_norm: bool = False
-    """Keep batch normalisation in inference mode where its block is trained, too; in frozen blocks it always is."""
+    """Freeze batch normalisation, its scales and shifts included, where its block is trained, too; in frozen blocks it always is."""
 
 
 class TrainConfig(Section):
@@ -297,6 +263,13 @@ class TrackingConfig(Section):
     uri: str | None = None
     """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
 
+    @field_validator("uri", mode="after")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and re.search(r"://[^/@]+@", uri):
+            raise ValueError("a config is copied into every run: give user and password by MLFLOW_TRACKING_USERNAME and _PASSWORD")
+        return uri
+
 
 class Config(Section):
     """Everything that a run is made from."""
@@ -315,6 +288,12 @@ class Config(Section):
         if self.model.weights == "imagenet" and self.model.variant not in IMAGENET_VARIANTS:
             published = ", ".join(IMAGENET_VARIANTS)
             raise ValueError(f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; give a file or null")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_stays_random(self) -> "Config":
+        if self.model.weights is None and all(stage.trainable != "all" for stage in self.train.stages):
+            raise ValueError("train.stages: with model.weights null, blocks that no stage trains stay random; let one train all")
         return self
 
     @property
@@ -339,7 +318,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The whole config, defaults included, as a YAML that loads back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def digest(self) -> str:
-        """SHA-256 over the values, in hexadecimal; equal configs have equal digests."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, Section, nearest
-from pipeline.errors import ConfigError
+from pipeline.config import Config, Section
+from pipeline.errors import ConfigError, nearest
 
 KeyPath = tuple[str | int, ...]
 Origins = dict[KeyPath, str]  # where each key was written: file:line, or the override on the command line
@@ -188,7 +188,8 @@ def _is_section(value: Any) -> bool:
 def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -> str:
     """One line for one of pydantic's errors."""
     path = _written_path(error["loc"], values)
-    place = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), file)
+    below = (origins[known] for known in origins if path and known[: len(path)] == path)  # an override makes its parents as it goes
+    place = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None) or next(below, file)
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
         message = "unknown key" + nearest(str(path[-1]), _valid_keys(path[:-1]))

@@ -4,6 +4,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from pipeline.config import Config
+from pipeline.data.augment import image_augmentation
 from pipeline.data.manifest import Manifest, scan
 from pipeline.data.sources import NotFetchedError, open_source
 from pipeline.data.stream import steps_per_epoch
@@ -11,7 +12,7 @@ from pipeline.model.cost import cost, estimated_memory
 from pipeline.model.efficientnet import efficientnet
 from pipeline.screen import Screen
 from pipeline.training.loop import plan
-from pipeline.training.runtime import set_up
+from pipeline.training.runtime import check_batch, set_up
 
 
 def show(config: Config, screen: Screen) -> None:
@@ -21,10 +22,14 @@ def show(config: Config, screen: Screen) -> None:
         UserError: Where the run itself would.
     """
     runtime = set_up(config)
+    check_batch(config, runtime)
+    image_augmentation(config)
     screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
     manifest: Manifest | None = None
     try:
-        manifest = scan(open_source(config.data, fetch=False), config.data, seed=config.seed)
+        source = open_source(config.data, fetch=False)
+        with screen.counting("reading the data") as count:
+            manifest = scan(source, config.data, seed=config.seed, progress=count)
         num_classes = len(manifest.class_names)
         screen.say(class_counts(manifest))
         for note in manifest.notes:

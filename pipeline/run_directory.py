@@ -77,21 +77,24 @@ class RunDirectory:
         """The results on a split."""
         return self.path / "evaluation" / split
 
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to resume from, be it damaged."""
+        return any(self.checkpoints.glob("step-*"))
+
     def load_config(self) -> Config:
         """The config that the run was made from."""
         return load_config(self.config)
 
-    def class_names(self) -> tuple[str, ...]:
-        """The class names in the order of the network's outputs."""
-        return tuple(self.classes.read_text(encoding="utf-8").splitlines())
+    def mlflow_run(self) -> tuple[str, str] | None:
+        """Where MLflow keeps the run and its id there, once they are known."""
+        if not self.tracking.exists():
+            return None
+        noted = json.loads(self.tracking.read_text())
+        return noted["uri"], noted["run_id"]
 
-    def mlflow_run_id(self) -> str | None:
-        """The run's id in MLflow, once it is known."""
-        return json.loads(self.tracking.read_text())["run_id"] if self.tracking.exists() else None
-
-    def note_mlflow_run_id(self, run_id: str) -> None:
-        """Keeps the run's id in MLflow for a resume and for later evaluations."""
-        write(self.tracking, json.dumps({"run_id": run_id}) + "\n")
+    def note_mlflow_run(self, uri: str, run_id: str) -> None:
+        """Keeps them for a resume and for later evaluations."""
+        write(self.tracking, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
 
 
 def create(path: Path | None, config: Config) -> RunDirectory:
@@ -106,13 +109,16 @@ def create(path: Path | None, config: Config) -> RunDirectory:
     """
     if path is None:
         now = datetime.datetime.now()
-        path = RUNS / config.tracking.experiment / now.strftime("%Y-%m-%d_%H-%M-%S")
-        while path.exists():
-            now += datetime.timedelta(seconds=1)
-            path = path.with_name(now.strftime("%Y-%m-%d_%H-%M-%S"))
+        while True:
+            path = RUNS / config.tracking.experiment / now.strftime("%Y-%m-%d_%H-%M-%S")
+            try:
+                path.mkdir(parents=True)  # of two runs that start at once, one finds it taken
+                break
+            except FileExistsError:
+                now += datetime.timedelta(seconds=1)
     run = RunDirectory(path)
     if path.exists() and not (path.is_dir() and {item.name for item in path.iterdir()} <= _BEFORE_TRAINING):
-        if run.checkpoints.exists() and not run.model.exists():
+        if run.manifest.exists() and not run.model.exists():
             raise RunError(f"{path}: holds an unfinished run; go on with it by --resume, or choose another --run-dir")
         raise RunError(f"{path}: exists already and nothing in it is overwritten; choose another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
@@ -127,19 +133,24 @@ def find(name: str) -> RunDirectory:
         RunError: If there is none.
     """
     if name == "latest":
-        finished = sorted(RUNS.glob("*/*/model.keras"), key=lambda model: model.stat().st_mtime)
+        finished = [run for run in _runs() if run.model.exists()]
         if not finished:
             raise RunError(f"{RUNS}/: holds no finished run; train one, or give a run's directory by --run")
-        return RunDirectory(finished[-1].parent)
+        return max(finished, key=lambda run: run.model.stat().st_mtime)
     if Path(name).is_dir():
         run = RunDirectory(Path(name))
         if not run.config.exists():
             raise RunError(f"{name}: is not a run's directory (it has no config.yaml)")
         return run
-    for tracking in RUNS.glob("*/*/mlflow.json"):
-        if json.loads(tracking.read_text())["run_id"] == name:
-            return RunDirectory(tracking.parent)
+    for run in _runs():
+        tracked = run.mlflow_run()
+        if tracked is not None and tracked[1] == name:
+            return run
     raise RunError(f"{name}: is neither a directory, nor the MLflow id of a run under {RUNS}/, nor the word latest")
+
+
+def _runs() -> list[RunDirectory]:
+    return [RunDirectory(config.parent) for config in RUNS.rglob("config.yaml")]
 
 
 def write(path: Path, content: str) -> None:

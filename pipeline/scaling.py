@@ -74,6 +74,11 @@ def from_phi(phi: float) -> Variant:
     return from_multipliers(BETA**phi, ALPHA**phi, round(224 * GAMMA**phi), name=f"phi={phi:g}")
 
 
+def phi_of(resolution: int) -> float:
+    """The compound coefficient at which the formula gives a resolution, in pixels: the inverse of `from_phi`'s third factor."""
+    return math.log(resolution / 224, GAMMA)
+
+
 def from_multipliers(width: float, depth: float, resolution: int, *, name: str | None = None) -> Variant:
     """A variant off the table, with the dropout of the published B variant nearest in width."""
     nearest = min((v for v in VARIANTS.values() if not v.lite), key=lambda v: abs(v.width - width))

@@ -25,8 +25,8 @@ class Screen:
     """
 
     def __init__(self) -> None:
-        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        self._err: TextIO = os.fdopen(os.dup(2), "w", encoding="utf-8")
+        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+        self._err: TextIO = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
         self.console = Console(file=self._out, highlight=False, soft_wrap=not self._out.isatty())
         self.log: Path | None = None
 
@@ -45,7 +45,7 @@ class Screen:
 
     def say(self, text: Any = "", *, details: str | None = None) -> None:
         """Shows a line of text or one of rich's renderables; a line goes to the log, too, or its details in its place."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
         if isinstance(text, str) and self.log is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 

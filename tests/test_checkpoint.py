@@ -106,6 +106,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     assert checkpoint.newest_verified(tmp_path) == (newest, [])
 
 
+def test_a_best_epoch_whose_weights_are_lost_is_forgotten(tmp_path):
+    state = make_state()
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        state.step, state.best = step, {"step": best, "val/accuracy": 0.5}
+        checkpoint.save(state, tmp_path, IDENTITY, keep=2)
+    (tmp_path / "step-00000003" / "model.npz").write_bytes(b"")
+    newest, _ = checkpoint.newest_verified(tmp_path)
+    assert newest == tmp_path / "step-00000002"
+    checkpoint.restore(state, newest)
+    assert (state.step, state.best) == (2, None), "step 1, the best by then, was removed when step 3 became it"
+
+
+def test_somebody_elses_hidden_files_are_left_alone(tmp_path):
+    (tmp_path / ".nfs0001").write_text("x")
+    checkpoint.save(make_state(), tmp_path, IDENTITY, keep=1)
+    assert (tmp_path / ".nfs0001").exists()
+
+
 def test_a_kill_while_writing_leaves_the_older_checkpoint_and_no_litter(tmp_path, monkeypatch):
     state = make_state()
     state.step = 1

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.model.efficientnet import efficientnet, plain_copy
+from pipeline.scaling import from_multipliers
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.runtime import PerReplicaDropout, Runtime, check_batch, set_up
 from pipeline.training.step import Totals, TrainStep
 
 PROJECT = Path(__file__).parents[1]
@@ -159,7 +163,7 @@ from pipeline.config import Config
 from pipeline.model.efficientnet import efficientnet
 from pipeline.scaling import from_multipliers
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.runtime import PerReplicaDropout, Runtime, check_batch, set_up
 from pipeline.training.step import Totals, TrainStep
 config = Config.model_validate({"data": {"source": "digits"}, "model": {"weights": None}, "train": {"global_batch_size": 16},
                                 "runtime": {"strategy": "mirrored" if replicas > 1 else "one"}})
@@ -185,6 +189,7 @@ print(json.dumps(totals.read()))
 """
 
 
+@pytest.mark.slow
 def test_two_replicas_equal_one_device_and_draw_different_masks(tmp_path):
     results, sums = [], []
     for replicas in (1, 2):
@@ -208,16 +213,39 @@ def test_two_replicas_equal_one_device_and_draw_different_masks(tmp_path):
     assert sums[0]["images"] == sums[1]["images"] == 80
 
 
-def test_an_indivisible_batch_is_refused():
-    from pipeline.errors import ConfigError
-
-    config = make_config(train={"global_batch_size": 6, "accumulation": 2}, runtime={"strategy": "one"})
-    assert set_up(config).replicas == 1
-    code = TWO_REPLICAS.split("config = ")[0].split("from pipeline.model")[0] + (
-        "from pipeline.training.runtime import set_up\n"
-        "set_up(Config.model_validate({'data': {'source': 'digits'}, 'train': {'global_batch_size': 6, 'accumulation': 2},"
-        " 'runtime': {'strategy': 'mirrored'}}))"
+def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
+    config = make_config(train={"global_batch_size": 8}, runtime={"precision": "bfloat16"})
+    runtime = set_up(config)
+    assert runtime.dtype == "mixed_bfloat16"
+    model = efficientnet(
+        from_multipliers(0.25, 0.3, 32), num_classes=CLASSES, survival=0.5, dropout_layer=PerReplicaDropout, dtype=runtime.dtype
     )
-    ran = subprocess.run([sys.executable, "-c", code, "2", "0", "-"], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert ConfigError.__name__ in ran.stderr
-    assert "take a multiple of 4" in ran.stderr
+    average, totals = MovingAverage(model.weights, 0.9), Totals()
+    optimizer = build_optimizer(config.optimizer, model.trainable_variables)
+    step = TrainStep(model, optimizer, average, totals, config, runtime)
+    before = model.get_layer("stem_conv").kernel.numpy()
+    rng = np.random.default_rng(0)
+    images = tf.constant(rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))
+    step((images, *batch()[1:]), 0.1)
+    assert not np.array_equal(before, model.get_layer("stem_conv").kernel.numpy())
+    assert {str(variable.dtype.name) for variable in average.variables} == {"float32"}
+    assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
+    assert np.isfinite(totals.read()["loss"])
+    with average.swapped_in():
+        plain_copy(model).save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert {layer.compute_dtype for layer in loaded.layers} == {"float32"}
+    np.testing.assert_array_equal(loaded.get_layer("stem_conv").kernel.numpy(), average.variables[0].numpy())
+
+
+def test_an_indivisible_batch_is_refused():
+    config = make_config(train={"global_batch_size": 12, "accumulation": 2}, runtime={"strategy": "one"}, augment={"mixup": 0.2})
+    two = Runtime(SimpleNamespace(num_replicas_in_sync=2), "float32", False)
+    check_batch(config, set_up(config))
+    with pytest.raises(ConfigError, match=r"groups of 2 images, which 3 images per replica and micro-batch would cut apart; .* of 8"):
+        check_batch(config, two)
+    with pytest.raises(
+        ConfigError, match="6 images cannot be shared evenly among 2 replicas with 2 micro-batches each; take a multiple of 4"
+    ):
+        check_batch(make_config(train={"global_batch_size": 6, "accumulation": 2}), two)
+    assert two.whole_batch(31) == 32

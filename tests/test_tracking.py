@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.training import tracking
 from pipeline.training.loop import Interrupted
+from pipeline.training.mlflow_store import tracking_uri
 from pipeline.training.tracking import Tracker, log_evaluation
 
 
@@ -143,7 +143,7 @@ def test_resume_goes_on_with_the_run_and_logs_no_step_twice(config: Config, clie
         first.on_epoch({"epoch": 1, "step": 5, "val/accuracy": 0.5})
         raise ValueError("stop")
     assert client.get_run(first.run_id).info.status == "FAILED"
-    with Tracker(config, tmp_path / "run", run_id=first.run_id) as second:
+    with Tracker(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
         assert second.run_id == first.run_id
         assert client.get_run(first.run_id).info.status == "RUNNING"
         second.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
@@ -210,7 +210,7 @@ def test_an_evaluation_is_added_to_a_run_that_has_ended(config: Config, client: 
     results = tmp_path / "evaluation" / "test"
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
-    log_evaluation(config, tracker.run_id, {"test/accuracy": 0.6}, results)
+    log_evaluation(config, (tracker.uri, tracker.run_id), {"test/accuracy": 0.6}, results)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "KILLED"
     assert run.data.metrics["test/accuracy"] == 0.6
@@ -221,10 +221,11 @@ def test_the_uri_comes_from_the_config_then_the_environment_then_the_folder(tmp_
     monkeypatch.chdir(tmp_path)
     bare = Config.model_validate({"data": {"source": "digits"}})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking._tracking_uri(bare) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(bare) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(bare, "http://noted") == "http://noted"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking._tracking_uri(bare) == "http://127.0.0.1:5000"
-    assert tracking._tracking_uri(config_for(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(bare) == "http://127.0.0.1:5000"
+    assert tracking_uri(config_for(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_the_environment_is_left_as_it_was(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +247,9 @@ def test_artifacts_lie_beside_the_database(config: Config, client: MlflowClient,
     assert (home / "mlartifacts" / tracker.run_id / "artifacts" / "a b.txt").read_text() == "x"
 
 
-def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path: Path) -> None:
-    config = Config.model_validate({"data": {"source": "digits"}, "tracking": {"uri": "http://me:secret@127.0.0.1:9"}})
+def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    config = Config.model_validate({"data": {"source": "digits"}})
     start = time.monotonic()
     with (
         pytest.raises(ConfigError, match=r"tracking.uri: MLflow cannot work with http://\*\*\*@127.0.0.1:9") as caught,
@@ -269,9 +271,13 @@ def test_a_deleted_experiment_is_named_with_its_remedy(home: Path, client: Mlflo
         raise AssertionError("the block must not be entered")
 
 
-def test_an_unknown_run_id_is_an_error(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not found"), Tracker(config, tmp_path / "run", run_id="0" * 32):
-        raise AssertionError("the block must not be entered")
+def test_a_run_that_mlflow_has_lost_is_begun_anew(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    with Tracker(config, tmp_path / "run", resumed=("sqlite:///elsewhere.db", "0" * 32)) as tracker:
+        tracker.log_metrics({"train/loss": 1.0}, 3)
+    assert tracker.run_id != "0" * 32
+    run = client.get_run(tracker.run_id)
+    assert run.data.params["seed"] == "42"
+    assert run.data.metrics["train/loss"] == 1.0
 
 
 def test_long_values_are_cut_to_what_mlflow_takes(home: Path, client: MlflowClient, tmp_path: Path) -> None:
@@ -283,8 +289,10 @@ def test_long_values_are_cut_to_what_mlflow_takes(home: Path, client: MlflowClie
 
 def test_how_to_open_is_a_command_for_a_file_and_the_address_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    remote = Config.model_validate({"data": {"source": "digits"}, "tracking": {"uri": "https://me:pw@host/x"}})
-    assert Tracker(remote, tmp_path).how_to_open() == "https://***@host/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@host/x")
+    remote = Tracker(Config.model_validate({"data": {"source": "digits"}}), tmp_path)
+    assert remote.how_to_open() == "https://***@host/x"
+    assert remote.uri == "https://host/x", "what is noted in the run's directory holds no password"
     command = Tracker(config_for(tmp_path), tmp_path).how_to_open()
     assert command.endswith("-m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1")
 

@@ -9,12 +9,18 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+
+import evaluate
+import train
+from pipeline.errors import UserError
+from pipeline.screen import Screen
 
 PROJECT = Path(__file__).parents[1]
 CONFIG = """
@@ -105,7 +111,7 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
     assert "oneDNN" in (directory / "log.txt").read_text()
 
 
-def test_mlflow_has_the_run_with_its_metrics_and_a_model_that_loads_back(finished, monkeypatch):
+def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{directory.parent / 'mlflow.db'}")
     import keras
@@ -121,7 +127,9 @@ def test_mlflow_has_the_run_with_its_metrics_and_a_model_that_loads_back(finishe
     metrics = json.loads((directory / "evaluation/test/metrics.json").read_text())
     assert logged.data.metrics["test/accuracy"] == pytest.approx(metrics["accuracy"])
     artifacts = {artifact.path for artifact in client.list_artifacts(logged.info.run_id)}
-    assert {"config.yaml", "classes.txt", "manifest.parquet", "report", "evaluation"} <= artifacts
+    assert artifacts == {"config.yaml", "classes.txt", "manifest.parquet", "report", "evaluation", "best"}
+    best = client.download_artifacts(logged.info.run_id, "best/model.keras", str(tmp_path))
+    assert weights(Path(best)) == weights(directory / "best/model.keras")
     [model] = client.search_logged_models([logged.info.experiment_id])
     mlflow.set_tracking_uri(f"sqlite:///{directory.parent / 'mlflow.db'}")
     loaded = mlflow.keras.load_model(model.model_uri)
@@ -161,7 +169,9 @@ def test_evaluate_labels_pictures_as_it_measured_them(finished):
         assert row.predicted_class in out
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGTERM, id="terminated"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_ended_in_an_epoch_goes_on_bit_identically(folder, finished, how):
     name = f"ended-{how}"
     process = start(folder, "train.py", "--config", "config.yaml", "--run-dir", name)
@@ -169,7 +179,7 @@ def test_a_run_that_is_ended_in_an_epoch_goes_on_bit_identically(folder, finishe
     while not list((folder / name / "checkpoints").glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == (143 if how == signal.SIGTERM else -9), out + err
     if how == signal.SIGTERM:
         assert f"--run-dir {name} --resume" in out
@@ -210,6 +220,32 @@ def manifest_of(directory: Path) -> dict:
     return json.loads((directory / "checkpoints" / "step-00000024" / "manifest.json").read_text())
 
 
+class FakeScreen(Screen):
+    """A screen that leaves the test's own output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def divert_to(self, log: Path | None) -> None:
+        """Nothing."""
+
+    def say(self, text: object = "", *, details: str | None = None) -> None:
+        """Keeps what is said."""
+        with self.console.capture() as capture:
+            self.console.print(text, markup=False, emoji=False)
+        self.said.append(capture.get())
+
+
+def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *arguments: str) -> str:
+    """Runs a program in this process; returns what it said."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
+    screen = FakeScreen()
+    assert program.main(screen) == 0
+    return "".join(screen.said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,24 +254,65 @@ def manifest_of(directory: Path) -> dict:
         (["model.weights=absent.h5"], "absent.h5"),
         (["--run-dir", "photos"], "nothing in it is overwritten"),
         (["--run-dir", "nowhere", "--resume"], "is neither a directory"),
+        (["augment.backend=albumentations", "augment.transforms=[{HorizontalFlip: {p: 5}}]"], "HorizontalFlip"),
+        (["augment.backend=albumentations", "augment.transforms=[Normalize]"], "Normalize"),
     ],
 )
-def test_bad_input_gets_one_message_and_exit_code_2(folder, arguments, message):
-    code, _, err = run(folder, "train.py", "--config", "config.yaml", *arguments)
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
+def test_bad_input_is_answered_in_one_message(folder, monkeypatch, arguments, message):
+    with pytest.raises(UserError) as caught:
+        call(monkeypatch, folder, train, "--config", "config.yaml", *arguments)
+    assert message in str(caught.value)
 
 
-def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path):
+def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(folder):
+    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", "mistake", "data.path=absent")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Traceback" not in out + err
+
+
+def test_a_run_that_failed_before_training_does_not_keep_its_directory(folder, monkeypatch):
+    arguments = ("--config", "config.yaml", "--run-dir", "early")
+    for _ in range(2):
+        with pytest.raises(UserError, match="absent"):
+            call(monkeypatch, folder, train, *arguments, "model.weights=absent.h5")
+
+
+def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path, monkeypatch):
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for path in (folder / "photos" / "class 0").glob("*.png"):
             (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes()[: 300 if path.name == "7.png" else None])
-    code, _, err = run(
-        folder, "train.py", "--config", "config.yaml", f"data.path={tmp_path / 'photos'}", "--run-dir", str(tmp_path / "run")
-    )
-    assert code == 2
-    assert "2 of 48 pictures cannot be used" in err
-    assert "a/7.png" in err
+    arguments = ["--config", "config.yaml", f"data.path={tmp_path / 'photos'}", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(UserError) as caught:
+        call(monkeypatch, folder, train, *arguments)
+    assert "2 of 48 pictures cannot be used" in str(caught.value)
+    assert "a/7.png" in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.replace("photos", str(folder / "photos")))
+    said = call(monkeypatch, tmp_path, train, "--config", str(config), "--dry-run")
+    for wanted in ("base_lr: 0.5", "class 2", "steps per epoch       6 of 8 images (51 training images)", "multiply-adds", "about 0.0 GiB"):
+        assert wanted in said
+    assert "stage 2               3 epochs, steps 7 to 24, trains all" in said
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_the_papers_recipe_passes_its_dry_run_without_its_data(tmp_path, monkeypatch):
+    said = call(monkeypatch, tmp_path, train, "--config", str(PROJECT / "configs/b0_imagenet.yaml"), "--dry-run")
+    assert "imagenet2012 is not in data/tfds yet" in said
+    assert "5,288,548 trainable" in said
+
+
+def test_published_weights_label_a_picture_without_a_run(folder, monkeypatch):
+    said = call(monkeypatch, folder, evaluate, "--weights", "imagenet", "--variant", "lite0", "photos/class 0/0.png")
+    assert "98 of 98 backbone layers copied; classifier copied" in said
+    assert said.count("%") == 5
+
+
+def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monkeypatch):
+    directory, _, _ = finished
+    with pytest.raises(UserError, match=r"no backbone layer fits|not the weights of a whole"):
+        call(monkeypatch, directory.parent, evaluate, "--weights", "whole/model.keras", "--variant", "b0", "photos/class 0/0.png")

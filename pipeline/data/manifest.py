@@ -167,6 +167,9 @@ def scan(source: Source, config: DataConfig, *, seed: int, progress: Callable[[i
 def _check_labels(class_names: Sequence[str], samples: Sequence[Sample]) -> None:
     if not samples:
         raise DataError("The data set holds no picture.")
+    odd = [name for name in class_names if name.splitlines() != [name]]
+    if odd:
+        raise DataError(f"{len(odd)} class names are empty or have a line break in them:\n{listing(list(map(repr, odd)))}\nRename them.")
     unlabelled = [sample.key for sample in samples if not 0 <= sample.label < len(class_names)]
     if unlabelled:
         raise DataError(f"{len(unlabelled)} pictures have no label:\n{listing(unlabelled)}\nTrain on labelled pictures only.")

@@ -20,7 +20,7 @@ import tensorflow as tf
 from pipeline.data.sources import SPLIT_NAMES, NotFetchedError, Sample
 from pipeline.errors import DataError
 
-REACH_SECONDS = 15.0  # for all servers together
+REACH_SECONDS = 12.0  # for all servers together
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Predictions of a whole split, every image exactly once, and the figures that are counted from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -53,12 +53,13 @@ class Predictor:
 
         self._step = step
 
-    def __call__(self, dataset: tf.data.Dataset) -> Predictions:
+    def __call__(self, dataset: tf.data.Dataset, *, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predicts a split.
 
         Args:
             dataset: Finite; yields images uint8 (B, R, R, 3), labels float32 (B, K) one-hot, weights float32 (B,) and index int64 (B,),
                 B being the global batch size. Rows of weight 0 with index -1 are padding.
+            progress: Called with the number of batches done and of all.
 
         Returns:
             The predictions of all rows but the padding.
@@ -66,11 +67,16 @@ class Predictor:
         Raises:
             RuntimeError: If the data set yields an image more than once, or none at all.
         """
+        total = int(dataset.cardinality())
         if self._strategy.num_replicas_in_sync > 1:
             options = tf.data.Options()
             options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
             dataset = self._strategy.experimental_distribute_dataset(dataset.with_options(options))
-        batches = [[part.numpy() for part in self._step(images, labels, index)] for images, labels, _, index in dataset]
+        batches = []
+        for images, labels, _, index in dataset:
+            batches.append([part.numpy() for part in self._step(images, labels, index)])
+            if progress is not None:
+                progress(len(batches), total)
         if not batches:
             raise RuntimeError("the data set to be predicted yields no images")
         index, labels, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))

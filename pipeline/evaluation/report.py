@@ -51,7 +51,7 @@ def write_evaluation(evaluation: Evaluation, predictions: Predictions, keys: Seq
     with _whole(directory / "predictions.parquet") as path:
         _prediction_rows(predictions, keys, names).to_parquet(path, index=False)
     with _whole(directory / "confusion_matrix.png") as path:
-        confusion_figure(evaluation).savefig(path, format="png")
+        confusion_figure(evaluation).savefig(path, format="png", bbox_inches="tight")
 
 
 @contextmanager
@@ -95,8 +95,8 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
     norm = PowerNorm(0.5, 0, 1)
     if n <= NAMED_CLASSES:
         axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
-        axes.set_xticks(range(n), names, rotation=90)
-        axes.set_yticks(range(n), names)
+        axes.set_xticks(range(n), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(n), names, parse_math=False)
         axes.set_xticks(np.arange(n + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(n + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="0.9", linewidth=0.5)

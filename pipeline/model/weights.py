@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline.errors import WeightsError
 from pipeline.model.efficientnet import CLASSIFIER, STAGES, TOP_FILTERS, stage_repeats
+from pipeline.model.heads import HeadMatch, build_head, match_classes, read_class_map
 from pipeline.model.weight_files import Arrays, read_weights
 from pipeline.scaling import VARIANTS, Variant, round_filters
 
@@ -39,7 +40,7 @@ KERAS_MD5 = {  # of efficientnet<variant>.h5, as keras.applications checks them
     "b7": "8c03f828fec3ef71311cd463b6759d99",
 }
 LITE_WITH_WEIGHTS = ("lite0", "lite1", "lite2")
-CONNECT_SECONDS, STALL_SECONDS = 20.0, 20.0  # until the server must have answered; between two packets of a download
+CONNECT_SECONDS, STALL_SECONDS = 12.0, 12.0  # until the server must have answered; between two packets of a download
 OTHER_WAYS = "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; model.weights=null for random values"
 
 
@@ -61,6 +62,7 @@ class LoadReport:
         new: Layers of the model that keep their initial weights, each with the reason.
         skipped: Layers of the source that went nowhere, each with the reason.
         holds: The variant that the source seems to hold, where that is not the model's; else empty.
+        head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as copied when any did.
     """
 
     source: str
@@ -68,6 +70,7 @@ class LoadReport:
     new: Mapping[str, str]
     skipped: Mapping[str, str]
     holds: str = ""
+    head: HeadMatch | None = None
 
     def __str__(self) -> str:
         done = sum(name != CLASSIFIER for name in self.copied)
@@ -77,7 +80,7 @@ class LoadReport:
         if done < total:
             parts.append(f"the file seems to hold {self.holds}" if self.holds else "the others are in the log")
         if CLASSIFIER in self.copied:
-            parts.append("classifier copied")
+            parts.append(f"classifier: {self.head}" if self.head else "classifier copied")
         elif CLASSIFIER in self.new:
             parts.append(f"classifier new ({self.new[CLASSIFIER]})")
         return "; ".join(parts)
@@ -87,38 +90,47 @@ class LoadReport:
         lines = [str(self)]
         lines += [f"  new: {name}: {reason}" for name, reason in self.new.items()]
         lines += [f"  skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  class {line}" for line in (self.head.details() if self.head else [])]
         return "\n".join(lines)
 
 
-def load_pretrained(model: keras.Model, weights: str, *, variant: Variant, class_names: Sequence[str] | None = None) -> LoadReport:
+def load_pretrained(
+    model: keras.Model, weights: str, *, variant: Variant, class_names: Sequence[str] | None = None, class_map: Path | None = None
+) -> LoadReport:
     """Copies weights into a model.
 
-    A layer is copied when the source has one of its name with arrays of its shapes. The classifier moreover asks for the same classes in
-    the same order, where they are known; ImageNet's may go by synset or by name. A source that has no list of its classes and 1000 of them
-    is taken for ImageNet's.
+    A layer is copied when the source has one of its name with arrays of its shapes. The classifier is copied whole for the same classes in
+    the same order; for others, the rows of the classes that match are (`pipeline.model.heads`). ImageNet's go by synset or by name. A
+    source that has no list of its classes and 1000 of them is taken for ImageNet's.
 
     Args:
         model: Built by `efficientnet`; changed in place, and only when something of its backbone fits.
         weights: `imagenet`, a file, or the directory of a run.
         variant: What the model was built from.
         class_names: The model's classes in the order of its outputs. `None` lets any classifier of the right shape in.
+        class_map: A file that names old classes for new ones, see `read_class_map`; used where `class_names` are given.
 
     Returns:
         What was copied, what is new, what was left.
 
     Raises:
-        WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the backbone.
+        WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the backbone; or the
+            class map cannot be used.
     """
     source = _imagenet(variant) if weights == "imagenet" else _read(Path(weights), variant)
     plan: dict[str, list[np.ndarray]] = {}
     new: dict[str, str] = {}
     own = {layer.name: layer for layer in model.layers if layer.weights}
+    head: HeadMatch | None = None
     for name, layer in own.items():
-        reason = _misfit(layer, source) or (_other_classes(source, class_names) if name == CLASSIFIER else "")
+        if name == CLASSIFIER and class_names is not None:
+            arrays, head, reason = _classifier(layer, source, class_names, class_map)
+        else:
+            arrays, reason = source.layers.get(name, []), _misfit(layer, source)
         if reason:
             new[name] = reason
         else:
-            plan[name] = source.layers[name]
+            plan[name] = arrays
 
     holds = _variant_in(source.layers)
     if not any(name != CLASSIFIER for name in plan):
@@ -128,7 +140,7 @@ def load_pretrained(model: keras.Model, weights: str, *, variant: Variant, class
     for name, arrays in plan.items():
         own[name].set_weights(arrays)
     skipped = {name: new.get(name, "the model has no such layer") for name in source.layers if name not in plan}
-    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds != variant.name else "")
+    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds != variant.name else "", head)
 
 
 def imagenet_classes() -> list[tuple[str, str]]:
@@ -153,15 +165,34 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
-def _other_classes(source: Source, class_names: Sequence[str] | None) -> str:
-    if class_names is None:
-        return ""
-    known: tuple[Sequence[str], ...] = source.class_lists
-    if not known and len(class_names) == 1000:
+def _classifier(
+    layer: keras.Layer, source: Source, class_names: Sequence[str], class_map: Path | None
+) -> tuple[list[np.ndarray], HeadMatch | None, str]:
+    """The classifier's arrays for the model's classes, the match where the classes differ, and the reason where there are no arrays."""
+    arrays = source.layers.get(CLASSIFIER, [])
+    known = source.class_lists
+    if not known and arrays and arrays[-1].shape == (1000,):
         known = _imagenet_lists()
-    if not known:
-        return "the file does not say what its classes are"
-    return "" if list(class_names) in [list(names) for names in known] else "the file's classes have other names or another order"
+    reason = ""
+    if [array.shape[:-1] for array in arrays] != [tuple(weight.shape[:-1]) for weight in layer.weights]:
+        reason = _misfit(layer, source)
+    elif not known:
+        reason = "the file does not say what its classes are"
+    elif {array.shape[-1] for array in arrays} != {len(names) for names in known}:
+        reason = f"{arrays[-1].shape[-1]} outputs but {len(known[0])} class names in the file"
+    if reason:
+        if class_map is not None:
+            raise WeightsError(f"model.class_map: {class_map}: {source.name} has no classes to map: {reason}")
+        return [], None, reason
+    if class_map is None and list(class_names) in [list(names) for names in known]:
+        return arrays, None, ""
+    mapping = None if class_map is None else read_class_map(class_map)
+    match = match_classes(class_names, known, mapping, origin=str(class_map))
+    if not any(match.rows):
+        reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
+        return [], match, reason
+    kernel, bias = arrays
+    return [*build_head(kernel, bias, match.rows)], match, ""
 
 
 def _imagenet_lists() -> tuple[Sequence[str], ...]:

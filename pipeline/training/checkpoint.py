@@ -81,7 +81,7 @@ def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: in
         The checkpoint's folder, `step-<step>`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*"):
+    for leftover in (*directory.glob(".step-*"), *directory.glob(".old-step-*")):
         shutil.rmtree(leftover)
     final = checkpoint_path(directory, state.step)
     aside = directory / f".{final.name}"
@@ -184,7 +184,7 @@ def _flat(values: Any, path: str = "") -> dict[str, Any]:
 
 
 def restore(state: State, checkpoint: Path) -> None:
-    """Puts a verified checkpoint into a state that was built for the same config.
+    """Puts a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
 
     Raises:
         RunError: If the checkpoint's variables are not those of the state.
@@ -203,6 +203,8 @@ def restore(state: State, checkpoint: Path) -> None:
                 variable.assign(stored[name])
     manifest = read_manifest(checkpoint)
     state.step, state.history, state.best = manifest["step"], manifest["history"], manifest["best"]
+    if state.best is not None and _problem(checkpoint_path(checkpoint.parent, int(state.best["step"]))) is not None:
+        state.best = None  # its weights are lost; the best of the epochs to come takes its place
 
 
 def _pack(variables: Mapping[str, keras.Variable | tf.Variable]) -> bytes:

@@ -155,17 +155,13 @@ class Trainer:
                 self._end_epoch(state, self._means(state, rate), validate)
             if self._stop_requested():
                 if not epoch_ends:
+                    self._check_finite(state)
                     self._keep(state)
                 raise Interrupted
 
     def _means(self, state: State, rate: float) -> dict[str, float]:
         """The epoch's means so far, after waiting for the steps under way."""
-        if bool(state.totals.halted.numpy()):
-            bad = int(state.optimizer.iterations.numpy()) + 1
-            raise TrainingError(
-                f"the loss or its gradient is not finite in step {bad}; nothing of that step was applied. "
-                "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
-            )
+        self._check_finite(state)
         sums = state.totals.read()
         images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
         return {
@@ -174,6 +170,14 @@ class Trainer:
             "train/gradient_norm": sums["gradient_norm"] / steps,
             "learning_rate": rate,
         }
+
+    def _check_finite(self, state: State) -> None:
+        if bool(state.totals.halted.numpy()):
+            bad = int(state.optimizer.iterations.numpy()) + 1
+            raise TrainingError(
+                f"the loss or its gradient is not finite in step {bad}; nothing of that step was applied. "
+                "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
+            )
 
     def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
         with state.averaged():

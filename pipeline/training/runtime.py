@@ -43,6 +43,10 @@ class Runtime:
             return dataset.apply(tf.data.experimental.prefetch_to_device("/gpu:0", buffer_size=2))
         return dataset
 
+    def whole_batch(self, size: int) -> int:
+        """The number of images at or above `size` that the replicas can share evenly."""
+        return -(-size // self.replicas) * self.replicas
+
     def describe(self) -> str:
         """One line for the screen: devices, precision, compilation."""
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
@@ -51,11 +55,7 @@ class Runtime:
 
 
 def set_up(config: Config) -> Runtime:
-    """Seeds every generator and settles devices, precision and compilation.
-
-    Raises:
-        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches.
-    """
+    """Seeds every generator and settles devices, precision and compilation."""
     random.seed(config.seed)
     np.random.seed(config.seed)
     keras.utils.set_random_seed(config.seed)
@@ -64,7 +64,20 @@ def set_up(config: Config) -> Runtime:
     choice = config.runtime.strategy
     mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
-    replicas, batch, accumulation = strategy.num_replicas_in_sync, config.train.global_batch_size, config.train.accumulation
+    jit_compile = config.runtime.xla
+    if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
+        jit_compile = len(gpus) > 0 and strategy.num_replicas_in_sync == 1
+    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
+
+
+def check_batch(config: Config, runtime: Runtime) -> None:
+    """Makes sure that training batches can be cut up.
+
+    Raises:
+        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut would go through a
+            group of images that are mixed with each other.
+    """
+    replicas, batch, accumulation = runtime.replicas, config.train.global_batch_size, config.train.accumulation
     if batch % (replicas * accumulation):
         raise ConfigError(
             f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "
@@ -77,10 +90,6 @@ def set_up(config: Config) -> Runtime:
                 f"train.global_batch_size: mixup and cutmix mix groups of {group} images, which {micro_batch} images per replica and "
                 f"micro-batch would cut apart; take a multiple of {group * replicas * accumulation}"
             )
-    jit_compile = config.runtime.xla
-    if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
-        jit_compile = len(gpus) > 0 and replicas == 1
-    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
 
 
 def _dtype(precision: str) -> str:

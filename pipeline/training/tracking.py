@@ -1,4 +1,4 @@
-"""MLflow: the only place that knows of it.
+"""A run in MLflow: its parameters, metrics, data, results and models.
 
 MLflow is imported when a tracker is entered, so that importing this module costs nothing. What MLflow and its database layer have to say
 goes to `logging`, not to the screen.
@@ -7,23 +7,30 @@ goes to `logging`, not to the screen.
 import json
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.training.mlflow_store import (
+    alone_with,
+    database_of,
+    explained,
+    find_experiment,
+    import_mlflow,
+    knows,
+    last_steps,
+    tracking_uri,
+)
 from pipeline.training.provenance import flatten, origin, without_credentials
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
@@ -32,13 +39,6 @@ SECONDS_BETWEEN_FLUSHES = 10.0
 SECONDS_AFTER_FAILURE = 60.0
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call; MLflow refuses more
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters; MLflow's limits
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own 7 with their growing pauses take minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 
 
 class Tracker:
@@ -48,21 +48,24 @@ class Tracker:
     sent in batches. When MLflow cannot be reached in the middle of a run, training goes on and they are sent later.
 
     Attributes:
+        uri: Where MLflow keeps the run, without user and password.
         run_id: MLflow's id of the run; known inside the block.
     """
 
     run_id: str
 
-    def __init__(self, config: Config, run_directory: Path, *, run_id: str | None = None) -> None:
+    def __init__(self, config: Config, run_directory: Path, *, resumed: tuple[str, str] | None = None) -> None:
         """Names the run; nothing is contacted yet.
 
         Args:
             config: Its values become the run's parameters; `tracking` says where to.
             run_directory: Its name becomes the run's.
-            run_id: An earlier part of the same run, to go on with.
+            resumed: URI and run id of an earlier part of the same run, to go on with. If MLflow there does not know it (any more), a new
+                run is begun.
         """
-        self._config, self._directory, self._resumed = config, run_directory, run_id
-        self._uri = _tracking_uri(config)
+        self._config, self._directory, self._resumed = config, run_directory, resumed[1] if resumed else None
+        self._uri = tracking_uri(config, resumed[0] if resumed else None)
+        self.uri = re.sub(r"://[^/@]+@", "://", self._uri)
         self._buffer: list[Metric] = []
         self._last_steps: dict[str, int] = {}
         self._next_flush = 0.0
@@ -74,10 +77,10 @@ class Tracker:
         Raises:
             ConfigError: If the tracking server or database cannot be used.
         """
-        mlflow, tags = _import_mlflow(), {key: value[:MAX_TAG] for key, value in origin(self._directory).items()}
+        mlflow, tags = import_mlflow(), {key: value[:MAX_TAG] for key, value in origin(self._directory).items()}
         self._outer_uri: Any = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's global state is put back at the end
         try:
-            with _explained(self._uri), _alone_with(self._uri):
+            with explained(self._uri), alone_with(self._uri):
                 mlflow.set_tracking_uri(self._uri)
                 self._client = mlflow.MlflowClient(self._uri)
                 self._start(mlflow, tags)
@@ -90,9 +93,12 @@ class Tracker:
         return self
 
     def _start(self, mlflow: ModuleType, tags: Mapping[str, str]) -> None:
-        experiment = _experiment(self._client, self._uri, self._config.tracking.experiment)
+        experiment = find_experiment(self._client, self._uri, self._config.tracking.experiment)
+        if self._resumed is not None and not knows(self._client, self._resumed):
+            logger.warning("MLflow at %s does not know the run %s; a new one is begun", without_credentials(self._uri), self._resumed)
+            self._resumed = None
         if self._resumed is not None:
-            self._last_steps = _last_steps(self._client, self._resumed)
+            self._last_steps = last_steps(self._client, self._resumed)
             if "error" in self._client.get_run(self._resumed).data.tags:
                 self._client.delete_tag(self._resumed, "error")
         name = self._directory.resolve().name
@@ -120,10 +126,10 @@ class Tracker:
 
     def how_to_open(self) -> str:
         """The command that opens MLflow's pages on the run's database, for this machine only; for a server, its address."""
-        if _database(self._uri) is None:
+        if database_of(self._uri) is None:
             return without_credentials(self._uri)
         python = Path(os.path.relpath(sys.executable)) if Path(sys.executable).is_relative_to(Path.cwd()) else Path(sys.executable)
-        uri = "sqlite:///mlflow.db" if _database(self._uri) == Path("mlflow.db").resolve() else self._uri
+        uri = "sqlite:///mlflow.db" if database_of(self._uri) == Path("mlflow.db").resolve() else self._uri
         return f"{python} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -141,7 +147,7 @@ class Tracker:
             return
         profile = {"num_images": {split: sum(counts.values()) for split, counts in class_counts.items()}, "class_counts": class_counts}
         dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
-        with _explained(self._uri):
+        with explained(self._uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -195,7 +201,7 @@ class Tracker:
         Raises:
             ConfigError: If MLflow does not take them.
         """
-        with _explained(self._uri):
+        with explained(self._uri):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), name)
             else:
@@ -224,111 +230,35 @@ class Tracker:
         model = keras.saving.load_model(path, compile=False)
         example, output = (np.zeros((1, *shape[1:]), np.float32) for shape in (model.input_shape, model.output_shape))
         requirements = [f"{package}=={version(package)}" for package in ("tensorflow", "keras", "mlflow")]
-        with _explained(self._uri):
+        with explained(self._uri):
             info = mlflow.keras.log_model(
                 model, name=name, signature=infer_signature(example, output), pip_requirements=requirements, step=step
             )
         return info.model_uri
 
 
-def log_evaluation(config: Config, run_id: str, metrics: Mapping[str, float], directory: Path) -> None:
+def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path) -> None:
     """Adds an evaluation to a run that has ended, leaving its status as it is.
 
     Args:
-        config: The run's; says where it is tracked.
-        run_id: MLflow's id of the run.
+        config: The run's.
+        tracked: The URI and the run's id that were noted when it was tracked.
         metrics: Figures by name, logged at the run's last step.
         directory: With the result files; goes to the artifacts as evaluation/<its name>.
 
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
-    mlflow = _import_mlflow()
+    mlflow = import_mlflow()
     from mlflow.entities import Metric
 
-    uri, now = _tracking_uri(config), int(time.time() * 1000)
-    with _explained(uri):
-        with _alone_with(uri):
+    uri, run_id, now = tracking_uri(config, tracked[0]), tracked[1], int(time.time() * 1000)
+    with explained(uri):
+        with alone_with(uri):
             client = mlflow.MlflowClient(uri)
-        step = max(_last_steps(client, run_id).values(), default=0)
+        step = max(last_steps(client, run_id).values(), default=0)
         client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
         client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
-
-
-def _import_mlflow() -> ModuleType:
-    """MLflow, its log lines handed on to the root logger."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    import mlflow
-    import mlflow.keras
-
-    for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
-    return mlflow
-
-
-def _tracking_uri(config: Config) -> str:
-    """The config's, else the environment's, else the database in the current folder. SQLite's path is made absolute."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    return f"sqlite:///{database.resolve()}" if (database := _database(uri)) else uri
-
-
-def _database(uri: str) -> Path | None:
-    """The file of an SQLite URI."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-@contextmanager
-def _alone_with(uri: str) -> Iterator[None]:
-    """Keeps other processes off an SQLite file: two that make its tables at once break it."""
-    if (database := _database(uri)) is None:
-        yield
-    else:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):
-            yield
-
-
-def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """The id of the experiment, made if missing; beside an SQLite file its artifacts go to mlartifacts/."""
-    from mlflow.exceptions import MlflowException
-
-    database = _database(uri)
-    artifact_location = (database.parent / "mlartifacts").as_uri() if database else None
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location, {"mlflow.experimentKind": "custom_model_development"})
-        except MlflowException as error:  # on a server another process may have been faster
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or (experiment := client.get_experiment_by_name(name)) is None:
-                raise
-    if experiment.lifecycle_stage == "deleted":
-        remedy = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
-        raise ConfigError(f"tracking.experiment: {name!r} was deleted in MLflow; choose another name, or restore it: {remedy}")
-    return experiment.experiment_id
-
-
-@contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turns MLflow's errors into one that names the URI and the remedy."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # MLflow lets through those of requests, SQLAlchemy, the operating system and the artifact store
-        reason = without_credentials(str(error)).partition("\n")[0][:500] or type(error).__name__
-        raise ConfigError(
-            f"tracking.uri: MLflow cannot work with {without_credentials(uri)}: {reason}\n"
-            "Start the server or put the address right (tracking.uri, else MLFLOW_TRACKING_URI); "
-            "to track in a local file: tracking.uri=sqlite:///mlflow.db"
-        ) from error
-
-
-def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
-    """The greatest step of each of the run's own metrics."""
-    keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith("system/")]
-    return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}
 
 
 def _status(error: BaseException | None) -> str:

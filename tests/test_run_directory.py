@@ -1,0 +1,72 @@
+"""Runs are found again, and nothing of an old one is overwritten."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import run_directory
+from pipeline.config import Config
+from pipeline.errors import RunError
+from pipeline.run_directory import RunDirectory
+
+CONFIG = Config.model_validate({"data": {"source": "digits"}, "tracking": {"experiment": "tries"}})
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def finish(run: RunDirectory, at: int) -> RunDirectory:
+    for model in (run.best, run.model):
+        model.parent.mkdir(exist_ok=True)
+        model.touch()
+        os.utime(model, (at, at))
+    return run
+
+
+def test_two_runs_of_one_second_get_two_directories():
+    first, second = run_directory.create(None, CONFIG), run_directory.create(None, CONFIG)
+    assert first.path != second.path
+    assert first.path.parent == second.path.parent == Path("runs/tries")
+    assert first.load_config() == CONFIG
+
+
+def test_latest_is_the_newest_finished_run_wherever_it_stands_under_runs():
+    finish(run_directory.create(None, CONFIG), 1000)
+    named = finish(run_directory.create(Path("runs/mine"), CONFIG), 2000)
+    run_directory.create(Path("runs/unfinished"), CONFIG)
+    assert run_directory.find("latest").path == named.path
+
+
+def test_a_run_is_found_by_its_directory_and_by_its_mlflow_id():
+    run = run_directory.create(Path("runs/mine"), CONFIG)
+    assert run.mlflow_run() is None
+    run.note_mlflow_run("sqlite:///a.db", "abc123")
+    assert run_directory.find("abc123").path == run.path
+    assert run_directory.find("runs/mine").mlflow_run() == ("sqlite:///a.db", "abc123")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("latest", "holds no finished run"), ("x", "is neither a directory"), (".", "is not a run's directory")]
+)
+def test_what_is_no_run_is_refused(name, message):
+    with pytest.raises(RunError, match=message):
+        run_directory.find(name)
+
+
+def test_nothing_is_overwritten_but_an_attempt_that_never_began():
+    run = run_directory.create(Path("mine"), CONFIG)
+    run.log.touch()
+    run_directory.create(Path("mine"), CONFIG)
+    run.manifest.touch()
+    with pytest.raises(RunError, match="holds an unfinished run; go on with it by --resume"):
+        run_directory.create(Path("mine"), CONFIG)
+    run.model.touch()
+    with pytest.raises(RunError, match="nothing in it is overwritten"):
+        run_directory.create(Path("mine"), CONFIG)
+    Path("file").write_text("mine")
+    with pytest.raises(RunError, match="exists already"):
+        run_directory.create(Path("file"), CONFIG)
+    assert Path("file").read_text() == "mine"
