@@ -1,0 +1,84 @@
+"""python -m pipeline as a user runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.__main__ import BYTES, COUNT, SECONDS, quantity, steps
+from pipeline.config_file import load_config
+
+PROJECT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def test_help_is_instant() -> None:
+    start = time.monotonic()
+    result = run("scale", "--help")
+    assert time.monotonic() - start < 2
+    assert result.returncode == 0
+    assert "--latency" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--latency", "50parsecs"], "write it like 50ms (units: us, ms, s)"),
+        (["--latency", "50"], "write it like 50ms"),
+        (["--memory", "4G"], "KiB, MiB, GiB"),
+        (["--params", "-8e6"], "--params"),
+        (["--params", "0"], "above 0"),
+        (["--params", "8e6", "--search"], "one at a time"),
+        (["--params", "8e6", "--write", "x.yaml"], "--data-path"),
+        (["--write", "x.yaml", "--data-path", "p"], "needs a budget"),
+        (["--search", "--alpha", "2:1:0.1"], "must rise"),
+        (["--params", "8e6", "--write", "pyproject.toml", "--data-path", "p"], "exists already"),
+        (["--params", "8e6", "--write", "none/x.yaml", "--data-path", "p"], "no folder none"),
+    ],
+)
+def test_a_wrong_request_is_refused_by_name(arguments: list[str], message: str) -> None:
+    result = run("scale", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("units", "unit"), [(units, unit) for units in (COUNT, BYTES, SECONDS) for unit in units])
+def test_a_unit_multiplies(units: dict[str, float], unit: str) -> None:
+    assert quantity(units, "")(f"1.5{unit}") == 1.5 * units[unit]
+
+
+@given(st.integers(1000, 2000), st.integers(0, 50), st.integers(1, 100))
+def test_a_range_holds_both_ends(start: int, count: int, step: int) -> None:
+    stop = start + count * step
+    if stop <= 4000:
+        values = steps(f"{start / 1000}:{stop / 1000}:{step / 1000}")
+        assert values == pytest.approx([(start + i * step) / 1000 for i in range(count + 1)])
+
+
+def test_the_largest_network_is_written_as_a_config_and_never_over_another(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    result = run("scale", "--params", "1.5M", "--classes", "10", "--write", str(file), "--data-path", "PHOTOS")
+    assert result.returncode == 0, result.stderr
+    assert "binds" in result.stdout
+    assert load_config(file).data.path == Path("PHOTOS")
+
+
+@pytest.mark.slow
+def test_the_family_has_the_published_rows() -> None:
+    rows = {line.split()[0]: line.split() for line in run("scale").stdout.splitlines() if line.strip()}
+    assert rows["b0"][1:8] == ["1.0", "1.0", "224", "0.2", "16", "5,288,548", "0.39"]
+    assert rows["l2"][1:8] == ["4.3", "5.3", "800", "0.5", "88", "480,309,308", "475.70"]
+    assert rows["lite4"][5:7] == ["30", "13,006,568"]
+
+
+def test_a_search_lists_the_papers_triple() -> None:
+    lines = run("scale", "--search", "--alpha", "1.2", "--beta", "1.1", "--gamma", "1.15").stdout.splitlines()
+    assert lines[1].split()[:4] == ["1.2", "1.1", "1.15", "1.920"]
