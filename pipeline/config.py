@@ -17,7 +17,6 @@ IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "l
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["exponential", "cosine", "constant"]
 Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
 

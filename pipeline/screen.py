@@ -116,7 +116,8 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._screen.console.is_terminal:
+            self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Moves the line."""
