@@ -15,9 +15,9 @@ from typing import Any
 from pipeline import run_directory
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import RunError, TrainingError, UserError
+from pipeline.errors import ConfigError, RunError, TrainingError, UserError
 from pipeline.run_directory import RunDirectory
-from pipeline.screen import ProgressLine, Screen, run_program
+from pipeline.screen import Screen, run_program
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,11 +64,13 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     """Takes a run from its data to its evaluation; returns the exit code."""
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
-    from pipeline.data.stream import evaluation_stream, steps_per_epoch, training_stream
-    from pipeline.evaluation.metrics import Predictor, evaluate_predictions
+    from pipeline.data.stream import steps_per_epoch
     from pipeline.evaluation.report import table, write_evaluation, write_training_curves
+    from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
+    from pipeline.training.progress import ProgressLine
+    from pipeline.training.recipe import class_weights
     from pipeline.training.runtime import check_batch, set_up
     from pipeline.training.tracking import Tracker
 
@@ -77,51 +79,54 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
-    state = build(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
+    model = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
     manifest = read_data(source, config, run, screen, resume=resume)
+    config = settle_recipe(config, manifest, run, screen)
+    counts = manifest.class_counts()
+    weights = class_weights(config, manifest.class_names, counts["train"])
+    state = new_state(config, runtime, model)
     identity = {"config": config.model_dump(mode="json"), "data": manifest.digest(), "replicas": runtime.replicas}
     if resume:
         restore_newest(state, run, identity, screen)
 
     batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
-    predictor = Predictor(state.model, runtime.strategy)
-
-    def evaluate(split: str) -> tuple[Any, Any]:
-        predictions = predictor(evaluation_stream(manifest, source, config, split, batch_size=batch_size // config.train.accumulation))
-        return predictions, evaluate_predictions(predictions, manifest.class_names, split)
-
-    def validate() -> dict[str, float]:
-        return evaluate("val")[1].headline() if len(manifest.indices("val")) else {}
-
+    stages = Stages(config, runtime, manifest, source, model, screen)
     stop = StopRequest(screen)
     with Tracker(config, run.path, resumed=run.mlflow_run()) as tracker:
         run.note_mlflow_run(tracker.uri, tracker.run_id)
-        counts = {split: column.to_dict() for split, column in manifest.class_counts().items()}
-        tracker.log_dataset(config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), counts)
+        by_split = {split: column.to_dict() for split, column in counts.items()}
+        tracker.log_dataset(
+            config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), by_split
+        )
         line = ProgressLine(
             screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
         )
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-        trainer = Trainer(config, runtime, steps, [tracker, keeper, line], stop)  # what is in a checkpoint is in MLflow, too
+        hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
+        trainer = Trainer(config, runtime, steps, hooks, stop, class_weights=weights)
         with line, stop.listening():
             try:
-                history = trainer.run(state, lambda step: training_stream(manifest, source, config, start_step=step), validate)
+                history = trainer.run(state, stages.work)
             except Interrupted:
                 screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
                 raise SystemExit(128 + stop.signal) from None
 
-        # The end: the final network (averaged) on the split that nothing was selected on; then the best epoch's.
+        # The end: the best epoch's network and the final one (averaged); the run's on the split that nothing was selected on.
         split = "test" if len(manifest.indices("test")) else "val"
         final_step = state.step
-        with state.averaged():
-            predictions, evaluation = evaluate(split)
-            save_plain(state.model, run.final)
-        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
-        write_training_curves(history, run.report / "training_curves.png")
+        if not config.train.restore_best or state.best is None:
+            with state.averaged():
+                predictions, evaluation = stages.evaluate(split)
+                save_plain(model, run.final)
         if state.best is not None:
             checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
             with state.averaged():
-                save_plain(state.model, run.best)
+                save_plain(model, run.best)
+                if config.train.restore_best:
+                    predictions, evaluation = stages.evaluate(split)
+                    save_plain(model, run.final)
+        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
+        write_training_curves(history, run.report / "training_curves.png")
         screen.say()
         screen.say(table(evaluation))
         if split == "val":
@@ -157,14 +162,25 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     return manifest
 
 
-def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None) -> Any:
-    """Builds the network, its optimizer and its moving average under the strategy that will run them."""
+def settle_recipe(config: Config, manifest: Any, run: RunDirectory, screen: Screen) -> Config:
+    """What the config comes to for these data; written down as resolved."""
+    from pipeline.training.recipe import settle
+
+    if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
+        raise ConfigError("train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one")
+    settled = settle(config, len(manifest.indices("train")))
+    if settled != config:
+        run_directory.write(run.config, settled.to_yaml())
+        stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
+        screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}; all of it in {run.config}")
+    return settled
+
+
+def build_network(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None) -> Any:
+    """Builds the network under the strategy that will run it, with the weights that it starts from."""
     from pipeline.model.efficientnet import efficientnet
     from pipeline.model.weights import load_pretrained
-    from pipeline.training.checkpoint import State
-    from pipeline.training.optimizer import MovingAverage, build_optimizer
     from pipeline.training.runtime import PerReplicaDropout
-    from pipeline.training.step import Totals
 
     with runtime.strategy.scope():
         model = efficientnet(
@@ -180,6 +196,16 @@ def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Sc
         if weights is not None:
             report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
             screen.say(f"weights: {report}", details=report.details())
+    return model
+
+
+def new_state(config: Config, runtime: Any, model: Any) -> Any:
+    """The network with the optimizer's slots, its moving average and the sums of the metrics."""
+    from pipeline.training.checkpoint import State
+    from pipeline.training.optimizer import MovingAverage, build_optimizer
+    from pipeline.training.step import Totals
+
+    with runtime.strategy.scope():
         average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 

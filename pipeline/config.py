@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal["exponential", "cosine", "constant"]
 Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
+Metric = Literal["accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "loss"]
 
 
 class Section(BaseModel):
@@ -218,6 +219,19 @@ class StageConfig(Section):
     """null takes the optimizer's."""
     freeze_batch_norm: bool = False
     """Freeze batch normalisation, its scales and shifts included, where its block is trained, too; in frozen blocks it always is."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discriminative learning rates (arXiv 1801.06146): each block moves by this factor of the one behind it; the classifier by 1."""
+    augment: bool = True
+    """false prepares the pictures as in evaluation. From its start on, a run that trains the head so computes the backbone once."""
+
+
+class EarlyStoppingConfig(Section):
+    """Leaves a stage that no longer helps; the run goes on with the next one."""
+
+    patience: PositiveInt
+    """Epochs of the stage, one after the other, in which best_metric may fail to improve."""
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """What best_metric must improve by to count."""
 
 
 class TrainConfig(Section):
@@ -230,8 +244,14 @@ class TrainConfig(Section):
     label_smoothing: Fraction = 0.1
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
     """One stage with trainable: all is plain training."""
-    best_metric: Literal["accuracy", "loss"] = "accuracy"
-    """Of the validation split; decides which epoch is kept in best/. The test split decides nothing."""
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """What an image of a class counts in the loss: by name, 1 where none is given; balanced: images / (classes * images of the class)."""
+    best_metric: Metric = "accuracy"
+    """Of the validation split; decides which epoch is kept in best/, and early stopping. The test split decides nothing."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """null trains every stage to its end."""
+    restore_best: bool = False
+    """Make the best epoch's network the run's result, model.keras, in place of the last one's."""
     keep_checkpoints: PositiveInt = 2
 
     @model_validator(mode="after")
@@ -274,6 +294,8 @@ class Config(Section):
     """Everything that a run is made from."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    recipe: Literal["auto"] | None = None
+    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as they are written."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -290,8 +312,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _recipe_has_its_hands_free(self) -> "Config":
+        if self.recipe is not None:
+            given = [*(["optimizer"] if "optimizer" in self.model_fields_set else []), *(self.train.model_fields_set & {"stages"})]
+            if given:
+                keys = " and ".join({"optimizer": "optimizer", "stages": "train.stages"}[key] for key in given)
+                raise ValueError(f"recipe: auto chooses optimizer and train.stages; leave {keys} out, or set recipe to null")
+            if self.model.weights is None:
+                raise ValueError("recipe: auto fine-tunes; set model.weights, or set recipe to null and write the stages")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_stays_random(self) -> "Config":
-        if self.model.weights is None and all(stage.trainable != "all" for stage in self.train.stages):
+        if self.model.weights is None and self.recipe is None and all(stage.trainable != "all" for stage in self.train.stages):
             raise ValueError("train.stages: with model.weights null, blocks that no stage trains stay random; let one train all")
         return self
 

@@ -20,8 +20,9 @@ ALLOWED = {  # part -> the parts that it may import
     "screen": {"errors"},
     "model": {"scaling", "config", "errors"},
     "data": {"scaling", "config", "errors"},
-    "training": {"scaling", "config", "errors", "model", "data", "run_directory"},
+    "training": {"scaling", "config", "errors", "model", "data", "run_directory", "screen"},
     "evaluation": {"scaling", "config", "errors", "model", "data"},
+    "stages": {"config", "data", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {path.relative_to(PROJECT / "pipeline").with_suffix("").parts[0] for path in MODULES},
 }

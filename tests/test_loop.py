@@ -11,7 +11,8 @@ from pipeline.config import Config, StageConfig
 from pipeline.errors import TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeper, State
-from pipeline.training.loop import Interrupted, Trainer, plan, set_trainable
+from pipeline.training.hooks import Hook
+from pipeline.training.loop import Interrupted, Trainer, Work, plan, set_trainable
 from pipeline.training.optimizer import MovingAverage, build_optimizer
 from pipeline.training.runtime import PerReplicaDropout, set_up
 from pipeline.training.step import Totals
@@ -58,13 +59,14 @@ def stream(start: int, *, poisoned: int | None = None) -> tf.data.Dataset:
     return tf.data.Dataset.range(start, 10**9).map(batch)
 
 
-class Recorder:
+class Recorder(Hook):
     """A hook that keeps what it is told, and checks what it sees of the network."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.epochs: list[dict] = []
         self.kept: list[int] = []
+        self.left_out: list[int] = []
 
     def on_progress(self, step: int, metrics: dict) -> None:
         assert set(metrics) == {"train/loss", "train/accuracy", "train/gradient_norm", "learning_rate"}
@@ -75,17 +77,28 @@ class Recorder:
     def on_epoch(self, record: dict) -> None:
         self.epochs.append(dict(record))
 
+    def on_stage_left(self, epochs: int) -> None:
+        self.left_out.append(epochs)
+
     def on_checkpoint(self, state: State) -> None:
         self.kept.append(state.step)
 
 
 def run(
-    state: State, hooks: list, *, accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9), stop_at: int | None = None, **kwargs
+    state: State,
+    hooks: list,
+    *,
+    config: Config = CONFIG,
+    accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9),
+    stop_at: int | None = None,
+    poisoned: int | None = None,
 ) -> list[dict]:
-    trainer = Trainer(CONFIG, set_up(CONFIG), STEPS, hooks, lambda: state.step == stop_at)
-    return trainer.run(
-        state, lambda start: stream(start, **kwargs), lambda: {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
-    )
+    trainer = Trainer(config, set_up(config), STEPS, hooks, lambda: state.step == stop_at)
+
+    def validate() -> dict[str, float]:
+        return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
+
+    return trainer.run(state, lambda stage: Work(state.model, lambda start: stream(start, poisoned=poisoned), validate))
 
 
 def contents(state: State) -> dict[str, bytes]:
@@ -168,7 +181,7 @@ def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
     state = fresh_state()
     trainer = Trainer(CONFIG, set_up(CONFIG), 100, [Keeper(tmp_path, {}, keep=1)], lambda: state.step == 4)  # reports every 5 steps
     with pytest.raises(TrainingError, match="not finite in step 3"):
-        trainer.run(state, lambda start: stream(start, poisoned=2), lambda: {})
+        trainer.run(state, lambda stage: Work(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +193,7 @@ def test_validation_sees_the_moving_average():
         seen.append(all(np.array_equal(v.numpy(), a.numpy()) for v, a in zip(state.average.averaged, state.average.variables, strict=True)))
         return {}
 
-    Trainer(CONFIG, set_up(CONFIG), STEPS, [], lambda: False).run(state, stream, validate)
+    Trainer(CONFIG, set_up(CONFIG), STEPS, [], lambda: False).run(state, lambda stage: Work(state.model, stream, validate))
     assert seen == [True] * 4
     assert state.best is None, "without a validation metric no epoch is best"
 
@@ -192,3 +205,90 @@ def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_st
     with pytest.raises(TrainingError, match=r"not finite in step 8; nothing of that step was applied. Try a lower optimizer.base_lr"):
         run(bad, [], poisoned=7)
     assert {k: v for k, v in contents(bad).items() if "totals" not in k} == {k: v for k, v in contents(good).items() if "totals" not in k}
+
+
+def early(**rule: float) -> Config:
+    """Two stages of four epochs; five steps each."""
+    stages = [{"epochs": 4, "trainable": "head"}, {"epochs": 4, "trainable": "block6"}]
+    return Config.model_validate(
+        {
+            "data": {"source": "digits"},
+            "optimizer": {"base_lr": 1.0},
+            "train": {"global_batch_size": 4, "early_stopping": rule, "stages": stages},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "accuracies", "epochs", "left_out"),
+    [
+        ({"patience": 1}, (0.5, 0.4, None, None, 0.3, 0.6, 0.7, 0.8), [1, 2, 5, 6, 7, 8], [2]),
+        ({"patience": 2}, (0.5, 0.4, 0.5, None, 0.3, 0.2, 0.2, None), [1, 2, 3, 5, 6, 7], [1, 1]),
+        ({"patience": 1, "min_delta": 0.15}, (0.5, 0.6, None, None, 0.1, 0.3, 0.5, 0.6), [1, 2, 5, 6, 7, 8], [2]),
+        ({"patience": 4}, (0.5, 0.4, 0.3, 0.2, 0.5, 0.4, 0.3, 0.2), [1, 2, 3, 4, 5, 6, 7, 8], []),
+    ],
+)
+def test_early_stopping_leaves_a_stage_that_does_not_improve_and_goes_on_with_the_next(rule, accuracies, epochs, left_out):
+    state, recorder = fresh_state(), Recorder()
+    history = run(state, [recorder], config=early(**rule), accuracies=accuracies)
+    assert [record["epoch"] for record in history] == epochs
+    assert recorder.left_out == left_out
+    assert state.step == 40, "a later stage begins at its own step, whatever was left out before it"
+    assert state.best["val/accuracy"] == max(value for value in accuracies if value is not None)
+
+
+@pytest.mark.parametrize("stop_at", [3, 10, 20, 23])
+def test_early_stopping_survives_a_resume(tmp_path: Path, stop_at: int):
+    config, accuracies = early(patience=2), (0.5, 0.4, 0.3, None, 0.3, 0.6, 0.7, 0.8)
+    whole = fresh_state()
+    history = run(whole, [], config=config, accuracies=accuracies)
+    assert [record["epoch"] for record in history] == [1, 2, 3, 5, 6, 7, 8]
+    stopped = fresh_state()
+    with pytest.raises(Interrupted):
+        run(stopped, [Keeper(tmp_path, {}, keep=1)], config=config, accuracies=accuracies, stop_at=stop_at)
+    resumed = fresh_state()
+    newest, _ = checkpoint.newest_verified(tmp_path)
+    checkpoint.restore(resumed, newest)
+    assert run(resumed, [], config=config, accuracies=accuracies) == history
+    assert contents(resumed) == contents(whole)
+
+
+def test_the_average_of_a_block_goes_on_after_the_block_is_frozen_again():
+    stages = [{"epochs": 1, "trainable": "all"}, {"epochs": 1, "trainable": "head"}]
+    config = Config.model_validate(
+        {"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": {"global_batch_size": 4, "stages": stages}}
+    )
+
+    def distance(state: State) -> float:
+        pairs = zip(state.average.averaged, state.average.variables, strict=True)
+        return max(np.abs(v.numpy() - a.numpy()).max() for v, a in pairs if v.path == "stem_conv/kernel")
+
+    state, between = fresh_state(), []
+    with pytest.raises(Interrupted):
+        run(state, [], config=config, stop_at=5)
+    between.append(distance(state))
+    run(state, [], config=config)  # as a resumed process does: the first stage is over
+    between.append(distance(state))
+    assert between[0] > between[1] > 0
+
+
+def test_layer_decay_scales_the_update_of_each_block_under_rmsprop():
+    moved = {}
+    for decay in (1.0, 0.5):
+        stages = [{"epochs": 1, "trainable": "all", "layer_decay": decay}]
+        config = Config.model_validate(
+            {
+                "data": {"source": "digits"},
+                "optimizer": {"base_lr": 1.0, "weight_decay": 0.0, "ema": None},
+                "train": {"global_batch_size": 4, "stages": stages},
+            }
+        )
+        model = network()
+        before = {v.path: v.numpy() for v in model.trainable_variables}
+        state = State(model, build_optimizer(config.optimizer, model.trainable_variables), None, Totals())
+        with pytest.raises(Interrupted):
+            run(state, [], config=config, stop_at=1)
+        moved[decay] = {v.path: v.numpy() - before[v.path] for v in model.trainable_variables}
+    for path, factor in {"predictions/kernel": 1.0, "block6a_expand_conv/kernel": 0.5**3, "stem_conv/kernel": 0.5**9}.items():
+        assert np.abs(moved[1.0][path]).max() > 1e-4
+        np.testing.assert_allclose(moved[0.5][path], factor * moved[1.0][path], rtol=1e-3, atol=1e-7)

@@ -96,6 +96,7 @@ def test_moving_average_warms_up_and_covers_batch_norm_statistics():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, keras.layers.BatchNormalization()(inputs))
     average = MovingAverage(model.weights, decay=0.25)
+    average.follow(model.weights)
     expected = [variable.numpy() for variable in model.weights]
     for step, value in enumerate([1.0, 5.0, -2.0, 7.0]):
         for variable in model.weights:
@@ -111,6 +112,7 @@ def test_moving_average_warms_up_and_covers_batch_norm_statistics():
 def test_swapping_the_average_in_leaves_the_weights_as_they_were_even_after_an_error():
     variable = keras.Variable(np.float32(3.0))
     average = MovingAverage([variable], decay=0.5)
+    average.follow([variable])
     variable.assign(4.0)
     seen = []
 

@@ -116,6 +116,34 @@ def test_micro_batches_give_the_same_update_as_the_whole_batch():
         np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
 
 
+def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from():
+    """An image that counts twice moves the weights as two of it would, under label smoothing, too; a mixed one as its parts."""
+    config = make_config(
+        optimizer={"name": "sgd", "weight_decay": 0.0},
+        train={"global_batch_size": 8, "label_smoothing": 0.2},
+        runtime={"precision": "float32"},
+    )
+    counts = np.array([2.0, 1.0, 0.5, 3.0], np.float32)
+    images, labels, _, index = batch()
+    bench = Bench(small_network(batch_norm=False), config)
+    step = TrainStep(bench.model, bench.optimizer, bench.average, bench.totals, config, bench.runtime, class_weights=counts)
+    with tf.GradientTape() as tape:
+        logits = bench.model(tf.cast(images, tf.float32))
+        loss = 0.0
+        for k in range(CLASSES):  # every image once for each class that is in it, as a plain smoothed label of that class
+            smoothed = 0.8 * tf.one_hot(k, CLASSES) + 0.2 / CLASSES
+            loss += tf.reduce_sum(labels[:, k] * counts[k] * -tf.reduce_sum(smoothed * tf.nn.log_softmax(logits), -1)) / 8
+    gradients = tape.gradient(loss, [v.value for v in bench.model.trainable_variables])
+    before = [v.numpy() for v in bench.model.trainable_variables]
+    step((images, labels, tf.ones(8), index), 0.1)
+    for old, gradient, variable in zip(before, gradients, bench.model.trainable_variables, strict=True):
+        np.testing.assert_allclose(variable.numpy(), old - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
+    sums = bench.totals.read()
+    assert sums["loss"] / 8 == pytest.approx(float(loss), rel=1e-5)
+    assert sums["images"] == 8
+    assert sums["correct"] == np.sum(np.argmax(logits, -1) == np.argmax(labels, -1)), "the accuracy counts images"
+
+
 @pytest.mark.parametrize("poison", ["weights", "labels"])
 def test_a_step_that_is_not_finite_changes_nothing_at_all(poison):
     bench = Bench(small_network(drop=0.3), make_config(train={"global_batch_size": 8}))

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config
-from pipeline.data.augment import image_augmentation
+from pipeline.data.augment import Augmentation, image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixing import group_mixing, mixing_group
 from pipeline.data.preprocess import preprocess
@@ -41,7 +41,7 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     return max(1, num_images // global_batch_size)
 
 
-def training_stream(manifest: Manifest, source: Source, config: Config, *, start_step: int = 0) -> tf.data.Dataset:
+def training_stream(manifest: Manifest, source: Source, config: Config, *, start_step: int = 0, augmented: bool = True) -> tf.data.Dataset:
     """Batches for training, without end.
 
     Args:
@@ -49,6 +49,7 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
         source: Where their files come from.
         config: Everything that decides about the pixels, and `runtime.input_workers`, which does not.
         start_step: Steps to leave out, without decoding them.
+        augmented: False prepares the pictures as for evaluation, in the same order.
 
     Returns:
         An infinite dataset of global batches: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding up to 1, weights float32
@@ -60,8 +61,9 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
     """
     rows = _rows(manifest, "train")
     batch_size, workers = config.train.global_batch_size, _workers(config)
-    row, augment, classes = _lookup(manifest), image_augmentation(config), len(manifest.class_names)
-    randomly = randaugment(config.augment.randaugment.num_ops, config.augment.randaugment.magnitude) if config.augment.randaugment else None
+    row, classes, settings = _lookup(manifest), len(manifest.class_names), config.augment
+    augment = image_augmentation(config) if augmented else _unchanged(config)
+    randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude) if augmented and settings.randaugment else None
 
     @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
     def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -73,7 +75,7 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
         return image, tf.one_hot(label, classes), tf.ones(()), index
 
     dataset = _order(rows, config.seed, start_step * batch_size).map(load, num_parallel_calls=workers)
-    if config.augment.mixup or config.augment.cutmix:
+    if augmented and (settings.mixup or settings.cutmix):
         size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
 
         def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
@@ -86,6 +88,33 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
         dataset = dataset.batch(batch_size, drop_remainder=True)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _finish(dataset, workers)
+
+
+def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0) -> tf.data.Dataset:
+    """The batches of `training_stream` without augmentation, with what a frozen backbone makes of each image in place of the image.
+
+    Args:
+        manifest: The samples; those of split train are used.
+        config: As of `training_stream`.
+        features: float32 (n, C), of the n training images in the manifest's order.
+        start_step: Steps to leave out.
+
+    Returns:
+        An infinite dataset of global batches: features float32 (B, C), labels float32 (B, K), weights float32 (B,), index int64 (B,).
+    """
+    rows, batch_size = _rows(manifest, "train"), config.train.global_batch_size
+    place = np.zeros(len(manifest.table), np.int32)
+    place[rows] = np.arange(len(rows))
+    with tf.device("cpu"):
+        table, places, labels = tf.constant(features), tf.constant(place), tf.constant(manifest.table["label"].to_numpy(np.int32))
+    classes = len(manifest.class_names)
+
+    def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        del passes
+        return tf.gather(table, tf.gather(places, index)), tf.one_hot(tf.gather(labels, index), classes), tf.ones((batch_size,)), index
+
+    dataset = _order(rows, config.seed, start_step * batch_size).batch(batch_size, drop_remainder=True).map(load)
+    return _finish(dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _workers(config))
 
 
 def evaluation_stream(manifest: Manifest, source: Source, config: Config, split: str, *, batch_size: int) -> tf.data.Dataset:
@@ -125,6 +154,16 @@ def evaluation_stream(manifest: Manifest, source: Source, config: Config, split:
     indices = np.concatenate([rows, np.full(filling, -1, np.int64)])
     dataset = tf.data.Dataset.from_tensor_slices(indices).map(load, num_parallel_calls=workers)
     return _finish(dataset.batch(batch_size, drop_remainder=True), workers)
+
+
+def _unchanged(config: Config) -> Augmentation:
+    """What evaluation does to a picture, in the form of an augmentation."""
+
+    def prepare(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        del height, width, seed
+        return preprocess(encoded, orientation, resolution=config.variant.resolution, resize=config.data.resize)
+
+    return prepare
 
 
 def _order(rows: np.ndarray, seed: int, start: int) -> tf.data.Dataset:

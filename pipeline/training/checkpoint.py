@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.errors import RunError
+from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import MovingAverage
 from pipeline.training.step import Totals
 
@@ -115,21 +116,12 @@ def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: in
     return final
 
 
-class Keeper:
+class Keeper(Hook):
     """A hook of the training loop that saves the state whenever it should be kept."""
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int) -> None:
         """Takes what `save` wants beside the state."""
         self._directory, self._identity, self._keep = directory, identity, keep
-
-    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def on_epoch(self, record: Mapping[str, float]) -> None:
-        """Nothing: the loop says when the state should be kept."""
 
     def on_checkpoint(self, state: State) -> None:
         """Saves the state."""

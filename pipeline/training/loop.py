@@ -1,39 +1,24 @@
 """The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
 from pipeline.errors import TrainingError
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
+from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.runtime import Runtime
-from pipeline.training.step import TrainStep
+from pipeline.training.step import TrainStep, moved_by_training
 
 REPORTS_PER_EPOCH = 20
 SECONDS_PER_PROGRESS = 0.5
-
-
-class Hook(Protocol):
-    """What a caller may want to know of a run. Called in the order of the list, between steps."""
-
-    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """About twice a second, with the means of the epoch so far."""
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """At fixed steps, some twenty in an epoch, with the means of the epoch so far."""
-
-    def on_epoch(self, record: Mapping[str, float]) -> None:
-        """After each epoch and its validation, with its record."""
-
-    def on_checkpoint(self, state: State) -> None:
-        """When the state should be kept: after each epoch, and before the run is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +26,34 @@ class Stage:
     """A stretch of steps with one set of trainable weights.
 
     Attributes:
+        number: Its place among the stages, from 0.
         config: As the YAML has it.
         first: Its first step, counted from the start of the run.
         stop: The step behind its last.
         learning_rate: Of the step counted from the start of the stage.
     """
 
+    number: int
     config: StageConfig
     first: int
     stop: int
     learning_rate: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage trains, and on what.
+
+    Attributes:
+        model: What the step calls: the network, or only its head where the stream gives the features of a frozen backbone.
+        stream: Gives the endless stream of global batches from a step on.
+        validate: Gives the metrics of the validation split for the network as it is now, by name; called with the moving average in place.
+            Empty where there is no such split.
+    """
+
+    model: keras.Model
+    stream: Callable[[int], tf.data.Dataset]
+    validate: Callable[[], Mapping[str, float]]
 
 
 def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
@@ -59,7 +62,7 @@ def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
     for stage in config.train.stages:
         first = stages[-1].stop if stages else 0
         rate = learning_rate(config.optimizer, stage, global_batch_size=config.train.global_batch_size, steps_per_epoch=steps_per_epoch)
-        stages.append(Stage(stage, first, first + stage.epochs * steps_per_epoch, rate))
+        stages.append(Stage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
     return tuple(stages)
 
 
@@ -82,7 +85,16 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 class Trainer:
     """Takes a state through the stages of its run."""
 
-    def __init__(self, config: Config, runtime: Runtime, steps_per_epoch: int, hooks: Sequence[Hook], stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        steps_per_epoch: int,
+        hooks: Sequence[Hook],
+        stop_requested: Callable[[], bool],
+        *,
+        class_weights: np.ndarray | None = None,
+    ) -> None:
         """Plans the run.
 
         Args:
@@ -91,9 +103,10 @@ class Trainer:
             steps_per_epoch: Steps between two validations.
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step; True ends the run there.
+            class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one each.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch, self._class_weights = steps_per_epoch, class_weights
         self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
         self.stages = plan(config, steps_per_epoch)
 
@@ -102,16 +115,12 @@ class Trainer:
         """Steps of the whole run."""
         return self.stages[-1].stop
 
-    def run(
-        self, state: State, training_stream: Callable[[int], tf.data.Dataset], validate: Callable[[], Mapping[str, float]]
-    ) -> list[dict[str, float]]:
+    def run(self, state: State, work: Callable[[Stage], Work]) -> list[dict[str, float]]:
         """Trains from `state.step` to the end of the last stage.
 
         Args:
             state: Changed in place.
-            training_stream: Gives the endless stream of global batches from a step on.
-            validate: Gives the metrics of the validation split for the network as it is now, by name; called with the moving
-                average in place. Empty where there is no such split.
+            work: Says what a stage trains on; asked when the stage begins or is gone on with, what is trainable being settled.
 
         Returns:
             The history: a record for each epoch, those before a resume included.
@@ -120,23 +129,27 @@ class Trainer:
             TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
             Interrupted: If a stop was requested.
         """
-        batches = self._endless(training_stream, state.step)
         for stage in self.stages:
-            if state.step >= stage.stop:
-                continue
             set_trainable(state.model, stage.config)
-            with self._runtime.strategy.scope():
-                step = TrainStep(state.model, state.optimizer, state.average, state.totals, self._config, self._runtime)
-            self._run_stage(stage, step, state, batches, validate)
+            if state.step < stage.stop:
+                self._run_stage(stage, state, work(stage))
+            elif state.average is not None:  # what an earlier stage has moved has an average of its own
+                state.average.follow(moved_by_training(state.model))
         return state.history
 
-    def _endless(self, training_stream: Callable[[int], tf.data.Dataset], start: int) -> Iterator[Any]:
-        batches: Iterable[Any] = self._runtime.feed(training_stream(start))
-        return iter(batches)
-
-    def _run_stage(
-        self, stage: Stage, train_step: TrainStep, state: State, batches: Iterator[Any], validate: Callable[[], Mapping[str, float]]
-    ) -> None:
+    def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
+        with self._runtime.strategy.scope():
+            train_step = TrainStep(
+                work.model,
+                state.optimizer,
+                state.average,
+                state.totals,
+                self._config,
+                self._runtime,
+                layer_decay=stage.config.layer_decay,
+                class_weights=self._class_weights,
+            )
+        batches = iter(self._runtime.feed(work.stream(state.step)))
         shown = time.monotonic()
         while state.step < stage.stop:
             rate = stage.learning_rate(state.step - stage.first)
@@ -152,7 +165,7 @@ class Trainer:
                     if report:
                         hook.on_step(state.step, metrics)
             if epoch_ends:
-                self._end_epoch(state, self._means(state, rate), validate)
+                self._end_epoch(state, stage, self._means(state, rate), work.validate)
             if self._stop_requested():
                 if not epoch_ends:
                     self._check_finite(state)
@@ -179,21 +192,37 @@ class Trainer:
                 "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
             )
 
-    def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
+    def _end_epoch(self, state: State, stage: Stage, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
         with state.averaged():
             validation = validate()
         record = {"epoch": state.step // self._steps_per_epoch, "step": state.step, **metrics, **validation}
         state.history.append(record)
-        if self._is_best(record, state.best):
+        if self._improves(record, state.best):
             state.best = record
         state.totals.reset()
         for hook in self._hooks:
             hook.on_epoch(record)
+        if self._is_exhausted(stage, state.history):
+            for hook in self._hooks:
+                hook.on_stage_left((stage.stop - state.step) // self._steps_per_epoch)
+            state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
         self._keep(state)
 
-    def _is_best(self, record: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
-        key, sign = ("val/loss", -1) if self._config.train.best_metric == "loss" else ("val/accuracy", 1)
-        return key in record and (best is None or sign * record[key] > sign * best[key])
+    def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:
+        key = f"val/{self._config.train.best_metric}"
+        sign = -1 if self._config.train.best_metric == "loss" else 1
+        return key in record and (best is None or sign * (record[key] - best[key]) > by)
+
+    def _is_exhausted(self, stage: Stage, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether early stopping leaves the stage here: a function of the history, so that a resumed run decides alike."""
+        rule, best, waited = self._config.train.early_stopping, None, 0
+        if rule is None or history[-1]["step"] == stage.stop:
+            return False
+        for record in history:
+            if record["step"] > stage.first:
+                improves = self._improves(record, best, rule.min_delta)
+                best, waited = (record, 0) if improves else (best, waited + 1)
+        return waited >= rule.patience
 
     def _keep(self, state: State) -> None:
         for hook in self._hooks:

@@ -1,6 +1,6 @@
 """How the weights move: the official RMSProp, the learning rate as a function of the step, and the moving average."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import keras
@@ -78,6 +78,9 @@ class MovingAverage:
     The decay warms up as min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage does with `num_updates` in the
     official code. Keras's `use_ema` averages the trainable weights only and has no warm-up.
 
+    A variable that has never been trained is its own average, to the bit. Only those that `follow` names are computed and swapped: with a
+    frozen backbone that is the classifier.
+
     Attributes:
         variables: The averages, one for each of `averaged`, in its order.
     """
@@ -91,10 +94,19 @@ class MovingAverage:
         """
         self.averaged = list(averaged)
         self.decay = decay
+        self._followed: set[int] = set()
         self.variables = [
             tf.Variable(variable.value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             for variable in self.averaged
         ]
+
+    def follow(self, variables: Iterable[keras.Variable]) -> None:
+        """Says that these change from now on, beside those named before."""
+        self._followed |= {id(variable) for variable in variables}
+
+    def _pairs(self) -> list[tuple[keras.Variable, tf.Variable]]:
+        pairs = zip(self.averaged, self.variables, strict=True)
+        return [(variable, average) for variable, average in pairs if id(variable) in self._followed]
 
     def update(self, step: tf.Tensor, strategy: tf.distribute.Strategy) -> None:
         """Moves the averages towards the present values, in cross-replica context.
@@ -105,7 +117,7 @@ class MovingAverage:
         """
         step = tf.cast(step, tf.float32)
         rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
-        for average, variable in zip(self.variables, self.averaged, strict=True):
+        for variable, average in self._pairs():
             strategy.extended.update(
                 average, lambda a, v: a.assign_sub((a - v) * tf.cast(rate, a.dtype)), args=(variable.value,), group=False
             )
@@ -113,13 +125,12 @@ class MovingAverage:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The network holds the averages inside the block and its own values again after it."""
-        kept = [variable.numpy() for variable in self.averaged]
-        self._put([average.numpy() for average in self.variables])
+        pairs = self._pairs()
+        kept = [variable.numpy() for variable, _ in pairs]
+        for variable, average in pairs:
+            variable.assign(average.numpy())
         try:
             yield
         finally:
-            self._put(kept)
-
-    def _put(self, values: Sequence[np.ndarray]) -> None:
-        for variable, value in zip(self.averaged, values, strict=True):
-            variable.assign(value)
+            for (variable, _), value in zip(pairs, kept, strict=True):
+                variable.assign(value)

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config
+from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.optimizer import MovingAverage, decayed
 from pipeline.training.runtime import Runtime
 
@@ -41,6 +43,11 @@ class Totals:
             variable.assign(0.0)
 
 
+def moved_by_training(model: keras.Model) -> list[keras.Variable]:
+    """The variables that a step changes: those that gradients reach, and the statistics and generators of layers that are not frozen."""
+    return [*model.trainable_variables, *(v for layer in model.layers if layer.trainable for v in layer.non_trainable_variables)]
+
+
 class TrainStep:
     """A compiled step for one set of trainable variables; a stage that changes the set makes a new one.
 
@@ -57,34 +64,45 @@ class TrainStep:
         totals: Totals,
         config: Config,
         runtime: Runtime,
+        *,
+        layer_decay: float = 1.0,
+        class_weights: np.ndarray | None = None,
     ) -> None:
         """Prepares a step that trains what is trainable in `model` now.
 
         Args:
-            model: From float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K).
+            model: From float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K); or its head, from features to logits.
             optimizer: Built for at least the model's trainable variables.
             average: Updated after each step; None for no moving average.
             totals: Added to by each step.
             config: Label smoothing, weight decay, micro-batches and global batch size are taken from it.
             runtime: Strategy and compilation.
+            layer_decay: The learning rate of a block, over that of the block behind it. It scales the update: a gradient that is scaled
+                changes nothing under RMSProp and Adam, which divide by its size.
+            class_weights: float32 (K,), how many images an image of each class counts as; None for one each.
         """
         self._model, self._optimizer, self._average, self._totals = model, optimizer, average, totals
         self._strategy = runtime.strategy
         self._trainable: Sequence[keras.Variable] = model.trainable_variables
-        self._moving = [variable for layer in model.layers if layer.trainable for variable in layer.non_trainable_variables]
+        blocks = {id(variable): block_of(layer.name) for layer in model.layers for variable in layer.trainable_variables}
+        self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
+        self._class_weights = class_weights
+        self._moving = moved_by_training(model)[len(self._trainable) :]
         self._label_smoothing = config.train.label_smoothing
         self._accumulation = config.train.accumulation
         self._global_batch_size = config.train.global_batch_size
         self._weight_decay = [config.optimizer.weight_decay if decayed(variable) else 0.0 for variable in self._trainable]
         self._decoupled = config.optimizer.name == "adamw"
+        if average is not None:
+            average.follow(moved_by_training(model))
         self._compiled = tf.function(self._step, jit_compile=runtime.jit_compile, autograph=False)
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
         """Takes one step.
 
         Args:
-            batch: Of the stream: images uint8 (B, R, R, 3), labels float32 (B, K), weights float32 (B,), index int64 (B,);
-                or their per-replica values.
+            batch: Of the stream: images uint8 (B, R, R, 3) or features float32 (B, C), labels float32 (B, K), weights float32 (B,), index
+                int64 (B,); or their per-replica values.
             learning_rate: Of this step.
         """
         with self._strategy.scope():  # the update below runs in cross-replica context
@@ -119,13 +137,14 @@ class TrainStep:
     def _update(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
         """Moves the weights. `Optimizer.apply` cannot do it here: it needs the replica context, where it may not be conditional."""
 
-        def update(variable: tf.Variable, gradient: tf.Tensor, decay: float) -> None:
+        def update(variable: tf.Variable, gradient: tf.Tensor, decay: float, factor: float) -> None:
+            rate = learning_rate * factor
             if self._decoupled and decay:
-                variable.assign_sub(learning_rate * decay * variable)
-            self._optimizer.update_step(gradient, variable, learning_rate)
+                variable.assign_sub(rate * decay * variable)
+            self._optimizer.update_step(gradient, variable, rate)
 
-        for gradient, variable, decay in zip(gradients, self._trainable, self._weight_decay, strict=True):
-            self._strategy.extended.update(variable.value, update, args=(gradient, decay), group=False)
+        for gradient, variable, *constants in zip(gradients, self._trainable, self._weight_decay, self._rate_factors, strict=True):
+            self._strategy.extended.update(variable.value, update, args=(gradient, *constants), group=False)
         self._optimizer.iterations.assign_add(1)
 
     def _gradients(
@@ -145,12 +164,22 @@ class TrainStep:
         return gradients, sums
 
     def _micro_batch(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
+        target = tf.argmax(labels, -1)
+        labels, counted = self._count(labels, weights)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([variable.value for variable in self._trainable])
             logits = self._model(tf.cast(images, tf.float32), training=True)
             smoothed = labels * (1 - self._label_smoothing) + self._label_smoothing / labels.shape[-1]
-            loss = tf.reduce_sum(weights * tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
+            loss = tf.reduce_sum(counted * tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
             objective = loss / self._global_batch_size
         gradients = tape.gradient(objective, [variable.value for variable in self._trainable])
-        hits = tf.cast(tf.argmax(logits, -1) == tf.argmax(labels, -1), tf.float32)
+        hits = tf.cast(tf.argmax(logits, -1) == target, tf.float32)
         return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * hits), "images": tf.reduce_sum(weights)}
+
+    def _count(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The labels and how many images each counts as. Linear in the label: a mixed image counts as the shares that it is mixed from."""
+        if self._class_weights is None:
+            return labels, weights
+        shares = labels * self._class_weights
+        counts = tf.reduce_sum(shares, -1)
+        return shares / counts[:, tf.newaxis], weights * counts

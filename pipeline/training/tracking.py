@@ -18,6 +18,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.training.hooks import Hook
 from pipeline.training.mlflow_store import (
     alone_with,
     database_of,
@@ -41,7 +42,7 @@ MAX_METRICS, MAX_PARAMS = 1000, 100  # per call; MLflow refuses more
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters; MLflow's limits
 
 
-class Tracker:
+class Tracker(Hook):
     """A run in MLflow for the time of a `with` block, and the training loop's hook that reports to it.
 
     The run ends as FINISHED, as KILLED when it was interrupted, or as FAILED with the error in its tag `error`. Metrics are kept back and
@@ -161,9 +162,6 @@ class Tracker:
                 self._buffer.append(Metric(key, float(value), now, step))
         if time.monotonic() >= self._next_flush:
             self.flush()
-
-    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing: that is for the eye."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""

@@ -1,0 +1,26 @@
+"""What a training loop tells those who want to know of it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.training.checkpoint import State
+
+
+class Hook:
+    """A listener that hears nothing. Each method is called between steps, for all hooks in the order of their list."""
+
+    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """About twice a second, with the means of the epoch so far."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """At fixed steps, some twenty in an epoch, with the means of the epoch so far."""
+
+    def on_epoch(self, record: Mapping[str, float]) -> None:
+        """After each epoch and its validation, with its record."""
+
+    def on_stage_left(self, epochs: int) -> None:
+        """After the epoch in which early stopping left a stage, with the number of epochs that it left out."""
+
+    def on_checkpoint(self, state: "State") -> None:
+        """When the state should be kept: after each epoch, and before the run is interrupted."""

@@ -1,0 +1,89 @@
+"""A run's progress on the screen."""
+
+import time
+from collections.abc import Mapping
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.screen import Screen
+from pipeline.training.hooks import Hook
+
+
+class ProgressLine(Hook):
+    """Shows a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
+
+    def __init__(self, screen: Screen, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int) -> None:
+        """Prepares the line.
+
+        Args:
+            screen: Where to show it.
+            first_step: Steps taken before this process started.
+            total_steps: Steps of the whole run.
+            steps_per_epoch: Steps between two validations.
+            global_batch_size: Images of a step.
+        """
+        self._screen, self._steps_per_epoch, self._total, self._batch = screen, steps_per_epoch, total_steps, global_batch_size
+        self._epochs = total_steps // steps_per_epoch
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=screen.console, transient=True, speed_estimate_period=60)
+        self._task = self._progress.add_task("preparing the first step", total=total_steps, completed=first_step, figures="")
+        self._rate = Throughput()
+
+    def __enter__(self) -> "ProgressLine":
+        if self._screen.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._screen.console.is_terminal:
+            self._progress.stop()
+
+    def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves the line."""
+        speed = self._rate.at(step) * self._batch
+        epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
+        figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
+        self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, figures=figures)
+
+    def on_epoch(self, record: Mapping[str, float]) -> None:
+        """Leaves a line for the epoch."""
+        step = int(record["step"])
+        text = f"epoch {record['epoch']:>3}/{self._epochs}  loss {record['train/loss']:.3f}  accuracy {record['train/accuracy']:.1%}"
+        if "val/loss" in record:
+            text += f"  |  validation loss {record['val/loss']:.3f}  accuracy {record['val/accuracy']:.1%}"
+        left = self._rate.seconds_left(self._total - step)
+        if self._rate.mean:
+            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (f", {_duration(left)} left" if step < self._total else "")
+        self._screen.say(text)
+        self._rate = Throughput()  # the next epoch may be another stage's, with another speed
+
+    def on_stage_left(self, epochs: int) -> None:
+        """Says so."""
+        self._screen.say(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
+
+
+class Throughput:
+    """Steps per second since the first call of `at`; that one waits for the compilation, which does not count."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self.mean = 0.0
+
+    def at(self, step: int) -> float:
+        """Notes that `step` steps are done; returns the mean."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        else:
+            self.mean = (step - self._first[0]) / (now - self._first[1])
+        return self.mean
+
+    def seconds_left(self, steps: int) -> float:
+        """Time that `steps` will take at the mean."""
+        return steps / self.mean if self.mean else 0.0
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

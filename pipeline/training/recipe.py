@@ -1,0 +1,81 @@
+"""Settings that follow from the data: the `auto` recipe for fine-tuning, and what the images of a class count."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.config import Config, OptimizerConfig, StageConfig
+from pipeline.data.stream import steps_per_epoch
+from pipeline.errors import ConfigError, nearest
+
+HEAD_STEPS, MOST_HEAD_EPOCHS = 300, 20
+IMAGES_SEEN, FEWEST_EPOCHS, MOST_EPOCHS = 6_000, 5, 20  # while all is fine-tuned
+AVERAGED_SHARE = 0.15  # of the fine-tuning's steps, that the moving average reaches back over
+STEPS_FOR_STATISTICS = 2_000  # fewer do not bring batch normalisation's statistics to new values that are better than ImageNet's
+
+
+def settle(config: Config, num_images: int) -> Config:
+    """Replaces `recipe: auto` by what it comes to for a number of training images.
+
+    First the classifier alone, on pictures that are not augmented (their features are computed once, so its epochs are cheap), because a
+    random one would pull the pretrained layers off their values (arXiv 2202.10054). Then everything by AdamW with a cosine schedule: for
+    some 6,000 images, within 5 to 20 epochs, so that small data sets are seen more often. The average covers the last 15 % of these steps;
+    the published 0.9999 would leave a short run at its start. Below 2,000 steps batch normalisation stays as ImageNet's.
+
+    Args:
+        config: Comes back as it is where `recipe` is null.
+        num_images: Images of the training split.
+
+    Returns:
+        A config that says all of it and has no recipe.
+    """
+    if config.recipe is None:
+        return config
+    per_epoch = steps_per_epoch(num_images, config.train.global_batch_size)
+    head_epochs = min(math.ceil(HEAD_STEPS / per_epoch), MOST_HEAD_EPOCHS)
+    epochs = min(max(round(IMAGES_SEEN / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
+    steps = epochs * per_epoch
+    optimizer = OptimizerConfig(
+        name="adamw",
+        base_lr=0.004,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        weight_decay=1e-4,
+        ema=round(min(max(1 - 1 / (AVERAGED_SHARE * steps), 0.9), 0.9999), 4),
+    )
+    stages = (
+        StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False),
+        StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS),
+    )
+    return config.model_copy(update={"recipe": None, "optimizer": optimizer, "train": config.train.model_copy(update={"stages": stages})})
+
+
+def class_weights(config: Config, class_names: Sequence[str], num_images: Sequence[int]) -> np.ndarray | None:
+    """How many images an image of each class counts as in the loss; over the training images the mean is 1.
+
+    Args:
+        config: `train.class_weights` is used. `balanced` lets every class count the same: N / (K * n_k) for n_k of the N images.
+        class_names: K names in the order of the labels.
+        num_images: Training images of each class, n_k.
+
+    Returns:
+        float32 (K,), or None where all count the same.
+
+    Raises:
+        ConfigError: If a weight is given for a class that there is not.
+    """
+    given = config.train.class_weights
+    if given is None:
+        return None
+    counts = np.asarray(num_images, np.float64)
+    if given == "balanced":
+        weights = 1 / np.maximum(counts, 1)
+    else:
+        unknown = [name for name in given if name not in class_names]
+        if unknown:
+            raise ConfigError(
+                "\n".join(f"train.class_weights: {name!r} is none of the data's classes{nearest(name, class_names)}" for name in unknown)
+            )
+        weights = np.array([given.get(name, 1.0) for name in class_names])
+    return (weights * counts.sum() / (weights * counts).sum()).astype(np.float32)
