@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _read(path: Path, trail: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict[str, Any], Origins]:
     if path.resolve() in trail:
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in (*trail, path))}")
     try:
@@ -55,7 +55,7 @@ def _read(path: Path, trail: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]
         origins: Origins = {}
         values = {} if node is None else _construct(node, (), origins, str(path), 0)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); the project's configs are in configs/") from None
+        raise ConfigError(f"{named_by}{path}: cannot be read ({error.strerror}); the project's configs are in configs/") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
@@ -67,12 +67,14 @@ def _read(path: Path, trail: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]
         return values, origins
     if not isinstance(parent, str):
         raise ConfigError(f"{origins['extends',]}: extends: must be the name of another config file; received {parent!r}")
-    base, base_origins = _read(path.parent / parent, (*trail, path.resolve()))
+    base, base_origins = _read(path.parent / parent, (*trail, path.resolve()), f"{origins['extends',]}: extends: ")
     _merge(base, values, (), base_origins, origins)
     return base, base_origins
 
 
 def _yaml_problem(place: str, error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.reader.ReaderError):  # the only one without a line
+        return f"{place}: is not valid YAML: the character {error.character!r} at position {error.position} is not allowed; delete it"
     mark = getattr(error, "problem_mark", None)
     line = f"{place}:{mark.line + 1}" if mark is not None else place
     return f"{line}: is not valid YAML: {getattr(error, 'problem', None) or error}"
@@ -230,5 +232,5 @@ def _short(value: Hashable) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as it is written on the command line."""
-    return ".".join(str(part) for part in path)
+    """A key path as it is written on the command line; a key that would break the line is quoted."""
+    return ".".join(text if (text := str(part)).isprintable() else repr(text) for part in path)

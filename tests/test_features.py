@@ -81,13 +81,14 @@ def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.Monkey
 
 def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
     model = efficientnet(CONFIG.variant, num_classes=10, seed=3)
+    model.get_layer("predictions").kernel.assign(np.random.default_rng(1).normal(0, 1e4, (1280, 10)))  # random logits are near zero
     images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
     wanted = model(images).numpy()
     backbone, head = backbone_and_head(model)
-    np.testing.assert_allclose(head(backbone(images)).numpy(), wanted, rtol=1e-5, atol=1e-6)
-    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(head(backbone(images)).numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert wanted.std() > 0.1
     head.layers[-1].bias.assign_add(np.ones(10))
-    np.testing.assert_allclose(model(images).numpy(), wanted + 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model(images).numpy(), wanted + 1, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(plain_copy(model)(images).numpy(), model(images).numpy())
 
 

@@ -25,14 +25,13 @@ def test_the_recipe_gives_every_data_set_a_config_that_loads_back_equal(num_imag
     settled = settle(config(recipe="auto", train={"global_batch_size": batch}), num_images)
     assert settled.recipe is None
     assert Config.model_validate(settled.model_dump(mode="json")) == settled
-    head, whole = settled.train.stages
-    assert (head.trainable, whole.trainable) == ("head", "all")
-    assert 5 <= whole.epochs <= 20
+    assert [stage.trainable for stage in settled.train.stages] == (["head", "all"] if num_images >= 500 else ["head"])
+    assert all(1 <= stage.epochs <= 20 for stage in settled.train.stages)
     assert 0.9 <= settled.optimizer.ema <= 0.9999
 
 
 def test_small_data_are_seen_more_often_and_averaged_over_fewer_steps():
-    small, large = (settle(config(recipe="auto"), count) for count in (250, 50_000))
+    small, large = (settle(config(recipe="auto"), count) for count in (600, 50_000))
     assert small.train.stages[1].epochs > large.train.stages[1].epochs
     assert small.optimizer.ema < large.optimizer.ema
     assert small.train.stages[1].freeze_batch_norm

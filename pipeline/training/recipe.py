@@ -9,7 +9,8 @@ from pipeline.config import Config, OptimizerConfig, StageConfig
 from pipeline.data.stream import steps_per_epoch
 from pipeline.errors import ConfigError, nearest
 
-HEAD_STEPS, MOST_HEAD_EPOCHS = 300, 20
+HEAD_STEPS, MOST_HEAD_EPOCHS = 100, 20
+FEWEST_TO_FINE_TUNE = 500  # images: 243 photos of ants and bees got 94 to 95 % of 153 right fine-tuned, 96 to 97 % by the classifier alone
 IMAGES_SEEN, FEWEST_EPOCHS, MOST_EPOCHS = 6_000, 5, 20  # while all is fine-tuned
 AVERAGED_SHARE = 0.15  # of the fine-tuning's steps, that the moving average reaches back over
 STEPS_FOR_STATISTICS = 2_000  # fewer do not bring batch normalisation's statistics to new values that are better than ImageNet's
@@ -19,9 +20,9 @@ def settle(config: Config, num_images: int) -> Config:
     """Replaces `recipe: auto` by what it comes to for a number of training images.
 
     First the classifier alone, on pictures that are not augmented (their features are computed once, so its epochs are cheap), because a
-    random one would pull the pretrained layers off their values (arXiv 2202.10054). Then everything by AdamW with a cosine schedule: for
-    some 6,000 images, within 5 to 20 epochs, so that small data sets are seen more often. The average covers the last 15 % of these steps;
-    the published 0.9999 would leave a short run at its start. Below 2,000 steps batch normalisation stays as ImageNet's.
+    random one would pull the pretrained layers off their values (arXiv 2202.10054). Then, from 500 images on, everything by AdamW with a
+    cosine schedule: for some 6,000 images, within 5 to 20 epochs, so that small data sets are seen more often. The average covers the last
+    15 % of the steps; the published 0.9999 would leave a short run at its start. Below 2,000 steps batch normalisation stays as ImageNet's.
 
     Args:
         config: Comes back as it is where `recipe` is null.
@@ -35,19 +36,19 @@ def settle(config: Config, num_images: int) -> Config:
     per_epoch = steps_per_epoch(num_images, config.train.global_batch_size)
     head_epochs = min(math.ceil(HEAD_STEPS / per_epoch), MOST_HEAD_EPOCHS)
     epochs = min(max(round(IMAGES_SEEN / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
-    steps = epochs * per_epoch
+    fine_tuned = num_images >= FEWEST_TO_FINE_TUNE
+    steps = (epochs if fine_tuned else head_epochs) * per_epoch
     optimizer = OptimizerConfig(
         name="adamw",
         base_lr=0.004,
         schedule="cosine",
-        warmup_epochs=0.5,
+        warmup_epochs=1.0,
         weight_decay=1e-4,
         ema=round(min(max(1 - 1 / (AVERAGED_SHARE * steps), 0.9), 0.9999), 4),
     )
-    stages = (
-        StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False),
-        StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS),
-    )
+    head = StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False)
+    whole = StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS)
+    stages = (head, whole) if fine_tuned else (head,)
     return config.model_copy(update={"recipe": None, "optimizer": optimizer, "train": config.train.model_copy(update={"stages": stages})})
 
 
