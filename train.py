@@ -162,6 +162,7 @@ def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Sc
     from pipeline.model.efficientnet import efficientnet
     from pipeline.model.weights import load_pretrained
     from pipeline.training.checkpoint import State
+    from pipeline.training.loop import check_new_layers
     from pipeline.training.optimizer import MovingAverage, build_optimizer
     from pipeline.training.runtime import PerReplicaDropout
     from pipeline.training.step import Totals
@@ -180,6 +181,7 @@ def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Sc
         if weights is not None:
             report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
             screen.say(f"weights: {report}", details=report.details())
+            check_new_layers(model, report.new, config.train.stages)
         average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 

@@ -8,10 +8,10 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeper, State
-from pipeline.training.loop import Interrupted, Trainer, plan, set_trainable
+from pipeline.training.loop import Interrupted, Trainer, check_new_layers, plan, set_trainable
 from pipeline.training.optimizer import MovingAverage, build_optimizer
 from pipeline.training.runtime import PerReplicaDropout, set_up
 from pipeline.training.step import Totals
@@ -192,3 +192,28 @@ def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_st
     with pytest.raises(TrainingError, match=r"not finite in step 8; nothing of that step was applied. Try a lower optimizer.base_lr"):
         run(bad, [], poisoned=7)
     assert {k: v for k, v in contents(bad).items() if "totals" not in k} == {k: v for k, v in contents(good).items() if "totals" not in k}
+
+
+@pytest.mark.parametrize(
+    ("stages", "stuck"),
+    [
+        ([{}], []),
+        ([{"trainable": "head"}, {"trainable": "all"}], []),
+        ([{"freeze_batch_norm": True}, {"trainable": "block6"}], ["stem_bn"]),
+        ([{"trainable": "head"}, {"trainable": "block6"}], ["stem_bn", "stem_conv"]),
+        ([{"trainable": "block6", "freeze_batch_norm": True}], ["block6a_expand_bn", "stem_bn", "stem_conv"]),
+        ([{"trainable": "head"}], ["block6a_expand_bn", "block6a_expand_conv", "stem_bn", "stem_conv"]),
+    ],
+)
+def test_no_layer_stays_random_through_all_stages(stages: list[dict], stuck: list[str]) -> None:
+    model = network()
+    new = [layer.name for layer in model.layers if layer.weights]
+    configs = [StageConfig(epochs=1, **stage) for stage in stages]
+    if not stuck:
+        check_new_layers(model, new, configs)
+        return
+    with pytest.raises(ConfigError, match=f"no stage trains {len(stuck)} layers") as caught:
+        check_new_layers(model, new, configs)
+    assert all(name in str(caught.value) for name in stuck)
+    assert "predictions" not in str(caught.value)
+    check_new_layers(model, [name for name in new if name not in stuck], configs)

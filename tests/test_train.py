@@ -299,6 +299,16 @@ def test_a_run_that_failed_before_training_does_not_keep_its_directory(folder, m
             call(monkeypatch, folder, train, *arguments, "model.weights=absent.h5")
 
 
+def test_weights_that_fit_in_part_are_not_left_beside_random_layers(finished, monkeypatch):
+    directory, _, _ = finished
+    deeper = ("model.variant={width: 0.25, depth: 1.1, resolution: 32}", "model.weights=whole/model.keras")
+    stages = "train.stages=[{epochs: 1, trainable: block2}]"
+    with pytest.raises(
+        UserError, match=r"no stage trains 6 layers that the weights do not fit .*: block1b_dwconv, .*, block1b_project_bn;"
+    ):
+        call(monkeypatch, directory.parent, train, "--config", "config.yaml", "--run-dir", "partial", *deeper, stages)
+
+
 def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path, monkeypatch):
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
