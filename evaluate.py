@@ -1,39 +1,55 @@
-"""Measures a finished run, or labels pictures.
+"""Measures a finished run or published weights, or labels pictures with them.
 
-python evaluate.py --run latest [--split test]               every figure of a split
-python evaluate.py --run latest a.jpg b.jpg                  the five most probable classes of each picture
-python evaluate.py --weights imagenet --variant lite0 a.jpg  the same with published weights, ImageNet's classes
+python evaluate.py --run latest [--split test]                  every figure of a split of the run's own data
+python evaluate.py --run latest --data PHOTOS                   the same on other labelled data
+python evaluate.py --weights imagenet --variant lite0 --data PHOTOS
+python evaluate.py --run latest a.jpg b.jpg                     the five most probable classes of each picture
+python evaluate.py --weights imagenet --variant lite0 a.jpg
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import run_directory
+from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.run_directory import RunDirectory
 from pipeline.scaling import VARIANTS
 from pipeline.screen import Screen, run_program
 
+if TYPE_CHECKING:
+    import keras
+
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.sources import Source
+    from pipeline.evaluation.metrics import Predictions
+    from pipeline.training.runtime import Runtime
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure a run on a split of its data, or label pictures.")
+    parser = argparse.ArgumentParser(description="Measure a run or published weights on labelled data, or label pictures.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="a run's directory, its MLflow id, or latest")
-    what.add_argument("--weights", help="label pictures by ImageNet's classes with these weights: imagenet, or a file; needs --variant")
+    what.add_argument("--weights", help="a network of ImageNet's classes: imagenet, or a file of weights; needs --variant")
     parser.add_argument("--variant", choices=list(VARIANTS), help="the network that --weights belong to")
-    parser.add_argument("--split", choices=["train", "val", "test"], help="the split to measure (default: test; val where there is none)")
-    parser.add_argument("images", nargs="*", type=Path, help="pictures to label instead of measuring a split")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="labelled pictures to measure on: a folder, or a CSV file")
+    parser.add_argument("--class-map", type=Path, metavar="FILE", help="with --data: YAML of lines `data's class: model's class`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --data: write figures and predictions into this new folder")
+    parser.add_argument("--split", choices=["train", "val", "test"], help="the split to measure (default: a run's test; all of --data)")
+    parser.add_argument("images", nargs="*", type=Path, help="pictures to label instead")
     arguments = parser.parse_intermixed_args()
     if arguments.weights and not arguments.variant:
         parser.error("--weights needs --variant: the network that they belong to")
-    if arguments.weights and not arguments.images:
-        parser.error("--weights needs pictures to label")
-    if arguments.images and arguments.split:
-        parser.error("--split measures a split of the run's data; leave it out to label pictures")
+    if arguments.weights and not (arguments.images or arguments.data):
+        parser.error("--weights needs pictures to label, or labelled ones by --data")
+    if arguments.images and (arguments.split or arguments.data):
+        parser.error("--split and --data are for measuring; leave them out to label pictures")
+    if (arguments.class_map or arguments.out) and not arguments.data:
+        parser.error("--class-map and --out belong to --data")
     return arguments
 
 
@@ -43,92 +59,130 @@ def main(screen: Screen) -> int:
     missing = [str(path) for path in arguments.images if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: there is no such file" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""))
+    if arguments.out is not None and arguments.out.exists() and not (arguments.out.is_dir() and not any(arguments.out.iterdir())):
+        raise UserError(f"{arguments.out}: exists already and nothing in it is overwritten; choose another --out")
     if arguments.weights:
         screen.divert_to(None)
-        return label_by_imagenet(arguments.weights, arguments.variant, arguments.images, screen)
-    run = run_directory.find(arguments.run)
-    if not run.model.exists():
-        raise RunError(f"{run.path}: has no model.keras yet; finish it with: python train.py --config ... --run-dir {run.path} --resume")
-    screen.divert_to(run.log)
-    return label(run, arguments.images, screen) if arguments.images else measure(run, arguments.split, screen)
+        network = published(arguments.weights, arguments.variant, screen)
+    else:
+        run = run_directory.find(arguments.run)
+        if not run.model.exists():
+            raise RunError(
+                f"{run.path}: has no model.keras yet; finish it with: python train.py --config ... --run-dir {run.path} --resume"
+            )
+        screen.divert_to(run.log)
+        network = trained(run)
+    if arguments.images:
+        return label(network, arguments.images, screen)
+    if arguments.data:
+        return measure_on(network, arguments, screen)
+    return measure(network, run, arguments.split, screen)
 
 
-def measure(run: RunDirectory, split: str | None, screen: Screen) -> int:
-    """Evaluates a run's final network on a split; returns the exit code."""
+class Network(NamedTuple):
+    """What is measured, ready to run."""
+
+    model: "keras.Model"
+    class_lists: tuple[Sequence[str], ...]
+    """What its outputs are called, in their order; a list for each wording, such as synsets and readable names."""
+    config: Config
+    """Its `variant`, `data.resize` and `runtime` matter here."""
+    runtime: "Runtime"
+
+    def predict(self, manifest: "Manifest", source: "Source", split: str, screen: Screen) -> "Predictions":
+        """Its outputs on a split, by the preprocessing of training's validation."""
+        from pipeline.data.stream import evaluation_stream
+        from pipeline.evaluation.metrics import Predictor
+
+        batch_size = self.runtime.whole_batch(self.config.train.global_batch_size // self.config.train.accumulation)
+        dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size)
+        with screen.counting(f"measuring {split}") as count:
+            return Predictor(self.model, self.runtime.strategy)(dataset, progress=count)
+
+
+def trained(run: RunDirectory) -> Network:
+    """A run's final network."""
     import keras
 
     from pipeline.data.manifest import Manifest
-    from pipeline.data.sources import open_source
-    from pipeline.data.stream import evaluation_stream
-    from pipeline.evaluation.metrics import Predictor, evaluate_predictions
-    from pipeline.evaluation.report import table, write_evaluation
     from pipeline.training.runtime import set_up
-    from pipeline.training.tracking import log_evaluation
 
     config = run.load_config()
+    runtime = set_up(config)
+    with runtime.strategy.scope():
+        model = keras.saving.load_model(run.model, compile=False)
+    return Network(model, (Manifest.load(run.manifest).class_names,), config, runtime)
+
+
+def published(weights: str, name: str, screen: Screen) -> Network:
+    """A network of ImageNet's classes with published weights."""
+    from pipeline.model.efficientnet import efficientnet
+    from pipeline.model.weights import imagenet_classes, load_pretrained
+    from pipeline.training.runtime import set_up
+
+    config = Config(model=ModelConfig(variant=name, weights=None), data=DataConfig(source="digits"))  # a config without data there is not
+    runtime = set_up(config)
+    synsets, names = zip(*imagenet_classes(), strict=True)
+    with runtime.strategy.scope():
+        model = efficientnet(config.variant, num_classes=len(names))
+        report = load_pretrained(model, weights, variant=config.variant, class_names=names)
+    if report.new:
+        raise WeightsError(f"{report}. These are not the weights of a whole {name} with ImageNet's classes; a run is evaluated by --run")
+    screen.say(f"weights: {report}")
+    return Network(model, (synsets, names), config, runtime)
+
+
+def measure(network: Network, run: RunDirectory, split: str | None, screen: Screen) -> int:
+    """Evaluates a run on a split of its own data, for its directory and MLflow; returns the exit code."""
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.sources import open_source
+    from pipeline.evaluation.metrics import evaluate_predictions
+    from pipeline.evaluation.report import table, write_evaluation
+    from pipeline.training.tracking import log_evaluation
+
     manifest = Manifest.load(run.manifest)
     if split is None:
         split = "test" if len(manifest.indices("test")) else "val"
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
-    runtime = set_up(config)
-    with runtime.strategy.scope():
-        model = keras.saving.load_model(run.model, compile=False)
-    batch_size = runtime.whole_batch(config.train.global_batch_size // config.train.accumulation)
-    dataset = evaluation_stream(manifest, open_source(config.data), config, split, batch_size=batch_size)
-    with screen.counting(f"measuring {split}") as count:
-        predictions = Predictor(model, runtime.strategy)(dataset, progress=count)
+    predictions = network.predict(manifest, open_source(network.config.data), split, screen)
     evaluation = evaluate_predictions(predictions, manifest.class_names, split)
     write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
     screen.say(table(evaluation))
     screen.say(f"written to {run.evaluation(split)}")
     if (tracked := run.mlflow_run()) is not None:
-        log_evaluation(config, tracked, evaluation.headline(), run.evaluation(split))
+        log_evaluation(network.config, tracked, evaluation.headline(), run.evaluation(split))
         screen.say(f"logged to the run {tracked[1]} in MLflow")
     return 0
 
 
-def label(run: RunDirectory, images: list[Path], screen: Screen) -> int:
-    """Prints the most probable classes of pictures by a run's final network; returns the exit code."""
-    import keras
+def measure_on(network: Network, arguments: argparse.Namespace, screen: Screen) -> int:
+    """Evaluates a network on labelled data that it was not made for, among all of its own classes; returns the exit code."""
+    from pipeline.evaluation.labelled import SPLIT, align, open_labelled, scan_labelled
+    from pipeline.evaluation.metrics import evaluate_predictions
+    from pipeline.evaluation.report import table, write_evaluation
 
-    from pipeline.data.manifest import Manifest
-
-    config, class_names = run.load_config(), Manifest.load(run.manifest).class_names
-    model = keras.saving.load_model(run.model, compile=False)
-    return show_predictions(model, class_names, images, config.variant.resolution, config.data.resize, screen)
-
-
-def label_by_imagenet(weights: str, name: str, images: list[Path], screen: Screen) -> int:
-    """Prints the most probable of ImageNet's classes; returns the exit code."""
-    from pipeline.model.efficientnet import efficientnet
-    from pipeline.model.weights import imagenet_classes, load_pretrained
-
-    classes = [readable for _, readable in imagenet_classes()]
-    variant = VARIANTS[name]
-    model = efficientnet(variant, num_classes=len(classes))
-    report = load_pretrained(model, weights, variant=variant, class_names=classes)
-    if report.new:
-        raise WeightsError(
-            f"{report}. These are not the weights of a whole {name} with ImageNet's classes; a run is labelled with by --run"
-        )
-    screen.say(f"weights: {report}")
-    return show_predictions(model, classes, images, variant.resolution, "crop", screen)
+    source = open_labelled(arguments.data, arguments.split)
+    alignment = align(source.class_names, network.class_lists, arguments.class_map)
+    with screen.counting("reading the data") as count:
+        manifest = scan_labelled(source, count)
+    predictions = alignment(network.predict(manifest, source, SPLIT, screen))
+    evaluation = evaluate_predictions(predictions, alignment.class_names, arguments.data.name)
+    screen.say(table(evaluation))
+    if arguments.out is not None:
+        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), arguments.out)
+        screen.say(f"written to {arguments.out}")
+    return 0
 
 
-def show_predictions(
-    model: Any,
-    class_names: Sequence[str],
-    images: list[Path],
-    resolution: int,
-    resize: Literal["crop", "squash", "letterbox"],
-    screen: Screen,
-) -> int:
-    """Prints a table for each picture; the exit code is 1 if one could not be read."""
+def label(network: Network, images: list[Path], screen: Screen) -> int:
+    """Prints the most probable classes of each picture; the exit code is 1 if one could not be read."""
     from pipeline.evaluation.predict import predict_files, prediction_table
 
     failed = 0
-    for prediction in predict_files(model, class_names, images, resolution=resolution, resize=resize):
+    names = [" ".join(wordings) for wordings in zip(*network.class_lists, strict=True)]
+    config = network.config
+    for prediction in predict_files(network.model, names, images, resolution=config.variant.resolution, resize=config.data.resize):
         screen.say(prediction_table(prediction))
         failed += prediction.error is not None
     return 1 if failed else 0

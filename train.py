@@ -7,7 +7,7 @@ config is known to be good, so that a mistake in it is answered at once.
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,9 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
-    model = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
+    model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
     manifest = read_data(source, config, run, screen, resume=resume)
-    config = settle_recipe(config, manifest, run, screen)
+    config = settle_recipe(config, manifest, model, new, run, screen)
     counts = manifest.class_counts()
     weights = class_weights(config, manifest.class_names, counts["train"])
     state = new_state(config, runtime, model)
@@ -162,26 +162,32 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     return manifest
 
 
-def settle_recipe(config: Config, manifest: Any, run: RunDirectory, screen: Screen) -> Config:
+def settle_recipe(config: Config, manifest: Any, model: Any, new: Collection[str], run: RunDirectory, screen: Screen) -> Config:
     """What the config comes to for these data; written down as resolved."""
+    from pipeline.training.loop import check_new_layers
     from pipeline.training.recipe import settle
 
     if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
         raise ConfigError("train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one")
     settled = settle(config, len(manifest.indices("train")))
     if settled != config:
+        check_new_layers(model, new, settled.train.stages)
         run_directory.write(run.config, settled.to_yaml())
         stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
         screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}; all of it in {run.config}")
     return settled
 
 
-def build_network(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None) -> Any:
-    """Builds the network under the strategy that will run it, with the weights that it starts from."""
+def build_network(
+    config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None
+) -> tuple[Any, Collection[str]]:
+    """Builds the network under the strategy that will run it; returns it and the layers that the weights it starts from do not fit."""
     from pipeline.model.efficientnet import efficientnet
     from pipeline.model.weights import load_pretrained
+    from pipeline.training.loop import check_new_layers
     from pipeline.training.runtime import PerReplicaDropout
 
+    new: Collection[str] = ()
     with runtime.strategy.scope():
         model = efficientnet(
             config.variant,
@@ -196,7 +202,9 @@ def build_network(config: Config, runtime: Any, class_names: tuple[str, ...], sc
         if weights is not None:
             report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
             screen.say(f"weights: {report}", details=report.details())
-    return model
+            check_new_layers(model, report.new, config.train.stages)
+            new = report.new
+    return model, new
 
 
 def new_state(config: Config, runtime: Any, model: Any) -> Any:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.augmentations import check_albumentations, check_native
+from pipeline.errors import nearest
 from pipeline.scaling import VARIANTS, Variant, from_multipliers, from_phi
 
 IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "lite1", "lite2")  # with weights to be had by name
@@ -63,7 +64,7 @@ class ModelConfig(Section):
     resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
     """Side of the square input in pixels; null takes the variant's own."""
     weights: str | None = "imagenet"
-    """null starts from random values; imagenet; a file (.h5, .keras, .pth); or the directory of a run."""
+    """null: random values; imagenet; imagenet:b2, what fits of another variant's; a file (.h5, .keras, .pth); or the directory of a run."""
     class_map: Path | None = None
     """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights; null goes by names."""
     dropout: Fraction | None = None
@@ -306,9 +307,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _weights_exist(self) -> "Config":
-        if self.model.weights == "imagenet" and self.model.variant not in IMAGENET_VARIANTS:
-            published = ", ".join(IMAGENET_VARIANTS)
-            raise ValueError(f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; give a file or null")
+        origin, _, name = (self.model.weights or "").partition(":")
+        if origin != "imagenet":
+            return self
+        published = ", ".join(IMAGENET_VARIANTS)
+        if name and name not in IMAGENET_VARIANTS:
+            raise ValueError(f"model.weights: imagenet is to be had for {published}, not for {name!r}{nearest(name, IMAGENET_VARIANTS)}")
+        if not name and self.model.variant not in IMAGENET_VARIANTS:
+            raise ValueError(
+                f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; name one of them to start from what "
+                "fits of it, as in imagenet:b2, or give a file or null"
+            )
+        if name and VARIANTS[name].lite != self.variant.lite:
+            raise ValueError(
+                f"model.weights: {self.model.weights} and {self.variant.name} do not go together: the lite variants have other activations "
+                "and another normalisation"
+            )
         return self
 
     @model_validator(mode="after")

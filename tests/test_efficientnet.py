@@ -88,6 +88,27 @@ def test_b1_to_b7_equal_keras_applications(number: int) -> None:
     assert_equals_keras_applications(f"b{number}", 64)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["b8", "l2"])
+def test_the_largest_have_the_weights_of_kerass_builder_at_their_scale(name: str) -> None:
+    from keras.src.applications.efficientnet import EfficientNet
+
+    variant = VARIANTS[name]
+    with keras.StatelessScope(initialize_variables=False):  # shapes only: L2's values take 2 GB
+        ours = efficientnet(variant)
+        reference = EfficientNet(variant.width, variant.depth, variant.resolution, weights=None, name=name)
+    keras.utils.clear_session()
+    shapes, expected = (
+        {layer.name: [tuple(weight.shape) for weight in layer.weights] for layer in model.layers if layer.weights}
+        for model in (ours, reference)
+    )
+    expected = {layer: of for layer, of in expected.items() if "normalization" not in layer}
+    assert list(shapes.items()) == list(expected.items())
+    assert ours.output.shape == (None, 1000)
+    final = ours.get_layer("top_activation").output.shape
+    assert final == reference.get_layer("top_activation").output.shape
+
+
 def test_every_layer_but_padding_and_normalisation_is_called_as_in_keras_applications() -> None:
     reference = keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3))
     names = {layer.name for layer in reference.layers if not isinstance(layer, keras.layers.ZeroPadding2D)}

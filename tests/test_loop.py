@@ -8,11 +8,11 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeper, State
 from pipeline.training.hooks import Hook
-from pipeline.training.loop import Interrupted, Trainer, Work, plan, set_trainable
+from pipeline.training.loop import Interrupted, Trainer, Work, check_new_layers, plan, set_trainable
 from pipeline.training.optimizer import MovingAverage, build_optimizer
 from pipeline.training.runtime import PerReplicaDropout, set_up
 from pipeline.training.step import Totals
@@ -292,3 +292,28 @@ def test_layer_decay_scales_the_update_of_each_block_under_rmsprop():
     for path, factor in {"predictions/kernel": 1.0, "block6a_expand_conv/kernel": 0.5**3, "stem_conv/kernel": 0.5**9}.items():
         assert np.abs(moved[1.0][path]).max() > 1e-4
         np.testing.assert_allclose(moved[0.5][path], factor * moved[1.0][path], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("stages", "stuck"),
+    [
+        ([{}], []),
+        ([{"trainable": "head"}, {"trainable": "all"}], []),
+        ([{"freeze_batch_norm": True}, {"trainable": "block6"}], ["stem_bn"]),
+        ([{"trainable": "head"}, {"trainable": "block6"}], ["stem_bn", "stem_conv"]),
+        ([{"trainable": "block6", "freeze_batch_norm": True}], ["block6a_expand_bn", "stem_bn", "stem_conv"]),
+        ([{"trainable": "head"}], ["block6a_expand_bn", "block6a_expand_conv", "stem_bn", "stem_conv"]),
+    ],
+)
+def test_no_layer_stays_random_through_all_stages(stages: list[dict], stuck: list[str]) -> None:
+    model = network()
+    new = [layer.name for layer in model.layers if layer.weights]
+    configs = [StageConfig(epochs=1, **stage) for stage in stages]
+    if not stuck:
+        check_new_layers(model, new, configs)
+        return
+    with pytest.raises(ConfigError, match=f"no stage trains {len(stuck)} layers") as caught:
+        check_new_layers(model, new, configs)
+    assert all(name in str(caught.value) for name in stuck)
+    assert "predictions" not in str(caught.value)
+    check_new_layers(model, [name for name in new if name not in stuck], configs)

@@ -109,14 +109,17 @@ def test_only_identical_shapes_count_as_a_published_network(monkeypatch: pytest.
     assert not search.best_fit(from_phi(-4)).identical
 
 
-@pytest.mark.parametrize("identical", [True, False])
-def test_the_written_config_loads_and_means_the_solution(tmp_path: Path, identical: bool) -> None:
+@pytest.mark.parametrize(
+    ("fitting", "identical", "weights"), [(9, True, "imagenet"), (5, False, "imagenet:b1"), (9, False, "imagenet:b1"), (0, False, None)]
+)
+def test_the_written_config_loads_and_means_the_solution(tmp_path: Path, fitting: int, identical: bool, weights: str | None) -> None:
     solution = Solution(0.02, from_phi(0.02), "latency")
-    text = search.training_config(solution, Fit("b1", 9, 9, identical), Path("my photos: all"), batch_size=8, header="one\ntwo")
+    text = search.training_config(solution, Fit("b1", fitting, 9, identical), Path("my photos: all"), batch_size=8, header="one\ntwo")
     file = tmp_path / "my.yaml"
     file.write_text(text)
     config = load_config(file)
-    assert config.model.weights == ("imagenet" if identical else None)
+    assert config.model.weights == weights
+    assert identical or [(stage.trainable, stage.freeze_batch_norm) for stage in config.train.stages] == [("all", False)]
     assert search.architecture(config.variant) == search.architecture(solution.variant)
     assert config.data.path == Path("my photos: all")
     assert config.train.global_batch_size == 8

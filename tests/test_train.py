@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,27 @@ def test_evaluate_labels_pictures_as_it_measured_them(finished):
         assert row.predicted_class in out
 
 
+def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, tmp_path, monkeypatch):
+    directory, _, _ = finished
+    before = json.loads((directory / "evaluation/test/metrics.json").read_text())
+    rows = pd.read_parquet(directory / "evaluation/test/predictions.parquet")
+    (tmp_path / "list.csv").write_text(
+        "path,label\n" + "".join(f"{directory.parent / 'photos' / row.key},{row.true_class[-1]}\n" for row in rows.itertuples())
+    )
+    (tmp_path / "map.yaml").write_text("0: class 0\n1: class 1\n2: class 2\n")
+    arguments = ("--run", str(directory), "--data", "list.csv")
+    with pytest.raises(UserError, match="3 of the data's 3 classes are none of the model's 3"):
+        call(monkeypatch, tmp_path, evaluate, *arguments)
+    said = call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
+    assert f"list.csv: 15 images, accuracy {before['accuracy']:.2%}" in said
+    after = json.loads((tmp_path / "figures/metrics.json").read_text())
+    assert after.pop("split") == "list.csv"
+    assert before.pop("split") == "test"
+    assert after == pytest.approx(before, rel=1e-5)
+    with pytest.raises(UserError, match="figures: exists already and nothing in it is overwritten"):
+        call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
+
+
 @pytest.mark.parametrize(
     "how", [pytest.param(signal.SIGTERM, id="terminated"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)]
 )
@@ -277,6 +299,16 @@ def test_a_run_that_failed_before_training_does_not_keep_its_directory(folder, m
             call(monkeypatch, folder, train, *arguments, "model.weights=absent.h5")
 
 
+def test_weights_that_fit_in_part_are_not_left_beside_random_layers(finished, monkeypatch):
+    directory, _, _ = finished
+    deeper = ("model.variant={width: 0.25, depth: 1.1, resolution: 32}", "model.weights=whole/model.keras")
+    stages = "train.stages=[{epochs: 1, trainable: block2}]"
+    with pytest.raises(
+        UserError, match=r"no stage trains 6 layers that the weights do not fit .*: block1b_dwconv, .*, block1b_project_bn;"
+    ):
+        call(monkeypatch, directory.parent, train, "--config", "config.yaml", "--run-dir", "partial", *deeper, stages)
+
+
 def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path, monkeypatch):
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -309,7 +341,17 @@ def test_the_papers_recipe_passes_its_dry_run_without_its_data(tmp_path, monkeyp
 def test_published_weights_label_a_picture_without_a_run(folder, monkeypatch):
     said = call(monkeypatch, folder, evaluate, "--weights", "imagenet", "--variant", "lite0", "photos/class 0/0.png")
     assert "98 of 98 backbone layers copied; classifier copied" in said
-    assert said.count("%") == 5
+    assert len(re.findall(r"\d+\.\d%.* n\d{8} [A-Za-z]", said)) == 5
+
+
+def test_published_weights_are_measured_on_labelled_pictures(tmp_path, monkeypatch):
+    for name in ("zebra", "n02510455"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (50, 40), (10, 20, 30 + len(name))).save(tmp_path / "photos" / name / "a.png")
+    said = call(monkeypatch, tmp_path, evaluate, "--weights", "imagenet", "--variant", "lite0", "--data", "photos")
+    assert "photos: 2 images, accuracy 0.00%, top 5 0.00%" in said
+    assert "n02510455 giant panda" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monkeypatch):

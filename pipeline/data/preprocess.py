@@ -13,7 +13,7 @@ Resize = Literal["crop", "squash", "letterbox"]
 
 CROP_PADDING = 32  # pixels of the resized picture around the centre crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
 PADDING_GREY = 128  # close to ImageNet's mean colour, so nearly zero after normalisation
-ALIASING = 2.0  # shrinking by more than this takes an antialiasing filter
+ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
 JPEG_METHOD = "INTEGER_ACCURATE"  # the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
 
@@ -84,28 +84,38 @@ def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.
     return transpose, mirror, flip
 
 
-def shrink_or_grow(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int, method: str) -> tf.Tensor:
-    """Resizes, with an antialiasing filter only where a side shrinks more than twofold.
-
-    The published weights were evaluated with plain bicubic sampling (resize_bicubic), which a photo at ImageNet's sizes survives. A
-    12-megapixel one does not: 4 x 4 taps see a hundredth of its pixels. Below a factor of two the filter costs as much as the resizing and
-    moves the pixels away from what the weights were made for.
+def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) -> tf.Tensor:
+    """Resizes for evaluation: bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow does.
 
     Args:
         image: uint8 (H, W, 3).
         height: Of the result, in pixels.
         width: Of the result, in pixels.
-        method: bicubic or bilinear.
 
     Returns:
         uint8 (height, width, 3), rounded and clipped to [0, 255].
     """
-    shape = tf.cast(tf.shape(image)[:2], tf.float32)
-    size = tf.stack([height, width])
+    return to_uint8(tf.image.resize(image, (height, width), "bicubic", antialias=True))
+
+
+def shrink_or_grow(image: tf.Tensor, resolution: int) -> tf.Tensor:
+    """Resizes for augmentation: bilinearly, with an antialiasing filter only where a side shrinks more than twofold.
+
+    Below a factor of two the filter takes more than twice the time (330 to 224 pixels: 1.3 instead of 0.5 ms on one x86 thread), and
+    training sees a window of another size each time.
+
+    Args:
+        image: uint8 (H, W, 3).
+        resolution: Side R of the square, in pixels.
+
+    Returns:
+        uint8 (R, R, 3), rounded and clipped to [0, 255].
+    """
+    size = (resolution, resolution)
     resized = tf.cond(
-        tf.reduce_any(shape > ALIASING * tf.cast(size, tf.float32)),
-        lambda: tf.image.resize(image, size, method, antialias=True),
-        lambda: tf.image.resize(image, size, method),
+        tf.reduce_any(tf.shape(image)[:2] > int(ALIASING * resolution)),
+        lambda: tf.image.resize(image, size, "bilinear", antialias=True),
+        lambda: tf.image.resize(image, size, "bilinear"),
     )
     return to_uint8(resized)
 
@@ -118,6 +128,11 @@ def to_uint8(values: tf.Tensor) -> tf.Tensor:
 def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
     """Makes a square of a picture.
 
+    The crop is that of the official code, but for two choices. The code rounds the crop's side down and samples bicubically without a
+    filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is rounded to the nearest pixel and the
+    filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in place of 88 (89, once its pixels are rounded to uint8);
+    the mean log-likelihood differs by 0.011 +- 0.015 nats, which is to say that 100 photos cannot tell them apart.
+
     Args:
         image: uint8 (H, W, 3).
         resolution: Side R of the square, in pixels.
@@ -129,17 +144,17 @@ def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     if resize == "squash":
-        square = shrink_or_grow(image, resolution, resolution, "bicubic")
+        square = resample(image, resolution, resolution)
     elif resize == "crop":
-        shorter = tf.minimum(height, width)
-        side = tf.maximum(shorter * resolution // (resolution + CROP_PADDING), 1)
+        padded = resolution + CROP_PADDING
+        side = tf.maximum((tf.minimum(height, width) * resolution + padded // 2) // padded, 1)
         image = tf.image.crop_to_bounding_box(image, (height - side + 1) // 2, (width - side + 1) // 2, side, side)
-        square = shrink_or_grow(image, resolution, resolution, "bicubic")
+        square = resample(image, resolution, resolution)
     else:
         longer = tf.maximum(height, width)
         inner_height = tf.maximum(tf.cast(tf.round(resolution * height / longer), tf.int32), 1)
         inner_width = tf.maximum(tf.cast(tf.round(resolution * width / longer), tf.int32), 1)
-        inner = shrink_or_grow(image, inner_height, inner_width, "bicubic")
+        inner = resample(image, inner_height, inner_width)
         top, left = (resolution - inner_height) // 2, (resolution - inner_width) // 2
         margins = [[top, resolution - inner_height - top], [left, resolution - inner_width - left], [0, 0]]
         square = tf.pad(inner, margins, constant_values=PADDING_GREY)

@@ -87,7 +87,7 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise WeightsError(f"model.class_map: {path}: cannot be read ({error.strerror})") from None
+        raise WeightsError(f"class map {path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

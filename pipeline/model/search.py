@@ -272,7 +272,8 @@ def training_config(solution: Solution, fit: Fit, data_path: Path, *, batch_size
 
     Args:
         solution: The network.
-        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned.
+        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned; else what fits of them
+            is where training starts.
         data_path: The folder: <class>/<image>.
         batch_size: Images per step.
         header: Lines for the comment at its top: the budgets and what they came to.
@@ -287,16 +288,15 @@ def training_config(solution: Solution, fit: Fit, data_path: Path, *, batch_size
         stages = [{"epochs": 2, "trainable": "head", "base_lr": 0.02}, {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True}]
         said = [f"Rounded, this is {fit.source} at {variant.resolution} px: its ImageNet weights fit whole and are fine-tuned."]
     else:
-        model = {"variant": {"phi": solution.phi}, "weights": None, "batch_norm_momentum": 0.9}
+        weights = f"imagenet:{fit.source}" if fit.fitting else None
+        model = {"variant": {"phi": solution.phi}, "weights": weights, "batch_norm_momentum": 0.9}
         stages = [{"epochs": 60, "warmup_epochs": 3.0}]
-        said = ["Starts from random values: no published weights fit whole."]
+        said = ["Starts from random values: no published weights fit."]
         if fit.fitting:
-            said.append(
-                f"Those of {fit.source} fit {fit.fitting} of its {fit.total} backbone layers by name and shape. To start from them, give"
-            )
-            said.append(
-                f"their file, which Keras keeps after a run of {fit.source}: model.weights=$HOME/.keras/models/efficientnet{fit.source}.h5"
-            )
+            said = [
+                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, in {fit.fitting} of {fit.total} backbone",
+                "layers; the others are random at first, so all are trained. Without a network to fetch them: model.weights=null.",
+            ]
     values = {
         "seed": 42,
         "model": model,

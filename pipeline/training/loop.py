@@ -1,7 +1,7 @@
 """The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
 from pipeline.training.hooks import Hook
@@ -66,16 +66,41 @@ def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def set_trainable(model: keras.Model, stage: StageConfig) -> None:
-    """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
+def trains(stage: StageConfig, layer: keras.layers.Layer) -> bool:
+    """Whether a stage moves the weights of a layer, and the statistics of batch normalisation."""
     lowest = (
         {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
         if stage.trainable in ("head", "all")
         else int(stage.trainable.removeprefix("block"))
     )
+    frozen_statistics = stage.freeze_batch_norm and isinstance(layer, keras.layers.BatchNormalization)
+    return block_of(layer.name) >= lowest and not frozen_statistics
+
+
+def set_trainable(model: keras.Model, stage: StageConfig) -> None:
+    """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
     for layer in model.layers:
-        frozen_statistics = stage.freeze_batch_norm and isinstance(layer, keras.layers.BatchNormalization)
-        layer.trainable = block_of(layer.name) >= lowest and not frozen_statistics
+        layer.trainable = trains(stage, layer)
+
+
+def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[StageConfig]) -> None:
+    """Makes sure that no layer that starts from random values stays as it is.
+
+    Args:
+        model: The network.
+        new: Names of its layers that no weights were loaded into.
+        stages: Of the whole run.
+
+    Raises:
+        ConfigError: No stage trains such a layer.
+    """
+    stuck = [name for name in new if not any(trains(stage, model.get_layer(name)) for stage in stages)]
+    if stuck:
+        named = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
+        raise ConfigError(
+            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so far: {named}; let a "
+            "stage train all, and one with freeze_batch_norm: false if some are batch normalisation (_bn)"
+        )
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
