@@ -5,10 +5,8 @@ config is known to be good, so that a mistake in it is answered at once.
 """
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/<experiment>/<date-time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --run-dir")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="with --resume: go on although KEY differs; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the config, the data and the cost of the network, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, such as train.global_batch_size=64")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and arguments.run_dir is None:
         parser.error("--resume needs --run-dir: the directory of the run to go on with")
+    if arguments.allow_change and not arguments.resume:
+        parser.error("--allow-change belongs to --resume: a new run may be anything")
     return arguments
 
 
@@ -46,22 +49,23 @@ def main(screen: Screen) -> int:
 
         show(config, screen)
         return 0
-    if not arguments.resume:
-        run = run_directory.create(arguments.run_dir, config)
-    else:
+    if arguments.resume:
         run = run_directory.find(str(arguments.run_dir))
+    else:
+        run = run_directory.create(arguments.run_dir, config.tracking.experiment)
+    with run.alone():
         if run.model.exists():
             screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
             return 0
-        if not run.has_checkpoints():  # it was cut off in its first epoch: it begins anew
-            run_directory.write(run.config, config.to_yaml())
-            run.tracking.unlink(missing_ok=True)
-    screen.divert_to(run.log)
-    return train(config, run, screen, resume=run.has_checkpoints())
+        resume = run.has_checkpoints()
+        if not resume:  # it is new, or was cut off in front of its first checkpoint: it begins anew
+            run.begin(config)
+        screen.divert_to(run.log)
+        return train(config, run, screen, resume=resume, allowed=arguments.allow_change)
 
 
-def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> int:
-    """Takes a run from its data to its evaluation; returns the exit code."""
+def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> int:
+    """Takes a run from its data to its evaluation; returns the exit code. `allowed` are the keys in which a resumed run may differ."""
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
     from pipeline.data.stream import evaluation_stream, steps_per_epoch, training_stream
@@ -69,7 +73,9 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     from pipeline.evaluation.report import table, write_evaluation, write_training_curves
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
+    from pipeline.training.not_finite import NotFinitePolicy
     from pipeline.training.runtime import check_batch, set_up
+    from pipeline.training.stop_request import StopRequest
     from pipeline.training.tracking import Tracker
 
     runtime = set_up(config)
@@ -78,10 +84,18 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
     state = build(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-    manifest = read_data(source, config, run, screen, resume=resume)
-    identity = {"config": config.model_dump(mode="json"), "data": manifest.digest(), "replicas": runtime.replicas}
+    manifest = read_data(source, config, run, screen, scanned=resume and "data" not in allowed)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "classes": list(manifest.class_names),
+        "data": manifest.digest(),
+        "replicas": runtime.replicas,
+    }
     if resume:
-        restore_newest(state, run, identity, screen)
+        restore_newest(state, run, identity, screen, allowed)
+    run_directory.write(run.config, config.to_yaml())
+    run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
+    manifest.save(run.manifest)
 
     batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
     predictor = Predictor(state.model, runtime.strategy)
@@ -93,8 +107,12 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     def validate() -> dict[str, float]:
         return evaluate("val")[1].headline() if len(manifest.indices("val")) else {}
 
-    stop = StopRequest(screen)
-    with Tracker(config, run.path, resumed=run.mlflow_run()) as tracker:
+    def stream(start_step: int) -> Any:
+        return training_stream(manifest, source, config, start_step=start_step)
+
+    stop = StopRequest(screen.say)
+    not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stream, screen.say)
+    with Tracker(config, run.path, resumed=run.mlflow_run(), changes=state.describe_changes()) as tracker:
         run.note_mlflow_run(tracker.uri, tracker.run_id)
         counts = {split: column.to_dict() for split, column in manifest.class_counts().items()}
         tracker.log_dataset(config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), counts)
@@ -102,10 +120,11 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
             screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
         )
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-        trainer = Trainer(config, runtime, steps, [tracker, keeper, line], stop)  # what is in a checkpoint is in MLflow, too
+        trainer = Trainer(config, runtime, steps, [tracker, keeper, line], stop, not_finite)  # what is in a checkpoint is in MLflow, too
         with line, stop.listening():
             try:
-                history = trainer.run(state, lambda step: training_stream(manifest, source, config, start_step=step), validate)
+                not_finite.prepare(state)
+                history = trainer.run(state, stream, validate)
             except Interrupted:
                 screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
                 raise SystemExit(128 + stop.signal) from None
@@ -136,20 +155,20 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     return 0
 
 
-def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> Any:
-    """Scans the data: every sample is read and decoded once before any training. A resumed run did so when it began."""
-    from pipeline.data.manifest import Manifest, scan
+def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, scanned: bool) -> Any:
+    """Scans the data: every sample is read and decoded once before any training. A run that did so earlier looks for changes."""
+    from pipeline.data.manifest import Manifest, differences, scan
 
-    if resume:
+    if scanned:
         manifest = Manifest.load(run.manifest)
-        listed = [(sample.key, sample.label) for sample in source.samples()]
-        if listed != list(zip(manifest.table["key"], manifest.table["label"], strict=True)):
-            raise RunError(f"{run.path}: pictures or labels of its data have changed since it began; put them back, or start a new run")
+        if changed := differences(manifest, source, since=run.manifest.stat().st_mtime):
+            raise RunError(
+                f"{run.path}: its data have changed since it began:\n{changed}\n"
+                "Put them back, start a new run, or go on with them knowingly by --allow-change data"
+            )
     else:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
-        manifest.save(run.manifest)
-        run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
@@ -184,8 +203,8 @@ def build(config: Config, runtime: Any, class_names: tuple[str, ...], screen: Sc
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 
 
-def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen) -> None:
-    """Puts the newest good checkpoint into the state, if it is one of the same run."""
+def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen, allowed: Sequence[str]) -> None:
+    """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ."""
     from pipeline.training import checkpoint
 
     newest, problems = checkpoint.newest_verified(run.checkpoints)
@@ -193,8 +212,11 @@ def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], scre
         screen.say(f"passed over {problem}")
     if newest is None:
         raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-    checkpoint.check_identity(newest, identity)
+    changes = checkpoint.check_identity(newest, identity, allowed)
     checkpoint.restore(state, newest)
+    state.changes += changes
+    for change in state.describe_changes():
+        screen.say(f"changed: {change}")
     screen.say(f"resumed behind step {state.step:,} from {newest}")
 
 
@@ -221,31 +243,6 @@ def save_plain(model: Any, path: Path) -> None:
     aside = path.with_name(f"new-{path.name}")
     plain_copy(model).save(aside)
     aside.replace(path)
-
-
-class StopRequest:
-    """Whether the process was asked to stop, by SIGTERM or by a first Ctrl-C; a second Ctrl-C ends it at once."""
-
-    def __init__(self, screen: Screen) -> None:
-        self.signal, self._screen = 0, screen
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """A block in which such a request waits for the end of the step. Outside it, the process ends as any other does."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._screen.say("stopping behind this step or validation; Ctrl-C ends it at once")
-
-    def __call__(self) -> bool:
-        return self.signal != 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def scramble(state: State, seed: int) -> None:
             drawn = rng.normal(size=variable.shape) if "float" in str(variable.dtype) else rng.integers(0, 1000, variable.shape)
             variable.assign(tf.cast(drawn, variable.dtype))
     state.step = int(rng.integers(1, 1000))
-    state.history = [{"epoch": 1, "val/accuracy": float(rng.random())}]
+    state.history = [{"epoch": 1, "step": int(rng.integers(1, 1000)), "val/accuracy": float(rng.random())}]
 
 
 def contents(state: State) -> dict[str, bytes]:

@@ -18,6 +18,12 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def begun(path: Path | None, config: Config) -> RunDirectory:
+    run = run_directory.create(path, config.tracking.experiment)
+    run.begin(config)
+    return run
+
+
 def finish(run: RunDirectory, at: int) -> RunDirectory:
     for model in (run.best, run.model):
         model.parent.mkdir(exist_ok=True)
@@ -27,21 +33,21 @@ def finish(run: RunDirectory, at: int) -> RunDirectory:
 
 
 def test_two_runs_of_one_second_get_two_directories():
-    first, second = run_directory.create(None, CONFIG), run_directory.create(None, CONFIG)
+    first, second = begun(None, CONFIG), begun(None, CONFIG)
     assert first.path != second.path
     assert first.path.parent == second.path.parent == Path("runs/tries")
     assert first.load_config() == CONFIG
 
 
 def test_latest_is_the_newest_finished_run_wherever_it_stands_under_runs():
-    finish(run_directory.create(None, CONFIG), 1000)
-    named = finish(run_directory.create(Path("runs/mine"), CONFIG), 2000)
-    run_directory.create(Path("runs/unfinished"), CONFIG)
+    finish(begun(None, CONFIG), 1000)
+    named = finish(begun(Path("runs/mine"), CONFIG), 2000)
+    begun(Path("runs/unfinished"), CONFIG)
     assert run_directory.find("latest").path == named.path
 
 
 def test_a_run_is_found_by_its_directory_and_by_its_mlflow_id():
-    run = run_directory.create(Path("runs/mine"), CONFIG)
+    run = begun(Path("runs/mine"), CONFIG)
     assert run.mlflow_run() is None
     run.note_mlflow_run("sqlite:///a.db", "abc123")
     assert run_directory.find("abc123").path == run.path
@@ -57,16 +63,16 @@ def test_what_is_no_run_is_refused(name, message):
 
 
 def test_nothing_is_overwritten_but_an_attempt_that_never_began():
-    run = run_directory.create(Path("mine"), CONFIG)
+    run = begun(Path("mine"), CONFIG)
     run.log.touch()
-    run_directory.create(Path("mine"), CONFIG)
+    begun(Path("mine"), CONFIG)
     run.manifest.touch()
     with pytest.raises(RunError, match="holds an unfinished run; go on with it by --resume"):
-        run_directory.create(Path("mine"), CONFIG)
+        begun(Path("mine"), CONFIG)
     run.model.touch()
     with pytest.raises(RunError, match="nothing in it is overwritten"):
-        run_directory.create(Path("mine"), CONFIG)
+        begun(Path("mine"), CONFIG)
     Path("file").write_text("mine")
     with pytest.raises(RunError, match="exists already"):
-        run_directory.create(Path("file"), CONFIG)
+        begun(Path("file"), CONFIG)
     assert Path("file").read_text() == "mine"

@@ -9,9 +9,9 @@ import keras
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
-from pipeline.errors import TrainingError
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
+from pipeline.training.not_finite import give_up, learning_rate_factor
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.runtime import Runtime
 from pipeline.training.step import TrainStep
@@ -33,7 +33,7 @@ class Hook(Protocol):
         """After each epoch and its validation, with its record."""
 
     def on_checkpoint(self, state: State) -> None:
-        """When the state should be kept: after each epoch, and before the run is interrupted."""
+        """When the state should be kept: after each epoch, at the steps that the config names, and before the run is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,15 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 class Trainer:
     """Takes a state through the stages of its run."""
 
-    def __init__(self, config: Config, runtime: Runtime, steps_per_epoch: int, hooks: Sequence[Hook], stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        steps_per_epoch: int,
+        hooks: Sequence[Hook],
+        stop_requested: Callable[[], bool],
+        on_not_finite: Callable[[State], None] = give_up,
+    ) -> None:
         """Plans the run.
 
         Args:
@@ -91,9 +99,11 @@ class Trainer:
             steps_per_epoch: Steps between two validations.
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step; True ends the run there.
+            on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
+                run should go on.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
-        self._steps_per_epoch = steps_per_epoch
+        self._on_not_finite, self._steps_per_epoch = on_not_finite, steps_per_epoch
         self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
         self.stages = plan(config, steps_per_epoch)
 
@@ -120,48 +130,59 @@ class Trainer:
             TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
             Interrupted: If a stop was requested.
         """
-        batches = self._endless(training_stream, state.step)
-        for stage in self.stages:
-            if state.step >= stage.stop:
-                continue
+        while state.step < self.total_steps:
+            stage = next(stage for stage in self.stages if state.step < stage.stop)
             set_trainable(state.model, stage.config)
             with self._runtime.strategy.scope():
                 step = TrainStep(state.model, state.optimizer, state.average, state.totals, self._config, self._runtime)
-            self._run_stage(stage, step, state, batches, validate)
+            self._run_stage(stage, step, state, training_stream, validate)
         return state.history
 
-    def _endless(self, training_stream: Callable[[int], tf.data.Dataset], start: int) -> Iterator[Any]:
+    def _batches(self, training_stream: Callable[[int], tf.data.Dataset], start: int) -> Iterator[Any]:
         batches: Iterable[Any] = self._runtime.feed(training_stream(start))
         return iter(batches)
 
     def _run_stage(
-        self, stage: Stage, train_step: TrainStep, state: State, batches: Iterator[Any], validate: Callable[[], Mapping[str, float]]
+        self,
+        stage: Stage,
+        train_step: TrainStep,
+        state: State,
+        training_stream: Callable[[int], tf.data.Dataset],
+        validate: Callable[[], Mapping[str, float]],
     ) -> None:
         shown = time.monotonic()
-        while state.step < stage.stop:
-            rate = stage.learning_rate(state.step - stage.first)
+        batches = self._batches(training_stream, state.step)
+        while stage.first <= state.step < stage.stop:  # a rollback may lead into the stage before
+            rate = stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
             train_step(next(batches), rate)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0
-            if report or epoch_ends or time.monotonic() - shown > SECONDS_PER_PROGRESS:
-                metrics = self._means(state, rate)
-                shown = time.monotonic()
-                for hook in self._hooks:
-                    hook.on_progress(state.step, metrics)
-                    if report:
-                        hook.on_step(state.step, metrics)
+            save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
+            if not (report or save or self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS):
+                continue  # without waiting for the device
+            if bool(state.totals.halted.numpy()):
+                self._go_back_before_bad_step(state)
+                self._on_not_finite(state)
+                batches = self._batches(training_stream, state.step)
+                continue
+            metrics = self._means(state, rate)
+            shown = time.monotonic()
+            for hook in self._hooks:
+                hook.on_progress(state.step, metrics)
+                if report:
+                    hook.on_step(state.step, metrics)
             if epoch_ends:
-                self._end_epoch(state, self._means(state, rate), validate)
-            if self._stop_requested():
-                if not epoch_ends:
-                    self._check_finite(state)
-                    self._keep(state)
+                self._end_epoch(state, metrics, validate)
+            stop = self._stop_requested()
+            if save or stop:
+                for hook in self._hooks:
+                    hook.on_checkpoint(state)
+            if stop:
                 raise Interrupted
 
     def _means(self, state: State, rate: float) -> dict[str, float]:
-        """The epoch's means so far, after waiting for the steps under way."""
-        self._check_finite(state)
+        """The epoch's means so far."""
         sums = state.totals.read()
         images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
         return {
@@ -171,13 +192,10 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _check_finite(self, state: State) -> None:
-        if bool(state.totals.halted.numpy()):
-            bad = int(state.optimizer.iterations.numpy()) + 1
-            raise TrainingError(
-                f"the loss or its gradient is not finite in step {bad}; nothing of that step was applied. "
-                "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
-            )
+    def _go_back_before_bad_step(self, state: State) -> None:
+        """Undoes the counting of steps that came after one that is not finite: like it, they changed nothing."""
+        state.step = int(state.optimizer.iterations.numpy()) + len(state.skipped)
+        state.totals.halted.assign(False)
 
     def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
         with state.averaged():
@@ -189,12 +207,7 @@ class Trainer:
         state.totals.reset()
         for hook in self._hooks:
             hook.on_epoch(record)
-        self._keep(state)
 
     def _is_best(self, record: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
         key, sign = ("val/loss", -1) if self._config.train.best_metric == "loss" else ("val/accuracy", 1)
         return key in record and (best is None or sign * record[key] > sign * best[key])
-
-    def _keep(self, state: State) -> None:
-        for hook in self._hooks:
-            hook.on_checkpoint(state)
