@@ -100,7 +100,7 @@ class Trainer:
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step; True ends the run there.
             on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
-                run should go on.
+                run should go on, with the step among its `skipped` or at an earlier step.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
         self._on_not_finite, self._steps_per_epoch = on_not_finite, steps_per_epoch
@@ -153,8 +153,9 @@ class Trainer:
         shown = time.monotonic()
         batches = self._batches(training_stream, state.step)
         while stage.first <= state.step < stage.stop:  # a rollback may lead into the stage before
-            rate = stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
-            train_step(next(batches), rate)
+            batch, rate = next(batches), stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
+            if state.step not in state.skipped:
+                train_step(batch, rate)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0

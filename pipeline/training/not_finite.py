@@ -88,7 +88,6 @@ class NotFinitePolicy:
         if isinstance(self._policy, Skip) and len(state.skipped) < self._policy.skip:
             self._say(f"{_finding(state)} Passed over, {len(state.skipped) + 1} of {self._policy.skip} times at most. {where}")
             state.skipped.append(state.step)
-            state.step += 1
         elif self._policy == "rollback" and state.rollbacks < MOST_ROLLBACKS:
             self._roll_back(state, where)
         else:
