@@ -5,10 +5,12 @@ checked that the process ended where it should, that every checkpoint equals tha
 that MLflow has the run once and with the right status; at the end of the life, that the whole result is the same.
 """
 
+import hashlib
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,15 +324,13 @@ def assert_ends_like(launcher: Launcher, run: str, whole: str) -> None:
 # --- the tests ---------------------------------------------------------------------------------------------------------------------
 
 
-def live(launcher: Launcher, life: str) -> None:
-    """Takes a run through the faults of its life and to its end."""
-    variant, faults = LIVES[life][0], drawn(life)
-    whole, newest = launcher.whole(variant), 0
-    run, directory = life.replace(" ", "-"), launcher.folder / life.replace(" ", "-")
+def suffer(launcher: Launcher, run: str, whole: str, faults: Sequence[tuple[Fault, int]], *arguments: str, **keywords: Any) -> None:
+    """Takes a run through faults, each behind its step, and compares it after each with the uninterrupted run."""
+    directory, newest = launcher.folder / run, 0
     for fault, step in faults:
         what = f"{fault.name} behind step {step}"
         traps = [{"steps": step - newest, **one} for one in fault.traps(step)]
-        launcher.start(run, *(["--resume"] if directory.exists() else []), variant=variant, traps=traps)
+        launcher.start(run, *(["--resume"] if directory.exists() else []), *arguments, traps=traps, **keywords)
         if fault is SECOND_PROCESS:
             assert_a_second_process_is_refused(launcher, run)
         assert launcher.ended() == fault.code, f"{what}\n{launcher.screen(run).read_text()}"
@@ -344,9 +344,13 @@ def live(launcher: Launcher, life: str) -> None:
         if fault.damage is not None:
             flip_a_bit(checkpoint.newest_verified(directory / "checkpoints")[0] / fault.damage)
         newest = assert_checkpoints_are_those_of(launcher.folder / whole, directory)
-    assert launcher.run(run, "--resume", variant=variant) == 0, launcher.screen(run).read_text()
+
+
+def finish(launcher: Launcher, run: str, whole: str, *arguments: str, **keywords: Any) -> None:
+    """Takes a run to its end and compares all that it leaves."""
+    assert launcher.run(run, "--resume", *arguments, **keywords) == 0, launcher.screen(run).read_text()
     assert_ends_like(launcher, run, whole)
-    assert "Traceback" not in launcher.screen(run).read_text()
+    assert "unexpected" not in launcher.screen(run).read_text()
 
 
 def assert_a_second_process_is_refused(launcher: Launcher, run: str) -> None:
@@ -393,8 +397,201 @@ def test_at_least_twenty_places_are_drawn_on_one_device_and_four_for_each_other_
     assert all(len(places[variant]) == 4 for variant in VARIANTS if variant != "one device")
 
 
+SHORT = ((KILLED_IN_FILE["optimizer.npz"], 2), (KILLED_IN_STEP, 5), (TERMINATED, 7))
+
+
+@pytest.fixture(scope="module")
+def begun(launcher: Launcher) -> str:
+    """A run that was not interrupted up to the end of its first stage, with a checkpoint for every step."""
+    name = "begun"
+    traps = [{"function": "pipeline.training.loop:set_trainable", "when": "before", "action": "kill", "steps": STAGE}]
+    assert launcher.run(name, "train.checkpoint_every_steps=1", "train.keep_checkpoints=1000", traps=traps) == -signal.SIGKILL
+    assert assert_checkpoints_are_those_of(launcher.folder / name, launcher.folder / name) == STAGE
+    return name
+
+
+@pytest.fixture(scope="module")
+def survivor(launcher: Launcher, begun: str) -> str:
+    """A run of the same config that was ended in a save, in an epoch, and by SIGTERM behind step 7."""
+    suffer(launcher, "survivor", begun, SHORT)
+    return "survivor"
+
+
+def test_a_run_survives_the_commonest_faults(launcher, begun, survivor):
+    assert assert_checkpoints_are_those_of(launcher.folder / begun, launcher.folder / survivor) == 7
+    logged, whole = launcher.metrics(survivor), launcher.metrics(begun)
+    assert len(logged) > 30
+    assert logged == {key: whole[key] for key in logged}
+
+
+@pytest.mark.parametrize("group", ["model", "optimizer", "average", "totals"])
+def test_the_comparison_sees_one_bit_of_any_variable(launcher, begun, tmp_path, group):
+    checkpoints = launcher.folder / begun / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000007", tmp_path / "checkpoints" / "step-00000007")
+    file = tmp_path / "checkpoints" / "step-00000007" / f"{group}.npz"
+    with np.load(file) as stored:
+        values = {name: stored[name] for name in stored}
+    for name in (next(iter(values)), *(name for name in values if "moving_variance" in name or "seed_generator" in name)):
+        changed = values[name].copy()
+        changed.reshape(-1).view(np.uint8)[0] ^= 1
+        np.savez(file, allow_pickle=False, **{**values, name: changed})
+        found, whole = (contents(folder / "step-00000007") for folder in (tmp_path / "checkpoints", checkpoints))
+        assert differing(found, whole) == [f"{group}/{name}"]
+        rehash(file.parent)
+        with pytest.raises(AssertionError):
+            assert_checkpoints_are_those_of(launcher.folder / begun, tmp_path)
+
+
+def test_the_comparison_sees_the_last_digit_of_the_history(launcher, begun, tmp_path):
+    folder = launcher.folder / begun / "checkpoints" / "step-00000007"
+    shutil.copytree(folder, tmp_path / "other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["history"][0]["val/loss"] = float(np.nextafter(manifest["history"][0]["val/loss"], 9))
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    assert differing(contents(folder), contents(tmp_path / "other")) == ["history"]
+
+
+def rehash(folder: Path) -> None:
+    """Makes a checkpoint's manifest say that its files are as they should be."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(launcher, survivor):
+    directory = launcher.folder / survivor
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    def refused(*arguments: str) -> str:
+        launcher.screen(survivor).unlink()
+        assert launcher.run(survivor, "--resume", *arguments) == 2
+        return launcher.screen(survivor).read_text()
+
+    change = ["train.label_smoothing=0.2", "optimizer.ema=0.8"]
+    said = refused(*change)
+    assert "  optimizer.ema: was 0.9, is 0.8\n  train.label_smoothing: was 0.1, is 0.2" in said
+    assert "--allow-change optimizer.ema --allow-change train.label_smoothing" in said
+    said = refused(*change, "--allow-change", "optimizer.ema")
+    assert "  train.label_smoothing: was 0.1, is 0.2" in said
+    assert "ema: was" not in said
+    assert "there is no such key; did you mean 'optimizer.ema'?" in refused(*change, "--allow-change", "optimiser.ema")
+    picture = launcher.folder / "photos" / "class 1" / "3.png"
+    content = picture.read_bytes()
+    picture.write_bytes((launcher.folder / "photos" / "class 1" / "4.png").read_bytes())
+    assert "class 1/3.png: has other contents" in refused()
+    picture.write_bytes(content)
+    (launcher.folder / "photos" / "class 1").rename(launcher.folder / "photos" / "class 4")
+    assert "classes: were class 0, class 1, class 2; are class 0, class 2, class 4" in refused()
+    (launcher.folder / "photos" / "class 4").rename(launcher.folder / "photos" / "class 1")
+    assert {path: path.read_bytes() for path in before} == before, "a refusal changes nothing"
+
+    allowed = [*change, "--allow-change", "optimizer", "--allow-change", "train.label_smoothing", "train.keep_checkpoints=5"]
+    assert launcher.run(survivor, "--resume", *allowed, traps=TERMINATED.traps(8)) == 143
+    newest, _ = checkpoint.newest_verified(directory / "checkpoints")
+    assert newest == directory / "checkpoints" / "step-00000008"
+    changes = ["optimizer.ema: 0.9 -> 0.8 behind step 7", "train.label_smoothing: 0.1 -> 0.2 behind step 7"]
+    noted = checkpoint.read_manifest(newest)["changes"]
+    assert [f"{one['key']}: {one['was']} -> {one['is']} behind step {one['step']}" for one in noted] == changes
+    config = load_config(directory / "config.yaml")
+    assert (config.optimizer.ema, config.train.label_smoothing) == (0.8, 0.2)
+    assert launcher.mlflow_run(survivor).data.tags["changes"].splitlines() == changes
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("life", LIVES)
 def test_a_run_survives_the_faults_of_its_life(launcher, life):
-    live(launcher, life)
+    variant = LIVES[life][0]
+    run, whole = life.replace(" ", "-"), launcher.whole(variant)
+    suffer(launcher, run, whole, drawn(life), variant=variant)
+    finish(launcher, run, whole, variant=variant)
+
+
+@pytest.fixture
+def small_disk(launcher: Launcher) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """The folder of checkpoints of the run `full` as a file system in memory, and what sets its size in bytes."""
+    folder = launcher.folder / "full" / "checkpoints"
+    folder.mkdir(parents=True)
+
+    def mount(*options: str) -> bool:
+        return subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode == 0
+
+    if not mount("-t", "tmpfs", "-o", "size=64m", "tmpfs"):
+        pytest.skip("a file system in memory can be mounted by root only")
+    yield folder, lambda size: mount("-o", f"remount,size={size}")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_survives_a_full_disk(launcher, small_disk):
+    folder, resize = small_disk
+    whole = launcher.whole("one device")
+    (folder.parent / "config.yaml").write_text(load_config(launcher.folder / "config.yaml").to_yaml())
+    assert launcher.run("full", "--resume", traps=[{"steps": 5, **one} for one in KILLED_IN_STEP.traps(5)]) == -signal.SIGKILL
+    size = sum(file.stat().st_size for file in (folder / "step-00000004").iterdir())
+    resize(2 * size + size // 2)
+    assert launcher.run("full", "--resume") == 1
+    said = launcher.screen("full").read_text()
+    assert "step-00000006: cannot be written (No space left on device); what was saved before is untouched" in said
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000002", "step-00000004"]
+    assert assert_checkpoints_are_those_of(launcher.folder / whole, folder.parent) == 4
+    logged = launcher.mlflow_run("full")
+    assert logged.info.status == "FAILED"
+    assert "No space left on device" in logged.data.tags["error"]
+    resize(64 << 20)
+    finish(launcher, "full", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("policy", "poison", "places"),
+    [
+        (
+            "{skip: 2}",
+            {"step": 7},
+            [
+                {"function": SAVE, "when": "before", "action": "half", "match": "nan/.step-00000008/optimizer.npz"},
+                {"function": VALIDATION, "when": "before", "action": "kill", "call": 1, "steps": 2},
+            ],
+        ),
+        (
+            "rollback",
+            {"step": 11, "above": 0.01},
+            [
+                {"function": "shutil:rmtree", "when": "before", "action": "kill", "match": "/.old-step-00000010", "call": 2},
+                {"function": TRAIN_STEP, "when": "after", "action": "kill", "steps": 3},
+            ],
+        ),
+    ],
+    ids=["skip", "rollback"],
+)
+def test_what_is_done_about_nan_survives_a_kill(launcher, policy, poison, places):
+    arguments = [f"train.on_nan={policy}"]
+    run, whole = f"nan-{policy.strip('{}: 2')}", f"whole nan {policy}"
+    assert launcher.run(whole, *arguments, poison=poison) == 0
+    for number, place in enumerate(places):
+        resume = ["--resume"] if number else []
+        assert launcher.run(run, *resume, *arguments, poison=poison, traps=[place]) == -signal.SIGKILL
+        [sprung] = launcher.sprung(run)
+        assert (sprung["function"], sprung.get("match", "") in " ".join(sprung["arguments"])) == (place["function"], True)
+    finish(launcher, run, whole, *arguments, poison=poison)
+    [saved] = (launcher.folder / run / "nan").iterdir()
+    assert differing(contents(saved), contents(launcher.folder / whole / "nan" / saved.name)) == []
+    assert "batch/images" in contents(saved)
+    manifest = checkpoint.read_manifest(launcher.folder / run / "checkpoints" / f"step-{END:08d}")
+    assert (manifest["skipped"], manifest["rollbacks"]) == (([7], 0) if "skip" in policy else ([], 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_weights_do_not_depend_on_the_number_of_input_workers(launcher):
+    arguments = [*VARIANTS["albumentations"], "train.stages=[{epochs: 2}]"]
+    found = []
+    for name, workers in (("workers 1", 1), ("workers 2", 2), ("workers 4", 4), ("workers 2 again", 2)):
+        traps = [{"steps": 7, **one} for one in TERMINATED.traps(7)]
+        assert launcher.run(name, *arguments, f"runtime.input_workers={workers}", traps=traps) == 143
+        found.append(contents(launcher.folder / name / "checkpoints" / "step-00000007"))
+    assert len(found[0]) > 500
+    assert [differing(found[0], other) for other in found[1:]] == [[], [], []]

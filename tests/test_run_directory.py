@@ -1,6 +1,8 @@
 """Runs are found again, and nothing of an old one is overwritten."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,36 @@ def test_nothing_is_overwritten_but_an_attempt_that_never_began():
     with pytest.raises(RunError, match="exists already"):
         begun(Path("file"), CONFIG)
     assert Path("file").read_text() == "mine"
+
+
+def test_a_run_is_one_processs_at_a_time_and_free_again_however_that_one_ends(tmp_path):
+    run = begun(Path("mine"), CONFIG)
+    code = (
+        "import pathlib, pipeline.run_directory as r\nwith r.RunDirectory(pathlib.Path('mine')).alone(): print('in', flush=True); input()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b"in\n"
+    with pytest.raises(RunError, match="mine: another process is at work on this run"), run.alone():
+        pass
+    process.kill()
+    process.wait()
+    with run.alone():
+        pass
+
+
+def test_mlflows_run_is_left_behind_by_a_first_attempt_with_another_config():
+    run = begun(Path("mine"), CONFIG)
+    run.note_mlflow_run("sqlite:///a.db", "abc123")
+    run.begin(CONFIG)
+    assert run.mlflow_run() is not None
+    run.begin(Config.model_validate({**CONFIG.model_dump(), "seed": 1}))
+    assert run.mlflow_run() is None
+    assert run.load_config().seed == 1
+
+
+def test_what_a_kill_left_of_a_run_before_its_first_checkpoint_is_gone_on_with_not_overwritten():
+    run = begun(Path("mine"), CONFIG)
+    (run.path / "manifest.parquet.part").touch()
+    with pytest.raises(RunError, match="holds an unfinished run"):
+        begun(Path("mine"), CONFIG)
