@@ -431,7 +431,8 @@ def test_the_comparison_sees_one_bit_of_any_variable(launcher, begun, tmp_path, 
     file = tmp_path / "checkpoints" / "step-00000007" / f"{group}.npz"
     with np.load(file) as stored:
         values = {name: stored[name] for name in stored}
-    for name in (next(iter(values)), *(name for name in values if "moving_variance" in name or "seed_generator" in name)):
+    kinds = ("moving_variance", "seed_generator", "momentum", "")
+    for name in {next(name for name in values if kind in name) for kind in kinds if any(kind in name for name in values)}:
         changed = values[name].copy()
         changed.reshape(-1).view(np.uint8)[0] ^= 1
         np.savez(file, allow_pickle=False, **{**values, name: changed})
@@ -468,21 +469,18 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
         return launcher.screen(survivor).read_text()
 
     change = ["train.label_smoothing=0.2", "optimizer.ema=0.8"]
-    said = refused(*change)
-    assert "  optimizer.ema: was 0.9, is 0.8\n  train.label_smoothing: was 0.1, is 0.2" in said
-    assert "--allow-change optimizer.ema --allow-change train.label_smoothing" in said
     said = refused(*change, "--allow-change", "optimizer.ema")
     assert "  train.label_smoothing: was 0.1, is 0.2" in said
     assert "ema: was" not in said
-    assert "there is no such key; did you mean 'optimizer.ema'?" in refused(*change, "--allow-change", "optimiser.ema")
     picture = launcher.folder / "photos" / "class 1" / "3.png"
     content = picture.read_bytes()
     picture.write_bytes((launcher.folder / "photos" / "class 1" / "4.png").read_bytes())
-    assert "class 1/3.png: has other contents" in refused()
+    (launcher.folder / "photos" / "class 2").rename(launcher.folder / "photos" / "class 3")
+    said = refused()
+    assert "class 1/3.png: has other contents" in said
+    assert "classes: were class 0, class 1, class 2; are class 0, class 1, class 3" in said
     picture.write_bytes(content)
-    (launcher.folder / "photos" / "class 1").rename(launcher.folder / "photos" / "class 4")
-    assert "classes: were class 0, class 1, class 2; are class 0, class 2, class 4" in refused()
-    (launcher.folder / "photos" / "class 4").rename(launcher.folder / "photos" / "class 1")
+    (launcher.folder / "photos" / "class 3").rename(launcher.folder / "photos" / "class 2")
     assert {path: path.read_bytes() for path in before} == before, "a refusal changes nothing"
 
     allowed = [*change, "--allow-change", "optimizer", "--allow-change", "train.label_smoothing", "train.keep_checkpoints=5"]

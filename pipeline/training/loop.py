@@ -175,12 +175,11 @@ class Trainer:
                     hook.on_step(state.step, metrics)
             if epoch_ends:
                 self._end_epoch(state, metrics, validate)
-            stop = self._stop_requested()
-            if save or stop:
+            if save or self._stop_requested():
                 for hook in self._hooks:
                     hook.on_checkpoint(state)
-            if stop:
-                raise Interrupted
+                if self._stop_requested():
+                    raise Interrupted
 
     def _means(self, state: State, rate: float) -> dict[str, float]:
         """The epoch's means so far."""
