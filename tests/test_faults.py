@@ -137,6 +137,7 @@ SECOND_PROCESS = Fault("a second process, then kill -9", STEPS, several(trap(TRA
 IN_SCAN = Fault("kill -9 while the data are read", [0], trap("pipeline.data.manifest:scan", "before"))
 BEFORE_FIRST = Fault("kill -9 before the first checkpoint", [1], AFTER_STEP)
 IN_EVALUATION = Fault("kill -9 in the evaluation at the end", [END], trap(VALIDATION, "before", call=2))
+TERMINATED_IN_EVALUATION = Fault("SIGTERM in the evaluation at the end", [END], trap(VALIDATION, "before", "term", call=2), 143, "KILLED")
 BEFORE_END = Fault("kill -9 before the last rename", [END], trap("pathlib:Path.replace", "before", match="final.keras", call=2))
 
 LIVES: dict[str, tuple[str, list[Fault]]] = {  # name -> variant, faults
@@ -144,7 +145,7 @@ LIVES: dict[str, tuple[str, list[Fault]]] = {  # name -> variant, faults
     "renames": ("one device", [BEFORE_FIRST, BEFORE_RENAME, AFTER_RENAME, BEFORE_REMOVAL, IN_REMOVAL, IN_VALIDATION, KILLED_IN_STEP]),
     "signals": ("one device", [TERMINATED, INTERRUPTED, TERMINATED_IN_VALIDATION, IN_STAGE, INTERRUPTED_IN_SAVE, TERMINATED_IN_SAVE]),
     "damage": ("one device", [*FLIPPED.values(), SECOND_PROCESS, BEFORE_VALIDATION, BEFORE_END]),
-    "steps": ("one device", [KILLED_IN_STEP, KILLED_IN_STEP, KILLED_IN_STEP, BEFORE_STAGE, KILLED_IN_STEP, IN_VALIDATION]),
+    "steps": ("one device", [*[KILLED_IN_STEP] * 4, BEFORE_STAGE, IN_VALIDATION, TERMINATED_IN_EVALUATION]),
     "two devices": ("two devices", [KILLED_IN_STEP, KILLED_IN_FILE["optimizer.npz"], TERMINATED_IN_VALIDATION, BEFORE_STAGE]),
     "bfloat16": ("bfloat16", [TERMINATED, KILLED_IN_FILE["model.npz"], IN_VALIDATION, KILLED_IN_STEP]),
     "albumentations": ("albumentations", [INTERRUPTED, KILLED_IN_STEP, AFTER_RENAME, IN_STAGE]),
