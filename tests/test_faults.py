@@ -41,7 +41,7 @@ augment:
   mixup: 0.2
 optimizer: {base_lr: 0.5, warmup_epochs: 0.5, ema: 0.9}
 train:
-  global_batch_size: 8
+  global_batch_size: 16
   stages: [{epochs: 2, trainable: block7}, {epochs: 2}]
   checkpoint_every_steps: 2
 runtime: {precision: float32, input_workers: 2}
@@ -260,7 +260,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     rng = np.random.default_rng(0)
     for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
         (root / "photos" / f"class {label}").mkdir(parents=True)
-        for number in range(18):
+        for number in range(32):
             noise = rng.integers(0, 56, (36 + number % 3, 40, 3))
             pattern = 40 * rng.integers(0, 2, (5, 5, 3)).repeat(8, 0).repeat(8, 1)[: noise.shape[0], :40]
             picture = Image.fromarray((np.array(colour) // 2 + noise + pattern).astype(np.uint8))
@@ -560,7 +560,7 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
             {"step": 11, "above": 0.01},
             [
                 {"function": "shutil:rmtree", "when": "before", "action": "kill", "match": "/.old-step-00000010", "call": 2},
-                {"function": TRAIN_STEP, "when": "after", "action": "kill", "steps": 3},
+                {"function": TRAIN_STEP, "when": "after", "action": "kill", "steps": 6},
             ],
         ),
     ],
