@@ -5,10 +5,8 @@ config is known to be good, so that a mistake in it is answered at once.
 """
 
 import argparse
-import signal
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/<experiment>/<date-time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --run-dir")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="with --resume: go on although KEY differs; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the config, the data and the cost of the network, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, such as train.global_batch_size=64")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and arguments.run_dir is None:
         parser.error("--resume needs --run-dir: the directory of the run to go on with")
+    if arguments.allow_change and not arguments.resume:
+        parser.error("--allow-change belongs to --resume: a new run may be anything")
     return arguments
 
 
@@ -46,22 +49,23 @@ def main(screen: Screen) -> int:
 
         show(config, screen)
         return 0
-    if not arguments.resume:
-        run = run_directory.create(arguments.run_dir, config)
-    else:
+    if arguments.resume:
         run = run_directory.find(str(arguments.run_dir))
+    else:
+        run = run_directory.create(arguments.run_dir, config.tracking.experiment)
+    with run.alone():
         if run.model.exists():
             screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
             return 0
-        if not run.has_checkpoints():  # it was cut off in its first epoch: it begins anew
-            run_directory.write(run.config, config.to_yaml())
-            run.tracking.unlink(missing_ok=True)
-    screen.divert_to(run.log)
-    return train(config, run, screen, resume=run.has_checkpoints())
+        resume = run.has_checkpoints()
+        if not resume:  # it is new, or was cut off in front of its first checkpoint: it begins anew
+            run.begin(config)
+        screen.divert_to(run.log)
+        return train(config, run, screen, resume=resume, allowed=arguments.allow_change)
 
 
-def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> int:
-    """Takes a run from its data to its evaluation; returns the exit code."""
+def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> int:
+    """Takes a run from its data to its evaluation; returns the exit code. `allowed` are the keys in which a resumed run may differ."""
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
     from pipeline.data.stream import steps_per_epoch
@@ -69,9 +73,11 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
+    from pipeline.training.not_finite import NotFinitePolicy
     from pipeline.training.progress import ProgressLine
     from pipeline.training.recipe import class_weights
     from pipeline.training.runtime import check_batch, set_up
+    from pipeline.training.stop_request import StopRequest
     from pipeline.training.tracking import Tracker
 
     runtime = set_up(config)
@@ -80,19 +86,28 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
     model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-    manifest = read_data(source, config, run, screen, resume=resume)
-    config = settle_recipe(config, manifest, model, new, run, screen)
+    manifest = read_data(source, config, run, screen, scanned=resume and "data" not in allowed)
+    config = settle_recipe(config, manifest, model, new, screen)
     counts = manifest.class_counts()
     weights = class_weights(config, manifest.class_names, counts["train"])
     state = new_state(config, runtime, model)
-    identity = {"config": config.model_dump(mode="json"), "data": manifest.digest(), "replicas": runtime.replicas}
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "classes": list(manifest.class_names),
+        "data": manifest.digest(),
+        "replicas": runtime.replicas,
+    }
     if resume:
-        restore_newest(state, run, identity, screen)
+        restore_newest(state, run, identity, screen, allowed)
+    run_directory.write(run.config, config.to_yaml())
+    run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
+    manifest.save(run.manifest)
 
     batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
     stages = Stages(config, runtime, manifest, source, model, screen)
-    stop = StopRequest(screen)
-    with Tracker(config, run.path, resumed=run.mlflow_run()) as tracker:
+    stop = StopRequest(screen.say)
+    not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say)
+    with Tracker(config, run.path, resumed=run.mlflow_run(), changes=state.describe_changes()) as tracker:
         run.note_mlflow_run(tracker.uri, tracker.run_id)
         by_split = {split: column.to_dict() for split, column in counts.items()}
         tracker.log_dataset(
@@ -103,9 +118,10 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
         )
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
         hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
-        trainer = Trainer(config, runtime, steps, hooks, stop, class_weights=weights)
+        trainer = Trainer(config, runtime, steps, hooks, stop, not_finite, class_weights=weights)
         with line, stop.listening():
             try:
+                not_finite.prepare(state)
                 history = trainer.run(state, stages.work)
             except Interrupted:
                 screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
@@ -141,20 +157,20 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
     return 0
 
 
-def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> Any:
-    """Scans the data: every sample is read and decoded once before any training. A resumed run did so when it began."""
-    from pipeline.data.manifest import Manifest, scan
+def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, scanned: bool) -> Any:
+    """Scans the data: every sample is read and decoded once before any training. A run that did so earlier looks for changes."""
+    from pipeline.data.manifest import Manifest, differences, scan
 
-    if resume:
+    if scanned:
         manifest = Manifest.load(run.manifest)
-        listed = [(sample.key, sample.label) for sample in source.samples()]
-        if listed != list(zip(manifest.table["key"], manifest.table["label"], strict=True)):
-            raise RunError(f"{run.path}: pictures or labels of its data have changed since it began; put them back, or start a new run")
+        if changed := differences(manifest, source, since=run.manifest.stat().st_mtime):
+            raise RunError(
+                f"{run.path}: its data have changed since it began:\n{changed}\n"
+                "Put them back, start a new run, or go on with them knowingly by --allow-change data"
+            )
     else:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
-        manifest.save(run.manifest)
-        run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
@@ -162,8 +178,8 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     return manifest
 
 
-def settle_recipe(config: Config, manifest: Any, model: Any, new: Collection[str], run: RunDirectory, screen: Screen) -> Config:
-    """What the config comes to for these data; written down as resolved."""
+def settle_recipe(config: Config, manifest: Any, model: Any, new: Collection[str], screen: Screen) -> Config:
+    """What the config comes to for these data."""
     from pipeline.training.loop import check_new_layers
     from pipeline.training.recipe import settle
 
@@ -172,9 +188,8 @@ def settle_recipe(config: Config, manifest: Any, model: Any, new: Collection[str
     settled = settle(config, len(manifest.indices("train")))
     if settled != config:
         check_new_layers(model, new, settled.train.stages)
-        run_directory.write(run.config, settled.to_yaml())
         stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
-        screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}; all of it in {run.config}")
+        screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}")
     return settled
 
 
@@ -218,8 +233,8 @@ def new_state(config: Config, runtime: Any, model: Any) -> Any:
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 
 
-def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen) -> None:
-    """Puts the newest good checkpoint into the state, if it is one of the same run."""
+def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen, allowed: Sequence[str]) -> None:
+    """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ."""
     from pipeline.training import checkpoint
 
     newest, problems = checkpoint.newest_verified(run.checkpoints)
@@ -227,8 +242,11 @@ def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], scre
         screen.say(f"passed over {problem}")
     if newest is None:
         raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-    checkpoint.check_identity(newest, identity)
+    changes = checkpoint.check_identity(newest, identity, allowed)
     checkpoint.restore(state, newest)
+    state.changes += changes
+    for change in state.describe_changes():
+        screen.say(f"changed: {change}")
     screen.say(f"resumed behind step {state.step:,} from {newest}")
 
 
@@ -255,31 +273,6 @@ def save_plain(model: Any, path: Path) -> None:
     aside = path.with_name(f"new-{path.name}")
     plain_copy(model).save(aside)
     aside.replace(path)
-
-
-class StopRequest:
-    """Whether the process was asked to stop, by SIGTERM or by a first Ctrl-C; a second Ctrl-C ends it at once."""
-
-    def __init__(self, screen: Screen) -> None:
-        self.signal, self._screen = 0, screen
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """A block in which such a request waits for the end of the step. Outside it, the process ends as any other does."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._screen.say("stopping behind this step or validation; Ctrl-C ends it at once")
-
-    def __call__(self) -> bool:
-        return self.signal != 0
 
 
 if __name__ == "__main__":

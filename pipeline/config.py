@@ -235,6 +235,13 @@ class EarlyStoppingConfig(Section):
     """What best_metric must improve by to count."""
 
 
+class Skip(Section):
+    """What `train.on_nan` may be beside a word."""
+
+    skip: PositiveInt
+    """Steps that may be passed over in the whole run."""
+
+
 class TrainConfig(Section):
     """How long and in what portions."""
 
@@ -254,6 +261,15 @@ class TrainConfig(Section):
     restore_best: bool = False
     """Make the best epoch's network the run's result, model.keras, in place of the last one's."""
     keep_checkpoints: PositiveInt = 2
+    """Newest ones; the best epoch's and the last epoch's are kept besides."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """A checkpoint is written after each epoch and, if this is set, whenever the step is a multiple of it."""
+    on_nan: Annotated[
+        Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[Skip, Tag("skip")],
+        Discriminator(lambda value: "skip" if isinstance(value, Mapping | Skip) else "word"),
+    ] = "stop"
+    """When a step's loss or gradient is not finite (nothing of it is applied, its batch is saved): stop; {skip: 3} passes over that many
+    such steps in the whole run; rollback goes back to the start of the epoch with the learning rate halved, three times at most."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

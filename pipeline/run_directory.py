@@ -2,15 +2,19 @@
 
 import datetime
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import RunError
 
 RUNS = Path("runs")
-_BEFORE_TRAINING = {"config.yaml", "log.txt"}  # all that a run holds which failed before its data were read
+_BEFORE_TRAINING = {"config.yaml", ".config.yaml.new", "log.txt", ".lock"}  # all that a run holds which failed before its data were read
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,37 @@ class RunDirectory:
         """The run's identity in MLflow."""
         return self.path / "mlflow.json"
 
+    @property
+    def not_finite(self) -> Path:
+        """Batches whose loss or gradient was not finite, each with the state that it met."""
+        return self.path / "nan"
+
     def evaluation(self, split: str) -> Path:
         """The results on a split."""
         return self.path / "evaluation" / split
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A block in which no other process can enter the same run's. It is free again however this process ends.
+
+        Raises:
+            RunError: If another process is in it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path}: another process is at work on this run; wait for its end, or choose another --run-dir") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, config: Config) -> None:
+        """Notes the config of a run that has no checkpoint. If it had the same one before, its run in MLflow is gone on with."""
+        if self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_yaml():
+            self.tracking.unlink(missing_ok=True)
+        write(self.config, config.to_yaml())
 
     def has_checkpoints(self) -> bool:
         """Whether there is something to resume from, be it damaged."""
@@ -97,12 +129,12 @@ class RunDirectory:
         write(self.tracking, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
 
 
-def create(path: Path | None, config: Config) -> RunDirectory:
+def create(path: Path | None, experiment: str) -> RunDirectory:
     """Makes the directory of a new run.
 
     Args:
         path: Where; None for runs/<experiment>/<date-time>.
-        config: Written into it.
+        experiment: Name of the experiment.
 
     Raises:
         RunError: If something stands there already.
@@ -110,7 +142,7 @@ def create(path: Path | None, config: Config) -> RunDirectory:
     if path is None:
         now = datetime.datetime.now()
         while True:
-            path = RUNS / config.tracking.experiment / now.strftime("%Y-%m-%d_%H-%M-%S")
+            path = RUNS / experiment / now.strftime("%Y-%m-%d_%H-%M-%S")
             try:
                 path.mkdir(parents=True)  # of two runs that start at once, one finds it taken
                 break
@@ -118,11 +150,10 @@ def create(path: Path | None, config: Config) -> RunDirectory:
                 now += datetime.timedelta(seconds=1)
     run = RunDirectory(path)
     if path.exists() and not (path.is_dir() and {item.name for item in path.iterdir()} <= _BEFORE_TRAINING):
-        if run.manifest.exists() and not run.model.exists():
+        if run.config.exists() and not run.model.exists():
             raise RunError(f"{path}: holds an unfinished run; go on with it by --resume, or choose another --run-dir")
         raise RunError(f"{path}: exists already and nothing in it is overwritten; choose another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
-    write(run.config, config.to_yaml())
     return run
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -67,8 +68,12 @@ class Screen:
 
 
 def run_program(program: Callable[[Screen], int]) -> int:
-    """Runs a program and turns what it raises into a message and an exit code: 2 for bad input, 1 for a failure."""
+    """Runs a program and turns what it raises into a message and an exit code: 2 for bad input, 1 for a failure.
+
+    SIGTERM unwinds it as Ctrl-C does, so that what it has open is closed.
+    """
     screen = Screen()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return program(screen)
     except UserError as error:

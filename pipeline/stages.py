@@ -7,11 +7,11 @@ import tensorflow as tf
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
-from pipeline.data.stream import evaluation_stream, feature_stream, training_stream
+from pipeline.data.stream import evaluation_stream, feature_stream, steps_per_epoch, training_stream
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.screen import Screen
 from pipeline.training.features import FeatureCache, are_constant, backbone_and_head
-from pipeline.training.loop import Stage, Work
+from pipeline.training.loop import Stage, Work, plan
 from pipeline.training.runtime import Runtime
 
 
@@ -21,26 +21,29 @@ class Stages:
     def __init__(self, config: Config, runtime: Runtime, manifest: Manifest, source: Source, model: keras.Model, screen: Screen) -> None:
         """Takes all that a run is made from; reads nothing yet."""
         self._config, self._manifest, self._source, self._model, self._screen = config, manifest, source, model, screen
+        self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size))
         backbone, head = backbone_and_head(model)
         self._predictor, self._feature_extractor = Predictor(model, runtime.strategy), Predictor(backbone, runtime.strategy)
         self._features = FeatureCache(head, self._compute_features)
 
     def work(self, stage: Stage) -> Work:
         """What a stage trains on. Features take the pictures' place where they are the same in every epoch."""
-        config, manifest, source = self._config, self._manifest, self._source
+        config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
         if are_constant(config, so_far, len(manifest.indices("train")), self._features.width):
             rows = self._features.of("train")
             return Work(self._features.head, lambda step: feature_stream(manifest, config, rows, start_step=step), self._validate_head)
 
-        def stream(step: int) -> tf.data.Dataset:
-            return training_stream(manifest, source, config, start_step=step, augmented=stage.config.augment)
+        return Work(self._model, self.pictures, self._validate)
 
-        return Work(self._model, stream, self._validate)
+    def pictures(self, step: int) -> tf.data.Dataset:
+        """The stream from a step on, as the step's stage sees it."""
+        stage = next(stage for stage in self._plan if step < stage.stop)
+        return training_stream(self._manifest, self._source, self._config, start_step=step, augmented=stage.config.augment)
 
     def evaluate(self, split: str) -> tuple[Predictions, Evaluation]:
         """Measures the network as it is now on every image of a split."""
-        predictions = self._predictor(self._pictures(split))
+        predictions = self._predictor(self._evaluated(split))
         return predictions, evaluate_predictions(predictions, self._manifest.class_names, split)
 
     def _validate(self) -> dict[str, float]:
@@ -53,10 +56,10 @@ class Stages:
         predictions = Predictions(rows, self._manifest.table["label"].to_numpy()[rows], self._features.logits("val"))
         return evaluate_predictions(predictions, self._manifest.class_names, "val").headline()
 
-    def _pictures(self, split: str) -> tf.data.Dataset:
+    def _evaluated(self, split: str) -> tf.data.Dataset:
         batch_size = self._config.train.global_batch_size // self._config.train.accumulation
         return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=batch_size)
 
     def _compute_features(self, split: str) -> np.ndarray:
         with self._screen.counting(f"computing the features of {split}, once") as count:
-            return self._feature_extractor(self._pictures(split), progress=count).logits
+            return self._feature_extractor(self._evaluated(split), progress=count).logits

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
 from pipeline.training.optimizer import MovingAverage, build_optimizer
@@ -34,7 +34,7 @@ def scramble(state: State, seed: int) -> None:
             drawn = rng.normal(size=variable.shape) if "float" in str(variable.dtype) else rng.integers(0, 1000, variable.shape)
             variable.assign(tf.cast(drawn, variable.dtype))
     state.step = int(rng.integers(1, 1000))
-    state.history = [{"epoch": 1, "val/accuracy": float(rng.random())}]
+    state.history = [{"epoch": 1, "step": int(rng.integers(1, 1000)), "val/accuracy": float(rng.random())}]
 
 
 def contents(state: State) -> dict[str, bytes]:
@@ -161,3 +161,46 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     assert manifest["step"] == state.step
     assert set(manifest["sha256"]) == {"model.npz", "optimizer.npz", "average.npz", "totals.npz"}
     assert manifest["versions"]["tensorflow"] == tf.__version__
+
+
+def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
+    def identity(seed: int, keep: int, path: str, classes: list[str]) -> dict:
+        config = {"seed": seed, "train": {"keep_checkpoints": keep}, "data": {"path": path}}
+        return {"config": config, "classes": classes, "data": "abc", "replicas": 1}
+
+    written = checkpoint.save(make_state(), tmp_path, identity(1, 2, "a", ["x", "y"]), keep=1)
+    assert checkpoint.check_identity(written, identity(1, 3, "a", ["x", "y"])) == [], "what changes no step is free"
+    changed = identity(2, 2, "b", ["x", "z"])
+    with pytest.raises(RunError) as caught:
+        checkpoint.check_identity(written, changed, ["seed"])
+    assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.path: was 'a', is 'b'\n" in str(caught.value)
+    assert "seed: was" not in str(caught.value)
+    assert "by --allow-change classes --allow-change data.path" in str(caught.value)
+    allowed = checkpoint.check_identity(written, changed, ["seed", "data", "classes"])
+    assert [(one["step"], one["key"], one["was"], one["is"]) for one in allowed] == [
+        (0, "classes", ["x", "y"], ["x", "z"]),
+        (0, "data.path", "a", "b"),
+        (0, "seed", 1, 2),
+    ]
+    with pytest.raises(RunError, match="--allow-change sed: there is no such key; did you mean 'seed'"):
+        checkpoint.check_identity(written, changed, ["sed"])
+
+
+def test_the_last_epochs_checkpoint_is_kept_for_a_rollback(tmp_path):
+    state = make_state()
+    for step in (0, 2, 4, 5, 6, 8):
+        state.step = step
+        state.history = [{"step": 5}] if step >= 5 else []
+        checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+        assert checkpoint.checkpoint_path(tmp_path, state.epoch_start).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000008"]
+
+
+def test_a_disk_that_takes_no_more_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    state = make_state()
+    checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    state.step = 7
+    with pytest.raises(TrainingError, match=r"step-00000007: cannot be written \(No space left on device\).*go on with --resume"):
+        checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config
+from pipeline.config import Config, Skip
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
 
@@ -172,6 +172,18 @@ def test_overrides_that_cannot_be_applied_are_refused(tmp_path, override):
 def test_a_misspelt_section_in_an_override_is_blamed_on_the_override(tmp_path):
     found = mistakes(write(tmp_path / "c.yaml", MINIMAL), ("modle.survival=0.5",))
     assert found == ["command line: modle.survival=0.5: modle: unknown key; did you mean 'model'?"]
+
+
+def test_what_to_do_about_nan_is_a_word_or_a_number_of_steps(tmp_path):
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    assert load_config(path).train.on_nan == "stop"
+    assert load_config(path, ["train.on_nan=rollback"]).train.on_nan == "rollback"
+    loaded = load_config(path, ["train.on_nan={skip: 3}"])
+    assert loaded.train.on_nan == Skip(skip=3)
+    assert Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
+    for wrong, message in (("halt", "input should be 'stop' or 'rollback'; received 'halt'"), ("{skp: 3}", "did you mean 'skip'?")):
+        assert message in "\n".join(mistakes(path, (f"train.on_nan={wrong}",)))
+    assert "greater than 0" in mistakes(path, ("train.on_nan={skip: 0}",))[0]
 
 
 def test_a_path_may_start_at_home(tmp_path, monkeypatch):

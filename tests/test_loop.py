@@ -1,5 +1,7 @@
 """The loop: stages turned into steps, freezing, history, the best epoch, stopping and going on."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -13,9 +15,10 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeper, State
 from pipeline.training.hooks import Hook
 from pipeline.training.loop import Interrupted, Trainer, Work, check_new_layers, plan, set_trainable
+from pipeline.training.not_finite import MOST_ROLLBACKS, NotFinitePolicy, give_up
 from pipeline.training.optimizer import MovingAverage, build_optimizer
 from pipeline.training.runtime import PerReplicaDropout, set_up
-from pipeline.training.step import Totals
+from pipeline.training.step import Totals, TrainStep
 
 STEPS = 5  # per epoch
 CONFIG = Config.model_validate(
@@ -88,12 +91,13 @@ def run(
     state: State,
     hooks: list,
     *,
-    config: Config = CONFIG,
     accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9),
     stop_at: int | None = None,
+    config: Config = CONFIG,
+    not_finite: Callable[[State], None] = give_up,
     poisoned: int | None = None,
 ) -> list[dict]:
-    trainer = Trainer(config, set_up(config), STEPS, hooks, lambda: state.step == stop_at)
+    trainer = Trainer(config, set_up(config), STEPS, hooks, lambda: state.step == stop_at, not_finite)
 
     def validate() -> dict[str, float]:
         return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
@@ -237,7 +241,7 @@ def test_early_stopping_leaves_a_stage_that_does_not_improve_and_goes_on_with_th
     assert state.best["val/accuracy"] == max(value for value in accuracies if value is not None)
 
 
-@pytest.mark.parametrize("stop_at", [3, 10, 20, 23])
+@pytest.mark.parametrize("stop_at", [3, 15, 21, 25])
 def test_early_stopping_survives_a_resume(tmp_path: Path, stop_at: int):
     config, accuracies = early(patience=2), (0.5, 0.4, 0.3, None, 0.3, 0.6, 0.7, 0.8)
     whole = fresh_state()
@@ -317,3 +321,159 @@ def test_no_layer_stays_random_through_all_stages(stages: list[dict], stuck: lis
     assert all(name in str(caught.value) for name in stuck)
     assert "predictions" not in str(caught.value)
     check_new_layers(model, [name for name in new if name not in stuck], configs)
+
+
+def with_train(**changes: object) -> Config:
+    return Config.model_validate({**CONFIG.model_dump(), "train": {**CONFIG.train.model_dump(), **changes}})
+
+
+def test_checkpoints_are_kept_between_epochs_as_the_config_says():
+    recorder = Recorder()
+    run(fresh_state(), [recorder], config=with_train(checkpoint_every_steps=4))
+    assert recorder.kept == [4, 5, 8, 10, 12, 15, 16, 20]
+
+
+class Policy(NotFinitePolicy):
+    """A policy with all that it needs, and what it said."""
+
+    def __init__(self, config: Config, folder: Path, **kwargs: int) -> None:
+        self.said: list[str] = []
+        self.keeper = Keeper(folder / "checkpoints", {}, keep=1)
+        super().__init__(config, folder / "nan", folder / "checkpoints", {}, lambda start: stream(start, **kwargs), self.said.append)
+
+
+@pytest.mark.parametrize("bad", [6, 9, 10])  # in an epoch, at the end of a stage, at the start of one
+def test_a_bad_batch_is_passed_over_and_the_schedule_and_the_epochs_go_on(tmp_path: Path, bad: int):
+    config = with_train(on_nan={"skip": 1})
+    state, whole = fresh_state(), fresh_state()
+    policy, recorder = Policy(config, tmp_path, poisoned=bad), Recorder()
+    history = run(state, [recorder], config=config, not_finite=policy, poisoned=bad)
+    reference = run(whole, [])
+    assert state.skipped == [bad]
+    assert int(state.optimizer.iterations.numpy()) == 19, "all but one of the steps were applied"
+    for key in ("epoch", "step", "learning_rate"):
+        assert [record[key] for record in history] == [record[key] for record in reference]
+    assert recorder.kept == [5, 10, 15, 20]
+    assert history[0] == reference[0]
+    assert history[bad // STEPS]["train/loss"] != reference[bad // STEPS]["train/loss"]
+    [said] = policy.said
+    assert f"not finite in step {bad + 1}; nothing of that step was applied. Passed over, 1 of 1 times" in said
+
+
+def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_path: Path):
+    state, good = fresh_state(), fresh_state()
+    with pytest.raises(TrainingError) as caught:
+        run(state, [], not_finite=Policy(CONFIG, tmp_path, poisoned=7), poisoned=7)
+    folder = tmp_path / "nan" / "step-00000008"
+    for words in ("not finite in step 8", "Try a lower optimizer.base_lr", str(folder), "--allow-change"):
+        assert words in str(caught.value)
+    with np.load(folder / "batch.npz") as saved:
+        fed = next(iter(stream(7, poisoned=7)))
+        for name, expected in zip(("images", "labels", "weights", "index"), fed, strict=True):
+            np.testing.assert_array_equal(saved[name], expected.numpy())
+    assert checkpoint.problem(folder) is None
+    met = fresh_state()
+    checkpoint.restore(met, folder)
+    with pytest.raises(Interrupted):
+        run(good, [], stop_at=7)
+    assert contents(met) == contents(good)
+    assert (met.step, met.history) == (7, good.history)
+
+
+def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path):
+    config = with_train(on_nan={"skip": 2})
+    state = fresh_state()
+    policy = Policy(config, tmp_path)
+    policy._training_stream = lambda start: stream(start).map(
+        lambda images, labels, weights, index: (images, labels, weights * np.nan, index)
+    )
+    trainer = Trainer(config, set_up(config), STEPS, [], lambda: False, policy)
+    with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
+        trainer.run(state, lambda stage: Work(state.model, policy._training_stream, lambda: {}))
+    assert state.skipped == [0, 1]
+    assert {path.name for path in (tmp_path / "nan").iterdir()} == {f"step-{number:08d}" for number in (1, 2, 3)}
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, step: int, above: float) -> None:
+    """Makes a step bad at a high learning rate only."""
+    real = TrainStep.__call__
+
+    def train_step(self: TrainStep, batch: tuple, rate: float) -> None:
+        images, labels, weights, index = batch
+        bad = int(self._optimizer.iterations.numpy()) == step and rate > above
+        real(self, (images, labels, weights * (np.nan if bad else 1.0), index), rate)
+
+    monkeypatch.setattr(TrainStep, "__call__", train_step)
+
+
+@pytest.mark.parametrize("bad", [3, 7, 12])  # in the first epoch, in the second, in the second stage
+def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learning_rate(tmp_path: Path, monkeypatch, bad: int):
+    config = with_train(on_nan="rollback", checkpoint_every_steps=1)
+    rates = [stage.learning_rate(step - stage.first) for stage in plan(config, STEPS) for step in range(stage.first, stage.stop)]
+    diverging(monkeypatch, bad, above=0.6 * rates[bad])
+    state = fresh_state()
+    policy = Policy(config, tmp_path)
+    policy.prepare(state)
+    history = run(state, [policy.keeper], config=config, not_finite=policy)
+    epoch = bad // STEPS
+    assert state.rollbacks == 1
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4], "no epoch is lost or counted twice"
+    factors = [record["learning_rate"] / rates[int(record["step"]) - 1] for record in history]
+    np.testing.assert_allclose(factors, [1.0] * epoch + [0.5] * (4 - epoch))
+    assert f"Back to the end of step {epoch * STEPS}, the learning rate halved, 1 of 3 times" in policy.said[0]
+    [newest] = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name == "step-00000020"]
+    assert json.loads((tmp_path / "checkpoints" / newest / "manifest.json").read_text())["rollbacks"] == 1
+
+
+def test_a_run_goes_back_a_few_times_only(tmp_path: Path, monkeypatch):
+    config = with_train(on_nan="rollback")
+    diverging(monkeypatch, 7, above=0.0)
+    state = fresh_state()
+    policy = Policy(config, tmp_path)
+    policy.prepare(state)
+    with pytest.raises(TrainingError, match=r"not finite in step 8; .*\nThe run went back 3 times already"):
+        run(state, [policy.keeper], config=config, not_finite=policy)
+    assert len(policy.said) == MOST_ROLLBACKS
+
+
+def test_a_run_does_not_go_back_to_a_damaged_checkpoint(tmp_path: Path, monkeypatch):
+    config = with_train(on_nan="rollback")
+    diverging(monkeypatch, 7, above=0.0)
+    policy = Policy(config, tmp_path)
+
+    class Damage(Recorder):
+        def on_checkpoint(self, state: State) -> None:
+            (tmp_path / "checkpoints" / "step-00000005" / "model.npz").write_bytes(b"")
+
+    with pytest.raises(TrainingError, match=r"not finite in step 8; .*\n.*cannot go back to .*step-00000005: model.npz is damaged"):
+        run(fresh_state(), [policy.keeper, Damage()], config=config, not_finite=policy)
+
+
+def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_path: Path, monkeypatch):
+    stages = [{"epochs": 4, "trainable": "head"}, {"epochs": 2, "trainable": "block6"}]
+    train = {"global_batch_size": 4, "early_stopping": {"patience": 1, "min_delta": 0.2}, "on_nan": "rollback", "stages": stages}
+    config = Config.model_validate({"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": train})
+    rate = plan(config, STEPS)[1].learning_rate(2)
+    diverging(monkeypatch, 12, above=0.6 * rate)  # the third step of the second stage, ten of the first being left out
+    state = fresh_state()
+    policy, recorder = Policy(config, tmp_path), Recorder()
+    policy.prepare(state)
+    accuracies = (0.5, 0.6, None, None, 0.5, 0.9)  # the second epoch is the best so far, but too little better to go on
+    history = run(state, [policy.keeper, recorder], config=config, not_finite=policy, accuracies=accuracies)
+    assert [record["epoch"] for record in history] == [1, 2, 5, 6]
+    assert state.rollbacks == 1
+    assert "not finite in step 23" in policy.said[0]
+    assert "Back to the end of step 10" in policy.said[0]
+    assert recorder.left_out == [2, 2]
+    assert state.best["epoch"] == 6
+
+
+def test_a_run_that_is_resumed_at_its_end_still_has_its_average(tmp_path: Path):
+    state = fresh_state()
+    run(state, [Keeper(tmp_path, {}, keep=1)])
+    resumed = fresh_state()
+    checkpoint.restore(resumed, checkpoint.newest_verified(tmp_path)[0])
+    assert run(resumed, []) == state.history
+    for one in (state, resumed):
+        with one.averaged():
+            assert all(np.array_equal(v.numpy(), a.numpy()) for v, a in zip(one.average.averaged, one.average.variables, strict=True))

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.manifest import Manifest, scan
+from pipeline.data.manifest import Manifest, differences, scan
 from pipeline.data.sources import open_source
 from pipeline.errors import DataError
 
@@ -250,3 +252,22 @@ def test_the_digest_changes_with_all_that_training_sees(tmp_path, digits):
         table.loc[5, column] = value if table.loc[5, column] != value else 8
         changed.add(Manifest(digits.class_names, table).digest())
     assert len(changed) == 6
+
+
+def test_what_has_changed_since_the_scan_is_named(tmp_path):
+    config = write(tmp_path, two_classes(3))
+    manifest, now = look(config), time.time()
+
+    def found() -> list[str]:
+        return [line.strip() for line in differences(manifest, open_source(config), since=now).splitlines()]
+
+    assert found() == []
+    for key, data in (("cat/001.jpg", encoded(900)), ("cat/002.jpg", (tmp_path / "cat/002.jpg").read_bytes())):
+        (tmp_path / key).write_bytes(data)
+        os.utime(tmp_path / key, (now + 5, now + 5))
+    assert found() == ["cat/001.jpg: has other contents"], "a file that was written again as it was is the same"
+    (tmp_path / "cat/000.jpg").rename(tmp_path / "dog/other.jpg")
+    assert found() == ["dog/other.jpg: is new", "cat/000.jpg: is gone", "cat/001.jpg: has other contents"]
+    (tmp_path / "dog").rename(tmp_path / "ant")
+    assert "classes: were cat, dog; are ant, cat" in found()
+    assert "cat/002.jpg: has another label" in found()

@@ -159,6 +159,27 @@ def test_resume_goes_on_with_the_run_and_logs_no_step_twice(config: Config, clie
     assert history(client, first.run_id, "val/accuracy") == [(5, 0.5), (10, 0.6)]
 
 
+def test_what_a_kill_kept_from_being_noted_at_the_start_is_noted_on_resume(
+    config: Config, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "log_params", lambda params: None)
+        with Tracker(config, tmp_path / "run") as first:
+            pass
+    assert client.get_run(first.run_id).data.params == {}
+    with Tracker(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
+        second.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
+    assert client.get_run(first.run_id).data.params["seed"] == "42"
+    assert len(client.get_run(first.run_id).inputs.dataset_inputs) == 1
+    changes = ["seed: 42 -> 7 behind step 3"]
+    changed = config_for(Path(config.tracking.uri.removeprefix("sqlite:///")).parent, seed=7)
+    with Tracker(changed, tmp_path / "run", resumed=(first.uri, first.run_id), changes=changes):
+        pass
+    run = client.get_run(first.run_id)
+    assert run.data.tags["changes"] == changes[0]
+    assert run.data.params["seed"] == "42", "MLflow's parameters are those that the run began with"
+
+
 def test_metrics_wait_for_a_flush_and_checkpoints_cause_one(config: Config, client: MlflowClient, tmp_path: Path) -> None:
     with Tracker(config, tmp_path / "run") as tracker:
         tracker.on_step(1, {"train/loss": 1.0})

@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_that_it_is(finished):
     directory, _, _ = finished
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and "checkpoints" not in path.parts}
     assert names == {
-        *("config.yaml", "manifest.parquet", "classes.txt", "model.keras", "best/model.keras", "log.txt", "mlflow.json"),
+        *("config.yaml", "manifest.parquet", "classes.txt", "model.keras", "best/model.keras", "log.txt", "mlflow.json", ".lock"),
         "report/training_curves.png",
         *(f"evaluation/test/{name}" for name in ("metrics.json", "per_class.csv", "confusion_matrix.csv", "confusion_matrix.png")),
         "evaluation/test/predictions.parquet",

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import DataConfig
 from pipeline.data.preprocess import decode
-from pipeline.data.sources import SPLITS, Sample, Source, listing
+from pipeline.data.sources import SPLITS, FileSource, Sample, Source, listing
 from pipeline.data.splits import Signature, assign_splits, near_duplicates, signature
 from pipeline.errors import DataError
 
@@ -162,6 +162,33 @@ def scan(source: Source, config: DataConfig, *, seed: int, progress: Callable[[i
     ).astype(COLUMNS)
     manifest = Manifest(source.class_names, table)
     return Manifest(source.class_names, table, tuple(_notes(manifest)))
+
+
+def differences(manifest: Manifest, source: Source, *, since: float) -> str:
+    """What has become of the data since they were scanned, a line each; empty where nothing has.
+
+    Files are read again only if they were written since.
+
+    Args:
+        manifest: Of the scan.
+        source: The data as they are now.
+        since: Time of the scan, in seconds since the epoch.
+    """
+    before = dict(zip(manifest.table["key"], manifest.table["label"], strict=True))
+    now = {sample.key: sample.label for sample in source.samples()}
+    found: list[str] = []
+    if source.class_names != manifest.class_names:
+        found.append(f"classes: were {', '.join(manifest.class_names)}; are {', '.join(source.class_names)}")
+    found += [f"{key}: is new" for key in now if key not in before]
+    found += [f"{key}: is gone" for key in before if key not in now]
+    found += [f"{key}: has another label" for key in now if key in before and now[key] != before[key]]
+    if not found and list(now) != list(before):
+        found.append("the samples come in another order")
+    if isinstance(source, FileSource):
+        hashes = zip(manifest.table["key"], manifest.table["sha256"], strict=True)
+        written = [(key, digest) for key, digest in hashes if key in now and (source.root / key).stat().st_mtime > since]
+        found += [f"{key}: has other contents" for key, digest in written if hashlib.sha256(source.read(key)).hexdigest() != digest]
+    return listing(found)
 
 
 def _check_labels(class_names: Sequence[str], samples: Sequence[Sample]) -> None:

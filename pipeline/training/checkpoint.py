@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, TrainingError, nearest
 from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import MovingAverage
 from pipeline.training.step import Totals
@@ -35,6 +35,9 @@ class State:
         step: Steps taken since the start of the run.
         history: One record for each epoch that ended.
         best: The record of the best epoch so far, None before the first.
+        skipped: Steps of the stream that were passed over because they were not finite, counted from 0.
+        rollbacks: How often the run went back to the start of an epoch because a step was not finite.
+        changes: What `--allow-change` let pass: `step`, `key`, `was` and `is` of each change.
     """
 
     model: keras.Model
@@ -44,10 +47,22 @@ class State:
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] | None = None
+    skipped: list[int] = field(default_factory=list)
+    rollbacks: int = 0
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch_start(self) -> int:
+        """The step behind the last epoch that ended."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def averaged(self) -> AbstractContextManager[None]:
         """A block inside which the network holds the moving average, where the run keeps one."""
         return nullcontext() if self.average is None else self.average.swapped_in()
+
+    def describe_changes(self) -> list[str]:
+        """A line for each of `changes`."""
+        return [f"{change['key']}: {change['was']!r} -> {change['is']!r} behind step {change['step']}" for change in self.changes]
 
     def groups(self) -> dict[str, dict[str, keras.Variable | tf.Variable]]:
         """Every variable by group and by a name that is the same in every process."""
@@ -66,11 +81,11 @@ class State:
         return zip(self.average.averaged, self.average.variables, strict=True)
 
 
-def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes a checkpoint, then removes those that are older than the newest `keep` and not the best.
+PLAIN_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
 
-    The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any moment leaves
-    either the whole checkpoint or none.
+
+def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
+    """Writes a checkpoint, then removes those that are older than the newest `keep`, not the best and not the last epoch's.
 
     Args:
         state: What to write.
@@ -80,39 +95,64 @@ def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: in
 
     Returns:
         The checkpoint's folder, `step-<step>`.
+
+    Raises:
+        TrainingError: If the disk does not take it. The older checkpoints are as they were.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in (*directory.glob(".step-*"), *directory.glob(".old-step-*")):
-        shutil.rmtree(leftover)
-    final = checkpoint_path(directory, state.step)
-    aside = directory / f".{final.name}"
-    aside.mkdir()
-    files = {f"{name}.npz": _pack(variables) for name, variables in state.groups().items()}
-    manifest = {
-        "step": state.step,
-        "history": state.history,
-        "best": state.best,
-        "identity": dict(identity),
-        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
-    for name, content in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
-        _write_synced(aside / name, content)
-    _sync_folder(aside)
-    if final.exists():  # damaged: the run was resumed from an older one and has come here again
-        old = directory / f".old-{final.name}"
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old)
-    else:
-        aside.rename(final)
-    _sync_folder(directory)
-    protected = {final, *_checkpoints(directory)[-keep:]}
+    final = write(state, checkpoint_path(directory, state.step), identity)
+    protected = {final, checkpoint_path(directory, state.epoch_start), *_checkpoints(directory)[-keep:]}
     if state.best is not None:
         protected.add(checkpoint_path(directory, int(state.best["step"])))
     for checkpoint in _checkpoints(directory):
         if checkpoint not in protected:
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
+    return final
+
+
+def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Mapping[str, bytes] | None = None) -> Path:
+    """Writes a state into a folder of its own.
+
+    The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any moment leaves
+    either the whole checkpoint or none.
+
+    Args:
+        state: What to write.
+        final: The folder, `step-<number>`; one that stands there is replaced.
+        identity: As of `save`.
+        beside: Further files by name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TrainingError: If the disk does not take it.
+    """
+    aside = final.with_name(f".{final.name}")
+    files = {f"{name}.npz": _pack(variables) for name, variables in state.groups().items()} | dict(beside or {})
+    manifest = {
+        **{name: getattr(state, name) for name in PLAIN_FIELDS},
+        "identity": dict(identity),
+        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
+            shutil.rmtree(leftover)
+        aside.mkdir()
+        for name, content in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
+            _write_synced(aside / name, content)
+        _sync_folder(aside)
+        if final.exists():  # damaged: the run was resumed from an older one and has come here again
+            _remove(final)
+        aside.rename(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)  # what little room it takes may be needed
+        raise TrainingError(
+            f"{final}: cannot be written ({error.strerror or error}); what was saved before is untouched. "
+            "Put that right, such as by making room on the disk, and go on with --resume"
+        ) from error
     return final
 
 
@@ -141,10 +181,10 @@ def newest_verified(directory: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for checkpoint in reversed(_checkpoints(directory)):
-        problem = _problem(checkpoint)
-        if problem is None:
+        found = problem(checkpoint)
+        if found is None:
             return checkpoint, problems
-        problems.append(f"{checkpoint}: {problem}")
+        problems.append(f"{checkpoint}: {found}")
     return None, problems
 
 
@@ -153,20 +193,57 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-FREE_TO_CHANGE = ("config.tracking", "config.runtime.input_workers", "config.train.keep_checkpoints")  # without changing the result
+FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
+    "tracking",
+    "runtime.input_workers",
+    "train.keep_checkpoints",
+    "train.checkpoint_every_steps",
+    "train.on_nan",
+)
 
 
-def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def check_identity(checkpoint: Path, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Refuses to go on with another config, other data or another number of replicas than the checkpoint's.
 
+    Args:
+        checkpoint: A verified one.
+        identity: What this run is.
+        allowed: Keys that may differ all the same, each with everything below it.
+
+    Returns:
+        `step`, `key`, `was` and `is` of every difference that was allowed.
+
     Raises:
-        RunError: Naming every difference.
+        RunError: Naming every other difference, or a key of `allowed` that there is not.
     """
-    old, new = _flat(read_manifest(checkpoint)["identity"]), _flat(json.loads(json.dumps(identity)))
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)]
-    if differing:
-        lines = "\n".join(f"  {key.removeprefix('config.')}: was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
-        raise RunError(f"{checkpoint}: belongs to a run that differs in\n{lines}\nresume it as it was, or start a new run")
+    manifest = read_manifest(checkpoint)
+    old, new = _keys(manifest["identity"]), _keys(json.loads(json.dumps(identity)))
+    keys = sorted(old.keys() | new.keys())
+    for name in allowed:
+        if not any(_within(key, [name]) for key in keys):
+            raise RunError(f"--allow-change {name}: there is no such key{nearest(name, keys)}")
+    differing = [
+        {"step": manifest["step"], "key": key, "was": old.get(key), "is": new.get(key)}
+        for key in keys
+        if old.get(key) != new.get(key) and not _within(key, FREE_TO_CHANGE)
+    ]
+    refused = [change for change in differing if not _within(change["key"], allowed)]
+    if refused:
+        lines = "\n".join(f"  {change['key']}: was {change['was']!r}, is {change['is']!r}" for change in refused)
+        remedy = " ".join(f"--allow-change {change['key']}" for change in refused)
+        raise RunError(
+            f"{checkpoint}: belongs to a run that differs in\n{lines}\n"
+            f"resume it as it was, start a new run, or go on with the change knowingly by {remedy}"
+        )
+    return differing
+
+
+def _within(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("config."): value for key, value in _flat(dict(identity)).items()}
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
@@ -194,8 +271,9 @@ def restore(state: State, checkpoint: Path) -> None:
             for name, variable in variables.items():
                 variable.assign(stored[name])
     manifest = read_manifest(checkpoint)
-    state.step, state.history, state.best = manifest["step"], manifest["history"], manifest["best"]
-    if state.best is not None and _problem(checkpoint_path(checkpoint.parent, int(state.best["step"]))) is not None:
+    for name in PLAIN_FIELDS:
+        setattr(state, name, manifest[name])
+    if state.best is not None and problem(checkpoint_path(checkpoint.parent, int(state.best["step"]))) is not None:
         state.best = None  # its weights are lost; the best of the epochs to come takes its place
 
 
@@ -209,7 +287,8 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*"))
 
 
-def _problem(checkpoint: Path) -> str | None:
+def problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as its manifest says."""
     try:
         expected = read_manifest(checkpoint)["sha256"]
         for name, digest in expected.items():
@@ -218,6 +297,21 @@ def _problem(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError) as error:
         return f"incomplete ({error})"
     return None
+
+
+def remove_behind(directory: Path, step: int) -> None:
+    """Removes the checkpoints of later steps: the run went back."""
+    for checkpoint in _checkpoints(directory):
+        if checkpoint > checkpoint_path(directory, step):
+            _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight first, so that a kill leaves no half of it to be believed."""
+    old = checkpoint.with_name(f".old-{checkpoint.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

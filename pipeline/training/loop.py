@@ -1,18 +1,20 @@
 """The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ConfigError
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
 from pipeline.training.hooks import Hook
+from pipeline.training.not_finite import give_up, learning_rate_factor
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.runtime import Runtime
 from pipeline.training.step import TrainStep, moved_by_training
@@ -117,6 +119,7 @@ class Trainer:
         steps_per_epoch: int,
         hooks: Sequence[Hook],
         stop_requested: Callable[[], bool],
+        on_not_finite: Callable[[State], None] = give_up,
         *,
         class_weights: np.ndarray | None = None,
     ) -> None:
@@ -128,10 +131,12 @@ class Trainer:
             steps_per_epoch: Steps between two validations.
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step; True ends the run there.
+            on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
+                run should go on, with the step among its `skipped` or at an earlier step.
             class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one each.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
-        self._steps_per_epoch, self._class_weights = steps_per_epoch, class_weights
+        self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
         self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
         self.stages = plan(config, steps_per_epoch)
 
@@ -155,12 +160,23 @@ class Trainer:
             Interrupted: If a stop was requested.
         """
         for stage in self.stages:
-            set_trainable(state.model, stage.config)
-            if state.step < stage.stop:
-                self._run_stage(stage, state, work(stage))
-            elif state.average is not None:  # what an earlier stage has moved has an average of its own
+            if state.average is not None and stage.first < state.step:  # what it has moved has an average of its own
+                set_trainable(state.model, stage.config)
                 state.average.follow(moved_by_training(state.model))
+        while state.step < self.total_steps:
+            stage = next(stage for stage in self.stages if state.step < stage.stop)
+            if self._is_exhausted(stage, state.history):
+                for hook in self._hooks:
+                    hook.on_stage_left((stage.stop - state.step) // self._steps_per_epoch)
+                state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
+                continue
+            set_trainable(state.model, stage.config)
+            self._run_stage(stage, state, work(stage))
         return state.history
+
+    def _batches(self, work: Work, start: int) -> Iterator[Any]:
+        batches: Iterable[Any] = self._runtime.feed(work.stream(start))
+        return iter(batches)
 
     def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
         with self._runtime.strategy.scope():
@@ -174,32 +190,43 @@ class Trainer:
                 layer_decay=stage.config.layer_decay,
                 class_weights=self._class_weights,
             )
-        batches = iter(self._runtime.feed(work.stream(state.step)))
+        left_out = state.step - self._counted(state)  # by early stopping of the stages before
         shown = time.monotonic()
-        while state.step < stage.stop:
-            rate = stage.learning_rate(state.step - stage.first)
-            train_step(next(batches), rate)
+        batches = self._batches(work, state.step)
+        while stage.first <= state.step < stage.stop:  # a rollback may lead into the stage before
+            batch, rate = next(batches), stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
+            if state.step not in state.skipped:
+                train_step(batch, rate)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0
-            if report or epoch_ends or time.monotonic() - shown > SECONDS_PER_PROGRESS:
-                metrics = self._means(state, rate)
-                shown = time.monotonic()
-                for hook in self._hooks:
-                    hook.on_progress(state.step, metrics)
-                    if report:
-                        hook.on_step(state.step, metrics)
+            save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
+            if not (report or save or self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS):
+                continue  # without waiting for the device
+            if bool(state.totals.halted.numpy()):
+                state.step = self._counted(state) + left_out  # steps behind one that is not finite changed nothing, like it
+                state.totals.halted.assign(False)
+                self._on_not_finite(state)
+                batches = self._batches(work, state.step)
+                continue
+            metrics = self._means(state, rate)
+            shown = time.monotonic()
+            for hook in self._hooks:
+                hook.on_progress(state.step, metrics)
+                if report:
+                    hook.on_step(state.step, metrics)
             if epoch_ends:
-                self._end_epoch(state, stage, self._means(state, rate), work.validate)
-            if self._stop_requested():
-                if not epoch_ends:
-                    self._check_finite(state)
-                    self._keep(state)
-                raise Interrupted
+                self._end_epoch(state, metrics, work.validate)
+            if save or self._stop_requested():
+                for hook in self._hooks:
+                    hook.on_checkpoint(state)
+                if self._stop_requested():
+                    raise Interrupted
+            if epoch_ends and self._is_exhausted(stage, state.history):
+                return
 
     def _means(self, state: State, rate: float) -> dict[str, float]:
-        """The epoch's means so far, after waiting for the steps under way."""
-        self._check_finite(state)
+        """The epoch's means so far."""
         sums = state.totals.read()
         images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
         return {
@@ -209,15 +236,11 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _check_finite(self, state: State) -> None:
-        if bool(state.totals.halted.numpy()):
-            bad = int(state.optimizer.iterations.numpy()) + 1
-            raise TrainingError(
-                f"the loss or its gradient is not finite in step {bad}; nothing of that step was applied. "
-                "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
-            )
+    def _counted(self, state: State) -> int:
+        """Steps that were applied or passed over."""
+        return int(state.optimizer.iterations.numpy()) + len(state.skipped)
 
-    def _end_epoch(self, state: State, stage: Stage, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
+    def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
         with state.averaged():
             validation = validate()
         record = {"epoch": state.step // self._steps_per_epoch, "step": state.step, **metrics, **validation}
@@ -227,11 +250,6 @@ class Trainer:
         state.totals.reset()
         for hook in self._hooks:
             hook.on_epoch(record)
-        if self._is_exhausted(stage, state.history):
-            for hook in self._hooks:
-                hook.on_stage_left((stage.stop - state.step) // self._steps_per_epoch)
-            state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
-        self._keep(state)
 
     def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:
         key = f"val/{self._config.train.best_metric}"
@@ -239,16 +257,12 @@ class Trainer:
         return key in record and (best is None or sign * (record[key] - best[key]) > by)
 
     def _is_exhausted(self, stage: Stage, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether early stopping leaves the stage here: a function of the history, so that a resumed run decides alike."""
+        """Whether early stopping leaves the stage: a function of the history, so that a run that is resumed or goes back decides alike."""
         rule, best, waited = self._config.train.early_stopping, None, 0
-        if rule is None or history[-1]["step"] == stage.stop:
+        if rule is None:
             return False
         for record in history:
-            if record["step"] > stage.first:
+            if stage.first < record["step"] < stage.stop:
                 improves = self._improves(record, best, rule.min_delta)
                 best, waited = (record, 0) if improves else (best, waited + 1)
         return waited >= rule.patience
-
-    def _keep(self, state: State) -> None:
-        for hook in self._hooks:
-            hook.on_checkpoint(state)

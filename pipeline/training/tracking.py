@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +55,7 @@ class Tracker(Hook):
 
     run_id: str
 
-    def __init__(self, config: Config, run_directory: Path, *, resumed: tuple[str, str] | None = None) -> None:
+    def __init__(self, config: Config, run_directory: Path, *, resumed: tuple[str, str] | None = None, changes: Sequence[str] = ()) -> None:
         """Names the run; nothing is contacted yet.
 
         Args:
@@ -63,8 +63,10 @@ class Tracker(Hook):
             run_directory: Its name becomes the run's.
             resumed: URI and run id of an earlier part of the same run, to go on with. If MLflow there does not know it (any more), a new
                 run is begun.
+            changes: In what a resumed run differs from how it began, a line each; they become its tag `changes`.
         """
         self._config, self._directory, self._resumed = config, run_directory, resumed[1] if resumed else None
+        self._changes = "\n".join(changes)
         self._uri = tracking_uri(config, resumed[0] if resumed else None)
         self.uri = re.sub(r"://[^/@]+@", "://", self._uri)
         self._buffer: list[Metric] = []
@@ -78,7 +80,7 @@ class Tracker(Hook):
         Raises:
             ConfigError: If the tracking server or database cannot be used.
         """
-        mlflow, tags = import_mlflow(), {key: value[:MAX_TAG] for key, value in origin(self._directory).items()}
+        mlflow, tags = import_mlflow(), {key: value[:MAX_TAG] for key, value in self._origin().items()}
         self._outer_uri: Any = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's global state is put back at the end
         try:
             with explained(self._uri), alone_with(self._uri):
@@ -93,6 +95,9 @@ class Tracker(Hook):
         self._next_flush = time.monotonic() + SECONDS_BETWEEN_FLUSHES
         return self
 
+    def _origin(self) -> dict[str, str]:
+        return origin(self._directory) | ({"changes": without_credentials(self._changes)} if self._changes else {})
+
     def _start(self, mlflow: ModuleType, tags: Mapping[str, str]) -> None:
         experiment = find_experiment(self._client, self._uri, self._config.tracking.experiment)
         if self._resumed is not None and not knows(self._client, self._resumed):
@@ -105,10 +110,10 @@ class Tracker(Hook):
         name = self._directory.resolve().name
         run = mlflow.start_run(run_id=self._resumed, experiment_id=experiment, run_name=name, tags=tags, log_system_metrics=True)
         self.run_id = run.info.run_id
-        if self._resumed is None:
-            params = [(key, value[:MAX_PARAM]) for key, value in flatten(self._config.model_dump(mode="json"))]
-            for i in range(0, len(params), MAX_PARAMS):
-                mlflow.log_params(dict(params[i : i + MAX_PARAMS]))
+        known = self._client.get_run(self.run_id).data.params  # of a run that was killed while it began, perhaps not all
+        params = [(key, value[:MAX_PARAM]) for key, value in flatten(self._config.model_dump(mode="json")) if key not in known]
+        for i in range(0, len(params), MAX_PARAMS):
+            mlflow.log_params(dict(params[i : i + MAX_PARAMS]))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Sends what is left and closes the run."""
@@ -134,7 +139,7 @@ class Tracker(Hook):
         return f"{python} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Notes what the run is trained on. Does nothing when a run is gone on with, which has it already.
+        """Notes what the run is trained on. Does nothing when a run is gone on with that has it already.
 
         Args:
             name: Of the data set.
@@ -144,7 +149,7 @@ class Tracker(Hook):
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        if self._resumed is not None:
+        if self._client.get_run(self.run_id).inputs.dataset_inputs:
             return
         profile = {"num_images": {split: sum(counts.values()) for split, counts in class_counts.items()}, "class_counts": class_counts}
         dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
