@@ -138,22 +138,26 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool) ->
 
 def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool) -> Any:
     """Scans the data: every sample is read and decoded once before any training. A resumed run did so when it began."""
-    from pipeline.data.manifest import Manifest, scan
+    from pipeline.data.check import scan
+    from pipeline.data.manifest import Manifest
 
     if resume:
         manifest = Manifest.load(run.manifest)
-        listed = [(sample.key, sample.label) for sample in source.samples()]
-        if listed != list(zip(manifest.table["key"], manifest.table["label"], strict=True)):
+        if not manifest.matches(source.samples()):
             raise RunError(f"{run.path}: pictures or labels of its data have changed since it began; put them back, or start a new run")
     else:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
         manifest.save(run.manifest)
         run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
+        if manifest.left_out:
+            manifest.write_left_out(run.left_out)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
         screen.say(f"note: {note}")
+    if manifest.left_out:
+        screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.left_out}")
     return manifest
 
 

@@ -5,6 +5,7 @@ small colour thumbnails of them. Pictures too small or too flat for a perceptual
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import imagehash
@@ -130,7 +131,7 @@ def _components(edges: list[np.ndarray], n: int) -> np.ndarray:
 
 
 def assign_splits(
-    label: np.ndarray, group: np.ndarray, content: list[str], given: list[str | None], shares: SplitsConfig, *, seed: int
+    label: np.ndarray, group: np.ndarray, content: Iterable[str], given: Sequence[str | None], shares: SplitsConfig, *, seed: int
 ) -> np.ndarray:
     """The split of every sample.
 
@@ -164,7 +165,8 @@ def assign_splits(
         return np.array(given, dtype=str)
 
     split = np.array([name or "train" for name in given], dtype="U5")
-    lot = np.array([int.from_bytes(hashlib.sha256(f"{seed}:{content[row]}".encode()).digest()[:8]) for row in rows], np.uint64)
+    lots = (int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8]) for text in content)
+    lot = np.fromiter(lots, np.uint64, len(label))[rows]
     order = np.lexsort((label[rows], group[rows]))
     rows, lot = rows[order], lot[order]
     _, start, size = np.unique(group[rows], return_index=True, return_counts=True)
