@@ -134,11 +134,12 @@ def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, see
     if config.group_near_duplicates:
         group = near_duplicates(*(facts[name] for name in ("phash", "thumbnail", "pixels", "perceptual")))
     sha256 = pa.array(np.frombuffer(facts["sha256"].tobytes().hex().encode(), "S64")).cast(pa.string()).to_pandas()
+    split = assign_splits(label, group, sha256, [sample.split for sample in samples], config.splits, seed=seed)
     return pd.DataFrame(
         {
             "key": pa.array((sample.key for sample in samples), pa.string(), size=len(samples)).to_pandas(),
             "label": label,
-            "split": assign_splits(label, group, sha256, [sample.split for sample in samples], config.splits, seed=seed),
+            "split": pa.array(split).to_pandas(),
             "group": group,
             "sha256": sha256,
             **{name: facts[name] for name in ("height", "width", "orientation")},

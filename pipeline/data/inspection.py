@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.preprocess import JPEG_METHOD, decode
+from pipeline.data.preprocess import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
 from pipeline.data.sources import Sample, Source
 from pipeline.data.splits import signature
@@ -126,15 +126,11 @@ def inspect(data: bytes) -> np.ndarray | str:
 
 
 def _decode(data: bytes, kind: str, ratio: int) -> np.ndarray:
-    """uint8 (H, W, 3) by the decoder of training, as stored.
-
-    A JPEG comes at 1 / `ratio` of its size. All of its data are read all the same, by the same code, so that a file fails at one ratio if
-    and only if it fails at every other.
-    """
+    """uint8 (H, W, 3) by the decoders of training, as stored; a JPEG at 1 / `ratio` of its size, anything else whole."""
     with tf.device("CPU:0"):
         if kind in ("JPEG", "MPO"):
-            return tf.io.decode_jpeg(data, channels=3, ratio=ratio, dct_method=JPEG_METHOD).numpy()
-        return decode(tf.constant(data), tf.constant(1)).numpy()
+            return decode_jpeg(data, ratio).numpy()
+        return (decode_webp if kind == "WEBP" else decode_plain)(data).numpy()
 
 
 def _reason(error: Exception) -> str:
