@@ -84,10 +84,11 @@ def read_header(data: bytes) -> Header | str:
         return "is a BMP with a palette, which TensorFlow does not look up"
     if width * height > MOST_PIXELS:
         return f"has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read, shrink it"
+    depth, colour = data[24:26] if kind == "PNG" else (8, None)  # of its IHDR, which PIL does not tell apart
     traits = (
-        Trait.GREY * (mode in ("1", "L", "LA", "I;16"))
+        Trait.GREY * (mode in ("1", "L", "LA") or colour in (0, 4))
         | Trait.CMYK * (mode == "CMYK")
-        | Trait.DEEP * (kind == "PNG" and data[24] == 16)  # its IHDR's bit depth, which PIL keeps to itself
+        | Trait.DEEP * (depth == 16)
         | Trait.PALETTE * (mode in ("P", "PA"))
         | Trait.TRANSPARENT * transparent
         | Trait.ANIMATED * animated
