@@ -34,6 +34,8 @@ def show(config: Config, screen: Screen) -> None:
         screen.say(class_table(manifest))
         for note in manifest.notes:
             screen.say(f"note: {note}")
+        if manifest.left_out:
+            screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; python -m pipeline check lists them")
     except NotFetchedError as missing:
         num_classes = len(missing.class_names)
         screen.say(f"{missing}: training will prepare it. It has {num_classes} classes; the number of images is known then.")

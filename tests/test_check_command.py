@@ -104,7 +104,7 @@ def test_json_holds_every_finding_with_every_file(config: Path, tmp_path: Path) 
     assert found["usable"] is False
     assert found["pictures"] == 20
     assert found["classes"]["cat"] == {"train": 7, "val": 1, "test": 2}
-    assert found["left_out"] == [{"key": f"dog/bad{number:02}.png", "problem": "is empty"} for number in range(30)]
+    assert found["bad_files"] == [{"path": f"dog/bad{number:02}.png", "problem": "is empty"} for number in range(30)]
     [bad] = [finding for finding in found["findings"] if finding["kind"] == "bad_files"]
     assert (bad["severity"], len(bad["items"])) == ("error", 30)
 

@@ -84,7 +84,7 @@ def as_json(examination: "Examination") -> str:
             "usable": not examination.errors,
             "pictures": len(manifest.table) if manifest is not None else None,
             "classes": manifest.class_counts().to_dict("index") if manifest is not None else None,
-            "left_out": [bad._asdict() for bad in examination.left_out],
+            "bad_files": [{"path": key, "problem": problem} for key, problem in examination.left_out],
             "findings": [asdict(finding) for finding in examination.findings],
         },
         indent=1,

@@ -94,7 +94,7 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
     Returns:
         int64 (N,), the same number for the members of a group, from 0, in the order of the first members.
     """
-    n = len(pixels)
+    n, phash = len(pixels), np.ascontiguousarray(phash)  # it may be a column of records
     _, first, same = np.unique(pixels, return_index=True, return_inverse=True)
     edges = [np.stack([np.arange(n), first[same]])]
     candidates = first[perceptual[first]]
