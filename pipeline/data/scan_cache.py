@@ -76,7 +76,7 @@ class ScanCache:
             facts = np.concatenate([facts, self._facts[~np.isin(self._names, facts["name"])]])
         signed = np.flatnonzero(facts["name"])
         order = signed[np.argsort(facts["name"][signed])]
-        part, content = self._path.with_name(f"{self._path.name}.{os.getpid()}"), hashlib.sha256()
+        part, content = self._path.with_name(f"{self._path.name}.{os.urandom(4).hex()}"), hashlib.sha256()
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
