@@ -102,6 +102,8 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     run_directory.write(run.config, config.to_yaml())
     run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     manifest.save(run.manifest)
+    if manifest.left_out:
+        manifest.write_left_out(run.left_out)
 
     batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
     stages = Stages(config, runtime, manifest, source, model, screen)
@@ -159,7 +161,8 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
 
 def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, scanned: bool) -> Any:
     """Scans the data: every sample is read and decoded once before any training. A run that did so earlier looks for changes."""
-    from pipeline.data.manifest import Manifest, differences, scan
+    from pipeline.data.check import scan
+    from pipeline.data.manifest import Manifest, differences
 
     if scanned:
         manifest = Manifest.load(run.manifest)
@@ -175,6 +178,8 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
         screen.say(f"note: {note}")
+    if manifest.left_out:
+        screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.left_out}")
     return manifest
 
 

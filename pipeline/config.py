@@ -109,6 +109,10 @@ class DataConfig(Section):
     """Used for the splits that the data do not bring along."""
     group_near_duplicates: bool = True
     """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What to do about files that cannot be used: fail lists them all and stops; skip leaves them out and lists them in a report."""
+    on_leak: Literal["error", "warn", "ignore"] = "error"
+    """What to do about near-duplicates in more than one of the splits that the data bring along."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """How a picture becomes a square in evaluation: crop takes the centre, squash distorts, letterbox pads."""
 

@@ -1,11 +1,11 @@
 """What a run would be, without running it: the resolved config, the data, the stages, and what the network costs."""
 
 from rich.syntax import Syntax
-from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.data.augment import image_augmentation
-from pipeline.data.manifest import Manifest, scan
+from pipeline.data.check import class_table, scan
+from pipeline.data.manifest import Manifest
 from pipeline.data.sources import NotFetchedError, open_source
 from pipeline.data.stream import steps_per_epoch
 from pipeline.model.cost import cost, estimated_memory
@@ -16,7 +16,7 @@ from pipeline.training.runtime import check_batch, set_up
 
 
 def show(config: Config, screen: Screen) -> None:
-    """Prints it all. Downloads nothing and writes nothing.
+    """Prints it all. Downloads nothing, and writes nothing but the scan's cache.
 
     Raises:
         UserError: Where the run itself would.
@@ -31,9 +31,11 @@ def show(config: Config, screen: Screen) -> None:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
         num_classes = len(manifest.class_names)
-        screen.say(class_counts(manifest))
+        screen.say(class_table(manifest))
         for note in manifest.notes:
             screen.say(f"note: {note}")
+        if manifest.left_out:
+            screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; python -m pipeline check lists them")
     except NotFetchedError as missing:
         num_classes = len(missing.class_names)
         screen.say(f"{missing}: training will prepare it. It has {num_classes} classes; the number of images is known then.")
@@ -63,18 +65,3 @@ def show(config: Config, screen: Screen) -> None:
                 f"  stage {number}               {stage.config.epochs} epochs, steps {stage.first + 1:,} to {stage.stop:,}, "
                 f"trains {stage.config.trainable}, learning rate {max(rates):.2g} to {rates[-1]:.2g}"
             )
-
-
-def class_counts(manifest: Manifest) -> Table:
-    """Images per class and split, for the screen."""
-    counts = manifest.class_counts()
-    table = Table(box=None)
-    for column in ("class", *counts.columns):
-        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
-    rows = counts if len(counts) <= 30 else counts.head(10)
-    for name, row in rows.iterrows():
-        table.add_row(str(name), *(f"{count:,}" for count in row))
-    if len(rows) < len(counts):
-        table.add_row(f"and {len(counts) - len(rows)} more classes")
-    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
-    return table

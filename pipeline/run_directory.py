@@ -68,6 +68,11 @@ class RunDirectory:
         return self.path / "report"
 
     @property
+    def left_out(self) -> Path:
+        """The samples that cannot be used; only where there are any."""
+        return self.report / "left_out.csv"
+
+    @property
     def log(self) -> Path:
         """What the libraries had to say."""
         return self.path / "log.txt"

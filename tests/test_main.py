@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.__main__ import BYTES, COUNT, SECONDS, quantity, steps
+from pipeline.commands.scale import BYTES, COUNT, SECONDS, quantity, steps
 from pipeline.config_file import load_config
 
 PROJECT = Path(__file__).parents[1]

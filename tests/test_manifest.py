@@ -1,80 +1,23 @@
-"""Every picture is looked at before training, and the manifest says all that training sees."""
+"""The manifest says all that training sees, and comes back as it was written."""
 
+import csv
 import hashlib
-import io
-import os
-import struct
-import time
-import zlib
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.manifest import Manifest, differences, scan
-from pipeline.data.sources import open_source
+from pipeline.data.check import scan
+from pipeline.data.manifest import LeftOut, Manifest, differences
+from pipeline.data.sources import DigitsSource, open_source
 from pipeline.errors import DataError
-
-
-def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (40, 48), orientation: int | None = None) -> bytes:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
-    options = {}
-    if orientation is not None:
-        options["exif"] = Image.Exif()
-        options["exif"][0x0112] = orientation
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write(root: Path, files: dict[str, bytes]) -> DataConfig:
-    for key, data in files.items():
-        (root / key).parent.mkdir(parents=True, exist_ok=True)
-        (root / key).write_bytes(data)
-    return DataConfig(source="folder", path=root)
-
-
-def look(config: DataConfig, **options) -> Manifest:
-    return scan(open_source(config), config, seed=42, **options)
-
-
-def two_classes(n: int = 10) -> dict[str, bytes]:
-    return {f"{name}/{i:03}.jpg": encoded(100 * k + i) for k, name in enumerate(("cat", "dog")) for i in range(n)}
 
 
 @pytest.fixture(scope="module")
 def digits() -> Manifest:
-    return look(DataConfig(source="digits"))
-
-
-def test_a_row_says_what_the_file_is(tmp_path):
-    files = {
-        "cat/a.jpg": encoded(0, size=(30, 50)),
-        "cat/b.png": encoded(1, "PNG"),
-        "cat/c.jpg": encoded(2, orientation=6),
-        "dog/d.webp": encoded(3, "WEBP"),
-        "dog/e.gif": encoded(4, "GIF"),
-        "dog/f.bmp": encoded(5, "BMP"),
-        "dog/g.jpg": encoded(6, orientation=99),
-    }
-    manifest = look(write(tmp_path, files))
-    table = manifest.table
-    assert manifest.class_names == ("cat", "dog")
-    assert table["key"].tolist() == list(files)
-    assert table["label"].tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert table["sha256"].tolist() == [hashlib.sha256(data).hexdigest() for data in files.values()]
-    assert (table["height"][0], table["width"][0]) == (30, 50)
-    assert table["orientation"].tolist() == [1, 1, 6, 1, 1, 1, 1]
-    assert [str(table[name].dtype) for name in ("label", "group", "height", "width", "orientation")] == [
-        "int32",
-        "int64",
-        "int32",
-        "int32",
-        "uint8",
-    ]
+    config = DataConfig(source="digits")
+    return scan(open_source(config), config, seed=42)
 
 
 def test_every_index_is_in_one_split_and_counts_agree(digits):
@@ -89,140 +32,11 @@ def test_every_index_is_in_one_split_and_counts_agree(digits):
     assert np.abs(counts["test"] / counts.sum(axis=1) - 0.2).max() < 0.005
 
 
-def test_digits_are_all_different_by_their_pixels(digits):
-    assert digits.table["group"].nunique() == 1797
-    assert digits.table["sha256"].nunique() == 1797
-    assert digits.notes == ()
-
-
-def test_all_bad_files_are_listed_at_once(tmp_path):
-    jpeg = encoded(0, size=(200, 200))
-    config = write(
-        tmp_path,
-        {
-            **two_classes(3),
-            "cat/cut.jpg": jpeg[: len(jpeg) * 2 // 3],
-            "cat/cut.png": encoded(1, "PNG")[:-40],
-            "cat/empty.jpg": b"",
-            "dog/page.jpg": b"<html>not found</html>",
-            "dog/scan.tiff": encoded(2, "TIFF"),
-            "dog/phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(50),
-        },
-    )
-    with pytest.raises(DataError) as caught:
-        look(config)
-    message = str(caught.value)
-    assert message.startswith("6 of 12 pictures cannot be used:")
-    for line in (
-        "cat/cut.jpg: is a damaged JPEG: jpeg::Uncompress failed",
-        "cat/cut.png: is a damaged PNG: Invalid PNG data",
-        "cat/empty.jpg: is empty",
-        "dog/page.jpg: is not a picture",
-        "dog/scan.tiff: is TIFF, which TensorFlow does not decode",
-        "dog/phone.heic: ",
-        "convert (to JPEG or PNG)",
-    ):
-        assert line in message
-
-
-def test_the_first_twenty_bad_files_are_named(tmp_path):
-    config = write(tmp_path, {**two_classes(1), **{f"cat/bad{i:02}.jpg": b"x" for i in range(25)}})
-    with pytest.raises(DataError, match=r"(?s)25 of 27 .*bad19.jpg: .*\n  and 5 more\n") as caught:
-        look(config)
-    assert "bad20" not in str(caught.value)
-
-
-def png_of_zeros(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (60_000, 60_000)])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, width, height):
-    monkeypatch.setattr("pipeline.data.manifest.decode", lambda *_args, **_kwargs: pytest.fail("decoded"))
-    config = write(tmp_path, {"cat/bomb.png": png_of_zeros(width, height), "dog/bomb.png": png_of_zeros(width, height)})
-    with pytest.raises(DataError, match=r"cat/bomb.png: (has 12000 x 12000 pixels; at most 89 million|would decode to too many pixels)"):
-        look(config)
-
-
-def test_one_class_is_refused(tmp_path):
-    with pytest.raises(DataError, match="All pictures are of one class, 'cat'"):
-        look(write(tmp_path, {"cat/a.jpg": encoded(0)}))
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (("train/cat/a.jpg", "train/dog/b.jpg", "test/emu/c.jpg"), r"train lacks classes that other splits have:\n  emu \(in test\)"),
-        (("val/cat/a.jpg", "test/dog/b.jpg"), "none called train"),
-    ],
-)
-def test_splits_that_cannot_be_trained_on_are_refused(tmp_path, keys, message):
-    with pytest.raises(DataError, match=message):
-        look(write(tmp_path, {key: encoded(i) for i, key in enumerate(keys)}))
-
-
-def test_near_duplicates_stay_together_and_are_reported(tmp_path):
-    files = two_classes(20)
-    for i in range(8):
-        files[f"cat/copy{i}.png"] = encoded(i, "PNG")
-    files["dog/copy.png"] = encoded(9, "PNG")  # the same picture as cat/009.jpg
-    config = write(tmp_path, files)
-    manifest = look(config)
-    table = manifest.table.set_index("key")
-    for i in range(8):
-        assert table["split"][f"cat/copy{i}.png"] == table["split"][f"cat/{i:03}.jpg"]
-        assert table["group"][f"cat/copy{i}.png"] == table["group"][f"cat/{i:03}.jpg"]
-    assert manifest.notes == (
-        "18 pictures are near-duplicates of another, in 9 groups.",
-        "2 near-duplicate pictures have different labels: cat/009.jpg (cat) = dog/copy.png (dog).",
-    )
-    apart = look(config.model_copy(update={"group_near_duplicates": False})).table
-    assert apart["group"].nunique() == len(files)
-
-
-def test_leakage_between_given_splits_is_reported_and_not_moved(tmp_path):
-    files = {f"train/{name}/{i}.jpg": encoded(100 * k + i) for k, name in enumerate(("cat", "dog")) for i in range(10)}
-    files |= {"test/cat/same.png": encoded(3, "PNG"), "test/dog/other.png": encoded(999, "PNG")}
-    manifest = look(write(tmp_path, files))
-    table = manifest.table.set_index("key")
-    assert table["split"]["test/cat/same.png"] == "test"
-    assert table["split"]["train/cat/3.jpg"] in ("train", "val")
-    assert any(
-        note.startswith("2 near-duplicate pictures stand in more than one split") and "test/cat/same.png (test)" in note
-        for note in manifest.notes
-    )
-
-
-def test_classes_too_small_for_all_splits_are_reported(tmp_path):
-    manifest = look(write(tmp_path, {**two_classes(5), "emu/a.jpg": encoded(7777), "emu/b.jpg": encoded(8888)}))
-    assert manifest.class_counts().loc["emu"].tolist() == [1, 0, 1]
-    assert manifest.notes == ("1 classes have no picture in val: emu.",)
-
-
-def test_progress_counts_every_picture(tmp_path):
-    calls = []
-    look(write(tmp_path, two_classes(3)), progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 6) for i in range(1, 7)]
-
-
-def test_names_play_no_part_in_the_splits(tmp_path):
-    a, b = two_classes(), {key.replace("/0", "/other0"): data for key, data in reversed(two_classes().items())}
-    split_of = [
-        dict(zip(m.table["sha256"], m.table["split"], strict=True))
-        for m in (look(write(tmp_path / "a", a)), look(write(tmp_path / "b", b)))
-    ]
-    assert split_of[0] == split_of[1]
-
-
 def test_a_saved_manifest_comes_back_equal(tmp_path, digits):
-    noted = Manifest(digits.class_names, digits.table, ("a note",))
+    noted = Manifest(digits.class_names, digits.table, ("a note",), (LeftOut("x.jpg", "is empty"),))
     noted.save(tmp_path / "manifest.parquet")
     loaded = Manifest.load(tmp_path / "manifest.parquet")
-    assert (loaded.class_names, loaded.notes) == (noted.class_names, noted.notes)
+    assert (loaded.class_names, loaded.notes, loaded.left_out) == (noted.class_names, noted.notes, noted.left_out)
     assert loaded.table.equals(noted.table)
     assert loaded.table.dtypes.equals(noted.table.dtypes)
     assert loaded.digest() == noted.digest()
@@ -238,14 +52,7 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path, digits):
             Manifest.load(tmp_path / name)
 
 
-def test_the_digest_changes_with_all_that_training_sees(tmp_path, digits):
-    config = write(tmp_path, two_classes(3))
-    before = look(config).digest()
-    assert look(config).digest() == before
-    path = tmp_path / "cat/000.jpg"
-    path.write_bytes(path.read_bytes() + b"\0")
-    assert look(config).digest() != before
-
+def test_the_digest_changes_with_all_that_training_sees(digits):
     changed = {digits.digest(), Manifest(tuple("abcdefghij"), digits.table).digest()}
     for column, value in (("label", 9), ("split", "none"), ("key", "x"), ("sha256", "00")):
         table = digits.table.copy()
@@ -254,20 +61,24 @@ def test_the_digest_changes_with_all_that_training_sees(tmp_path, digits):
     assert len(changed) == 6
 
 
-def test_what_has_changed_since_the_scan_is_named(tmp_path):
-    config = write(tmp_path, two_classes(3))
-    manifest, now = look(config), time.time()
+def test_the_digest_is_that_of_whole_columns(digits, monkeypatch):
+    whole = hashlib.sha256()
+    for column in (list(digits.class_names), *(digits.table[name].tolist() for name in ("key", "label", "split", "sha256"))):
+        whole.update(json.dumps(column).encode())
+    monkeypatch.setattr("pipeline.data.manifest.AT_ONCE", 100)
+    assert digits.digest() == whole.hexdigest()
 
-    def found() -> list[str]:
-        return [line.strip() for line in differences(manifest, open_source(config), since=now).splitlines()]
 
-    assert found() == []
-    for key, data in (("cat/001.jpg", encoded(900)), ("cat/002.jpg", (tmp_path / "cat/002.jpg").read_bytes())):
-        (tmp_path / key).write_bytes(data)
-        os.utime(tmp_path / key, (now + 5, now + 5))
-    assert found() == ["cat/001.jpg: has other contents"], "a file that was written again as it was is the same"
-    (tmp_path / "cat/000.jpg").rename(tmp_path / "dog/other.jpg")
-    assert found() == ["dog/other.jpg: is new", "cat/000.jpg: is gone", "cat/001.jpg: has other contents"]
-    (tmp_path / "dog").rename(tmp_path / "ant")
-    assert "classes: were cat, dog; are ant, cat" in found()
-    assert "cat/002.jpg: has another label" in found()
+def test_what_was_left_out_is_no_change_whether_it_is_still_there_or_not(digits):
+    source = DigitsSource()
+    left_out = (LeftOut("3", "is empty"), LeftOut("1796", "is empty"), LeftOut("gone", "is empty"))
+    without = Manifest(digits.class_names, digits.table.drop(index=[3, 1796]), (), left_out)
+    assert differences(without, source, since=0) == ""
+    assert differences(Manifest(digits.class_names, digits.table.drop(index=[3]), ()), source, since=0).strip() == "3: is new"
+
+
+def test_what_was_left_out_is_written_as_csv(digits, tmp_path):
+    left_out = (LeftOut('a, "b".jpg', "is empty"), LeftOut("c.jpg", "has the label 9; valid are 0 to 1"))
+    Manifest(digits.class_names, digits.table, (), left_out).write_left_out(tmp_path / "report" / "left_out.csv")
+    with (tmp_path / "report" / "left_out.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["path", "problem"], *map(list, left_out)]

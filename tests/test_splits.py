@@ -1,6 +1,7 @@
 """Near-duplicates are found and kept together; splits are stratified, seeded and stable."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,16 @@ def test_hashes_within_the_distance_are_found_and_beyond_it_are_not(seed, flips)
     group = near_duplicates(phash, thumbnail, np.arange(50, dtype=np.uint64), np.ones(50, bool))
     assert (group[49] == group[7]) == (flips <= 4)
     assert len(np.unique(group)) == (49 if flips <= 4 else 50)
+
+
+def test_time_grows_with_the_pictures_where_all_hashes_are_equal():
+    n = 4000
+    thumbnail = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
+    equal, begun = np.full(n, 0x5555_0F0F_3333_1234, np.uint64), time.process_time()
+    assert len(np.unique(near_duplicates(equal, thumbnail, np.arange(n, dtype=np.uint64), np.ones(n, bool)))) == n
+    thumbnail[:] = thumbnail[0]
+    assert (near_duplicates(equal, thumbnail, np.arange(n, dtype=np.uint64), np.ones(n, bool)) == 0).all()
+    assert time.process_time() - begun < 20  # 16 million pairs of 0.5 us or more would take longer
 
 
 def test_groups_do_not_depend_on_how_many_pairs_are_held_at_once(monkeypatch):

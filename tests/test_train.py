@@ -20,6 +20,9 @@ from PIL import Image
 
 import evaluate
 import train
+from pipeline import run_directory
+from pipeline.config_file import load_config
+from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.screen import Screen
 
@@ -320,6 +323,25 @@ def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path
     assert "2 of 48 pictures cannot be used" in str(caught.value)
     assert "a/7.png" in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for path in (folder / "photos" / f"class {'ab'.index(label)}").glob("*.png"):
+            (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes()[: 300 if path.name == "7.png" else None])
+    config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad=skip"])
+    run, screen = run_directory.create(tmp_path / "run", config), FakeScreen()
+    first = train.read_data(open_source(config.data), config, run, screen, resume=False)
+    assert len(first.table) == 46
+    listed = pd.read_csv(run.left_out)
+    assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
+    assert listed["problem"].str.startswith("is a damaged PNG: ").all()
+    assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in "".join(screen.said)
+    assert train.read_data(open_source(config.data), config, run, screen, resume=True).digest() == first.digest()
+    (tmp_path / "photos/a/8.png").unlink()
+    with pytest.raises(UserError, match="have changed since it began"):
+        train.read_data(open_source(config.data), config, run, screen, resume=True)
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):

@@ -1,14 +1,10 @@
-"""The table of samples, every one read and decoded before training begins."""
+"""The table of samples: all that training sees of a data set."""
 
+import csv
 import hashlib
-import io
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,18 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow as tf
-from PIL import Image, UnidentifiedImageError
 
-from pipeline.config import DataConfig
-from pipeline.data.preprocess import decode
-from pipeline.data.sources import SPLITS, FileSource, Sample, Source, listing
-from pipeline.data.splits import Signature, assign_splits, near_duplicates, signature
+from pipeline.data.sources import SPLITS, FileSource, Source, listing
 from pipeline.errors import DataError
 
-MOST_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
-DECODABLE = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP")  # PIL's names of what tf.io.decode_image decodes
-ORIENTATION = 0x0112  # EXIF tag
 COLUMNS = {
     "key": "str",
     "label": "int32",
@@ -38,6 +26,15 @@ COLUMNS = {
     "width": "int32",
     "orientation": "uint8",
 }
+AT_ONCE = 65_536  # rows, of what would take much memory as Python's objects
+
+
+class LeftOut(NamedTuple):
+    """A sample that cannot be used."""
+
+    key: str
+    problem: str
+    """To be read behind the key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +47,13 @@ class Manifest:
             group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal), height, width (int32, pixels as stored),
             orientation (uint8, EXIF 1 to 8: how to turn what is stored).
         notes: What is worth knowing of the data, a sentence each.
+        left_out: The samples that have no row, because they cannot be used.
     """
 
     class_names: tuple[str, ...]
     table: pd.DataFrame
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def indices(self, split: str) -> np.ndarray:
         """The samples of a split, int64 (n,), ascending."""
@@ -69,15 +68,16 @@ class Manifest:
 
     def digest(self) -> str:
         """SHA-256 of class names, keys, labels, splits and contents, hexadecimal: equal if and only if training sees the same."""
-        digest = hashlib.sha256()
-        for column in (list(self.class_names), *(self.table[name].tolist() for name in ("key", "label", "split", "sha256"))):
-            digest.update(json.dumps(column).encode())
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for name in ("key", "label", "split", "sha256"):
+            for part in _json_list(self.table[name]):
+                digest.update(part.encode())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes a Parquet file, whole or not at all."""
         rows = pa.Table.from_pandas(self.table, preserve_index=False)
-        metadata = {"class_names": json.dumps(self.class_names), "notes": json.dumps(self.notes)}
+        metadata = {name: json.dumps(getattr(self, name)) for name in ("class_names", "notes", "left_out")}
         part = path.with_name(path.name + ".part")
         pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata}), part)
         part.replace(path)
@@ -91,77 +91,18 @@ class Manifest:
         """
         try:
             rows = pq.read_table(path)
-            texts = {key: tuple(json.loads(rows.schema.metadata[key.encode()])) for key in ("class_names", "notes")}
+            lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
+            left_out = tuple(LeftOut(*row) for row in lists["left_out"])
             table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not a readable manifest: {error}") from error
-        return cls(texts["class_names"], table, texts["notes"])
+        return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
 
-
-@dataclass(frozen=True)
-class _Inspection:
-    """What one picture turned out to be."""
-
-    sha256: str
-    height: int
-    width: int
-    orientation: int
-    signature: Signature
-
-
-def scan(source: Source, config: DataConfig, *, seed: int, progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """Reads and decodes every picture once, finds near-duplicates, and makes the splits that the data do not bring.
-
-    Args:
-        source: Where the samples come from.
-        config: `splits` and `group_near_duplicates` are used.
-        seed: Of the splits.
-        progress: Called with the number of pictures done and of all, from the calling thread.
-
-    Raises:
-        DataError: Nothing can be learned from the data, or pictures cannot be read; all of these are named.
-    """
-    samples = source.samples()
-    _check_labels(source.class_names, samples)
-    inspections: list[_Inspection] = []
-    bad: list[str] = []
-    for sample, found in zip(samples, _inspect_all(source, samples), strict=True):
-        if isinstance(found, str):
-            bad.append(f"{sample.key}: {found}")
-        else:
-            inspections.append(found)
-        if progress is not None:
-            progress(len(inspections) + len(bad), len(samples))
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(samples)} pictures cannot be used:\n{listing(bad)}\nReplace, convert (to JPEG or PNG) or delete them."
-        )
-
-    label = np.array([sample.label for sample in samples], np.int32)
-    group = np.arange(len(samples), dtype=np.int64)
-    if config.group_near_duplicates:
-        signatures = [found.signature for found in inspections]
-        group = near_duplicates(
-            np.array([s.phash for s in signatures], np.uint64),
-            np.stack([s.thumbnail for s in signatures]),
-            np.array([s.pixels for s in signatures], np.uint64),
-            np.array([s.perceptual for s in signatures], bool),
-        )
-    given = [sample.split for sample in samples]
-    table = pd.DataFrame(
-        {
-            "key": [sample.key for sample in samples],
-            "label": label,
-            "split": assign_splits(label, group, [found.sha256 for found in inspections], given, config.splits, seed=seed),
-            "group": group,
-            "sha256": [found.sha256 for found in inspections],
-            "height": [found.height for found in inspections],
-            "width": [found.width for found in inspections],
-            "orientation": [found.orientation for found in inspections],
-        }
-    ).astype(COLUMNS)
-    manifest = Manifest(source.class_names, table)
-    return Manifest(source.class_names, table, tuple(_notes(manifest)))
+    def write_left_out(self, path: Path) -> None:
+        """Writes a CSV file of the samples that are left out: path, problem."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("path", "problem"), *self.left_out])
 
 
 def differences(manifest: Manifest, source: Source, *, since: float) -> str:
@@ -175,7 +116,8 @@ def differences(manifest: Manifest, source: Source, *, since: float) -> str:
         since: Time of the scan, in seconds since the epoch.
     """
     before = dict(zip(manifest.table["key"], manifest.table["label"], strict=True))
-    now = {sample.key: sample.label for sample in source.samples()}
+    left_out = {key for key, _ in manifest.left_out}
+    now = {sample.key: sample.label for sample in source.samples() if sample.key not in left_out}
     found: list[str] = []
     if source.class_names != manifest.class_names:
         found.append(f"classes: were {', '.join(manifest.class_names)}; are {', '.join(source.class_names)}")
@@ -191,120 +133,9 @@ def differences(manifest: Manifest, source: Source, *, since: float) -> str:
     return listing(found)
 
 
-def _check_labels(class_names: Sequence[str], samples: Sequence[Sample]) -> None:
-    if not samples:
-        raise DataError("The data set holds no picture.")
-    odd = [name for name in class_names if name.splitlines() != [name]]
-    if odd:
-        raise DataError(f"{len(odd)} class names are empty or have a line break in them:\n{listing(list(map(repr, odd)))}\nRename them.")
-    unlabelled = [sample.key for sample in samples if not 0 <= sample.label < len(class_names)]
-    if unlabelled:
-        raise DataError(f"{len(unlabelled)} pictures have no label:\n{listing(unlabelled)}\nTrain on labelled pictures only.")
-    if len({sample.label for sample in samples}) < 2:
-        raise DataError(f"All pictures are of one class, {class_names[samples[0].label]!r}; a classifier needs two at least.")
-    if samples[0].split is None:
-        return
-    in_train = {sample.label for sample in samples if sample.split == "train"}
-    if not in_train:
-        raise DataError("The data bring splits, but none called train.")
-    lacking = sorted({(sample.label, sample.split) for sample in samples if sample.label not in in_train})
-    if lacking:
-        raise DataError(
-            f"train lacks classes that other splits have:\n{listing([f'{class_names[label]} (in {split})' for label, split in lacking])}\n"
-            "Give each class pictures in train, or take it out everywhere."
-        )
-
-
-def _inspect_all(source: Source, samples: Sequence[Sample]) -> Iterator[_Inspection | str]:
-    """In the samples' order, in threads, with a bounded number under way."""
-    remaining = iter(samples)
-    workers = os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd files; what cannot be used is reported
-            while batch := list(islice(remaining, 64 * workers)):
-                yield from pool.map(lambda sample: _inspect(source, sample.key), batch)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Header(NamedTuple):
-    """What an image file says of itself."""
-
-    kind: str
-    """PIL's name of its format."""
-    height: int
-    width: int
-    orientation: int
-    """EXIF, 1 to 8: how to turn what is stored."""
-
-
-def read_header(data: bytes) -> Header | str:
-    """Reads an image file's header, or says why the file cannot be used; decodes nothing.
-
-    Args:
-        data: The encoded file.
-    """
-    if not data:
-        return "is empty"
-    try:
-        with Image.open(io.BytesIO(data)) as header:
-            kind, (width, height) = header.format or "", header.size
-            orientation = header.getexif().get(ORIENTATION, 1) if kind in ("JPEG", "MPO") and "exif" in header.info else 1
-    except UnidentifiedImageError:
-        return "is not a picture, or of a format that is not read here"
-    except Image.DecompressionBombError as error:
-        return f"would decode to too many pixels: {error}"
-    except Exception as error:  # PIL's parsers raise all sorts on damaged headers
-        return f"has a damaged header: {error}"
-    if kind not in DECODABLE:
-        return f"is {kind}, which TensorFlow does not decode"
-    if width * height > MOST_PIXELS:
-        return f"has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read, shrink it"
-    return Header(kind, height, width, orientation if orientation in range(1, 9) else 1)
-
-
-def _inspect(source: Source, key: str) -> _Inspection | str:
-    """What a picture is, or why it cannot be used."""
-    try:
-        data = source.read(key)
-    except OSError as error:
-        return f"cannot be opened: {error.strerror or error}"
-    header = read_header(data)
-    if isinstance(header, str):
-        return header
-    try:
-        with tf.device("CPU:0"):
-            picture = decode(tf.constant(data), tf.constant(1)).numpy()
-    except (tf.errors.OpError, ValueError) as error:
-        return f"is a damaged {header.kind}: {_reason(error)}"
-    found = signature(picture, header.orientation)
-    return _Inspection(hashlib.sha256(data).hexdigest(), header.height, header.width, header.orientation, found)
-
-
-def _reason(error: Exception) -> str:
-    message = getattr(error, "message", str(error))
-    return message.rpartition("}} ")[2].partition(" [Op:")[0].strip()
-
-
-def _notes(manifest: Manifest) -> Iterator[str]:
-    """What is worth knowing of the data."""
-    table = manifest.table.assign(label=np.array(manifest.class_names)[manifest.table["label"]])
-    members = table.groupby("group")
-    together = members["key"].transform("size") > 1
-    if together.any():
-        yield f"{together.sum()} pictures are near-duplicates of another, in {table.loc[together, 'group'].nunique()} groups."
-    for column, what in (("split", "stand in more than one split, as the data give them"), ("label", "have different labels")):
-        apart = table[members[column].transform("nunique") > 1]
-        if len(apart):
-            first = [apart[apart["group"] == group] for group in apart["group"].unique()[:3]]
-            shown = "; ".join(" = ".join(f"{key} ({value})" for key, value in zip(g["key"], g[column], strict=True)) for g in first)
-            yield f"{len(apart)} near-duplicate pictures {what}: {shown}{'; ...' if apart['group'].nunique() > 3 else '.'}"
-    counts = manifest.class_counts()
-    for split in SPLITS:
-        lacking = list(counts.index[counts[split] == 0])
-        if lacking and counts[split].any():
-            yield f"{len(lacking)} classes have no picture in {split}: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else '.'}"
-        elif not counts[split].any():
-            yield f"The data have no {split} split."
+def _json_list(column: pd.Series) -> Iterator[str]:
+    """The column as json.dumps would write its list, in parts."""
+    yield "["
+    for start in range(0, len(column), AT_ONCE):
+        yield (", " if start else "") + json.dumps(column.iloc[start : start + AT_ONCE].tolist())[1:-1]
+    yield "]"

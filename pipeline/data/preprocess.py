@@ -25,7 +25,7 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     frame.
 
     Args:
-        encoded: Scalar string: a JPEG, PNG, GIF, BMP or unanimated WebP file.
+        encoded: Scalar string: a JPEG, PNG, GIF, BMP or unanimated WebP file that `inspection.read_header` accepts.
         orientation: Scalar integer, EXIF orientation 1 to 8.
 
     Returns:
@@ -34,20 +34,30 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: When run on something that is not such a picture, or is cut short.
     """
-    stored = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=JPEG_METHOD),
-        lambda: _decode_other(encoded),
-    )
+    stored = tf.cond(tf.io.is_jpeg(encoded), lambda: decode_jpeg(encoded), lambda: _decode_other(encoded))
     return turn_upright(stored, orientation)
 
 
 def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
-    return tf.cond(
-        tf.strings.substr(encoded, 8, 4) == b"WEBP",
-        lambda: tf.io.decode_webp(encoded, channels=0)[0, :, :, :3],  # it takes only the number of channels that the file has
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
+    return tf.cond(tf.strings.substr(encoded, 8, 4) == b"WEBP", lambda: decode_webp(encoded), lambda: decode_plain(encoded))
+
+
+def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
+    """A JPEG as stored, at 1 / `ratio` of its size: uint8 (ceil(H / ratio), ceil(W / ratio), 3), ratio 1, 2, 4 or 8.
+
+    Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every other.
+    """
+    return tf.io.decode_jpeg(encoded, channels=3, ratio=ratio, dct_method=JPEG_METHOD)
+
+
+def decode_webp(encoded: tf.Tensor) -> tf.Tensor:
+    """A WebP as stored, uint8 (H, W, 3). An animated one makes the decoder overrun its memory (TensorFlow 2.21): never give it any."""
+    return tf.io.decode_webp(encoded, channels=0)[0, :, :, :3]  # it takes only the number of channels that the file has
+
+
+def decode_plain(encoded: tf.Tensor) -> tf.Tensor:
+    """A PNG, GIF or BMP as stored, uint8 (H, W, 3)."""
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
 def turn_upright(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:

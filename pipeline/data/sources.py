@@ -55,6 +55,10 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels."""
 
+    @property
+    def root(self) -> Path | None:
+        """The folder that keys are paths in; None where the samples are no files of their own."""
+
     def samples(self) -> list[Sample]:
         """All samples, always in the same order."""
 
@@ -126,6 +130,7 @@ class DigitsSource:
     """Scikit-learn's 1,797 handwritten digits, 8x8 pixels, gray. No network, no files."""
 
     class_names = tuple("0123456789")
+    root = None
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits

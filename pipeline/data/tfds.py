@@ -30,6 +30,7 @@ class TfdsSource:
     class_names: tuple[str, ...]
     records: Mapping[str, Sequence[Any]]
     """Per split as the data set names it: the examples, images still encoded."""
+    root: None = None
 
     def samples(self) -> list[Sample]:
         return [

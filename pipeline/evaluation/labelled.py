@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.manifest import Manifest, scan
+from pipeline.data.check import scan
+from pipeline.data.manifest import Manifest
 from pipeline.data.sources import FileSource, listing, open_csv, open_folder
 from pipeline.errors import DataError, nearest
 from pipeline.evaluation.metrics import Predictions

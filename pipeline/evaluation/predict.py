@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.manifest import read_header
+from pipeline.data.inspection import read_header
 from pipeline.data.preprocess import Resize, preprocess
 
 BATCH = 32  # pictures; bounds the memory whatever the number of files
