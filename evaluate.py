@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import run_directory
-from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.config import Config, ModelConfig
+from pipeline.data_config import DataConfig
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.run_directory import RunDirectory
 from pipeline.scaling import VARIANTS

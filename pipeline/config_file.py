@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, Section
+from pipeline.config import Config
+from pipeline.data_config import Section
 from pipeline.errors import ConfigError, nearest
 
 KeyPath = tuple[str | int, ...]

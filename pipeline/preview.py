@@ -12,6 +12,7 @@ from pipeline.model.cost import cost, estimated_memory
 from pipeline.model.efficientnet import efficientnet
 from pipeline.screen import Screen
 from pipeline.training.loop import plan
+from pipeline.training.recipe import class_weights, settle
 from pipeline.training.runtime import check_batch, set_up
 
 
@@ -24,12 +25,14 @@ def show(config: Config, screen: Screen) -> None:
     runtime = set_up(config)
     check_batch(config, runtime)
     image_augmentation(config)
-    screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
     manifest: Manifest | None = None
     try:
         source = open_source(config.data, fetch=False)
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
+        config = settle(config, len(manifest.indices("train")))
+        class_weights(config, manifest.class_names, manifest.class_counts()["train"])
+        screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
         num_classes = len(manifest.class_names)
         screen.say(class_table(manifest))
         for note in manifest.notes:
@@ -37,6 +40,7 @@ def show(config: Config, screen: Screen) -> None:
         if manifest.left_out:
             screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; python -m pipeline check lists them")
     except NotFetchedError as missing:
+        screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
         num_classes = len(missing.class_names)
         screen.say(f"{missing}: training will prepare it. It has {num_classes} classes; the number of images is known then.")
 

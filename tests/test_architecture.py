@@ -9,19 +9,20 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 MODULES = sorted((PROJECT / "pipeline").rglob("*.py"))
-LIGHT = {"errors", "scaling", "config", "config_file", "run_directory", "screen"}
+LIGHT = {"errors", "scaling", "data_config", "config", "config_file", "run_directory", "screen"}
 ALLOWED = {  # part -> the parts that it may import
     "errors": set(),
     "scaling": set(),
     "augmentations": {"errors"},
-    "config": {"augmentations", "scaling", "errors"},
-    "config_file": {"config", "errors"},
+    "data_config": {"augmentations"},
+    "config": {"data_config", "scaling", "errors"},
+    "config_file": {"config", "errors", "data_config"},
     "run_directory": {"config", "config_file", "errors"},
     "screen": {"errors"},
     "model": {"scaling", "config", "errors"},
-    "data": {"scaling", "config", "errors"},
+    "data": {"scaling", "config", "errors", "data_config"},
     "training": {"scaling", "config", "errors", "model", "data", "run_directory", "screen"},
-    "evaluation": {"scaling", "config", "errors", "model", "data"},
+    "evaluation": {"scaling", "config", "errors", "model", "data", "data_config"},
     "stages": {"config", "data", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {"screen"},  # the programs are imported once one is named

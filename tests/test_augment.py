@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.config import Config, Transform
+from pipeline.config import Config
 from pipeline.data.augment import AlbumentationsTransforms, decode_window, image_augmentation, random_window, sized_arguments
+from pipeline.data_config import Transform
 from pipeline.errors import ConfigError
 
 SIDE = 48

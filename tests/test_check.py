@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import DataConfig
 from pipeline.data.check import Examination, Finding, examine, scan
 from pipeline.data.manifest import LeftOut, Manifest, differences
 from pipeline.data.sources import Sample, open_source
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 

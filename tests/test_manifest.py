@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.config import DataConfig
 from pipeline.data.check import scan
 from pipeline.data.manifest import LeftOut, Manifest, differences
 from pipeline.data.sources import DigitsSource, open_source
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 

@@ -11,9 +11,9 @@ import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config import DataConfig
 from pipeline.data.sources import Source, open_source
 from pipeline.data.tfds import unreachable
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 

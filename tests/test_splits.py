@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import SplitsConfig
 from pipeline.data.splits import assign_splits, near_duplicates, signature
+from pipeline.data_config import SplitsConfig
 
 SHARES = SplitsConfig(train=0.7, val=0.1, test=0.2)
 

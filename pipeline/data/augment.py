@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config import Config, Transform
+from pipeline.config import Config
 from pipeline.data.preprocess import JPEG_METHOD, decode, fit_square, orientation_steps, preprocess, shrink_or_grow, turn_upright
+from pipeline.data_config import Transform
 from pipeline.errors import ConfigError
 
 Augmentation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]

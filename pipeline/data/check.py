@@ -9,12 +9,12 @@ import pandas as pd
 import pyarrow as pa
 from rich.table import Table
 
-from pipeline.config import DataConfig
 from pipeline.data.inspection import FORMATS, Trait, inspect_all
 from pipeline.data.manifest import COLUMNS, LeftOut, Manifest
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources import SPLITS, Sample, Source, listing
 from pipeline.data.splits import assign_splits, near_duplicates
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 SEVERITIES = ("error", "warning", "fact")

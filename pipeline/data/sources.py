@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from pipeline.config import DataConfig
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 SPLITS = ("train", "val", "test")

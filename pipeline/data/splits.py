@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.config import SplitsConfig
+from pipeline.data_config import SplitsConfig
 
 SMALLEST_SIDE = 32  # pixels; below, a perceptual hash says too little
 FLATTEST = 4.0  # standard deviation of the thumbnail, in grey levels of 255; below, the hash is noise

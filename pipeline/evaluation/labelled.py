@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import DataConfig
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import FileSource, listing, open_csv, open_folder
+from pipeline.data_config import DataConfig
 from pipeline.errors import DataError, nearest
 from pipeline.evaluation.metrics import Predictions
 from pipeline.model.heads import match_classes, merge_logits, read_class_map

@@ -1,7 +1,9 @@
 """The machine that a run uses: devices, precision, compilation and seeds."""
 
+import ctypes
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ import tensorflow as tf
 from pipeline.config import Config
 from pipeline.data.mixing import mixing_group
 from pipeline.errors import ConfigError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def set_up(config: Config) -> Runtime:
     keras.utils.set_random_seed(config.seed)
     gpus = tf.config.list_logical_devices("GPU")
     devices = gpus or tf.config.list_logical_devices("CPU")
+    if not gpus:
+        _keep_freed_memory()
     choice = config.runtime.strategy
     mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
@@ -68,6 +74,19 @@ def set_up(config: Config) -> Runtime:
     if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
         jit_compile = len(gpus) > 0 and strategy.num_replicas_in_sync == 1
     return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what one step frees for the next.
+
+    glibc gives blocks of more than 32 MB, which activations are, back to the system at once, and the system clears them each time they are
+    taken anew: a third of a step's processor time. Measured for lite0 at 224 pixels, 32 images, two CPU cores: 6 steps took 24.6 s in the
+    program and 12.2 s in the system; with this 26.0 and 5.7 s, and 3.6 instead of 3.0 GB at the peak.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def check_batch(config: Config, runtime: Runtime) -> None:
