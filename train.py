@@ -89,7 +89,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     manifest = read_data(source, config, run, screen, scanned=resume and "data" not in allowed)
     config = settle_recipe(config, manifest, model, new, screen)
     counts = manifest.class_counts()
-    weights = class_weights(config, manifest.class_names, counts["train"])
+    weights = class_weights(config, manifest.class_names, counts["train"].tolist())
     state = new_state(config, runtime, model)
     identity = {
         "config": config.model_dump(mode="json"),

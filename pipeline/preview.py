@@ -31,7 +31,7 @@ def show(config: Config, screen: Screen) -> None:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
         config = settle(config, len(manifest.indices("train")))
-        class_weights(config, manifest.class_names, manifest.class_counts()["train"])
+        class_weights(config, manifest.class_names, manifest.class_counts()["train"].tolist())
         screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
         num_classes = len(manifest.class_names)
         screen.say(class_table(manifest))
