@@ -76,12 +76,32 @@ def assert_kept_logits_identical(old: keras.Model, new: keras.Model, places: dic
     np.testing.assert_array_equal(features, old_features)
     (old_kernel, old_bias), (kernel, bias) = (model.get_layer("predictions").get_weights() for model in (old, new))
     into, back = list(places.values()), list(places)
+    np.testing.assert_array_equal(kernel[:, back], old_kernel[:, into])
+    np.testing.assert_array_equal(bias[back], old_bias[into])
     put_back_kernel, put_back_bias = np.zeros_like(old_kernel), np.zeros_like(old_bias)
     put_back_kernel[:, into], put_back_bias[into] = kernel[:, back], bias[back]
     expected = (old_features @ old_kernel + old_bias)[:, into]
     assert expected.std(axis=0).mean() > 0.05  # from picture to picture
     np.testing.assert_array_equal((features @ put_back_kernel + put_back_bias)[:, into], expected)
     np.testing.assert_allclose(new(images).numpy()[:, back], old(images).numpy()[:, into], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("count", [5, 10, 17, 999, 1001, 1100])
+def test_the_number_of_classes_moves_a_kept_logit_by_no_more_than_the_order_of_summing_does(count: int) -> None:
+    random = np.random.default_rng(4)
+    head = random.normal(0, 0.05, (1280, 1000)).astype("f4"), random.normal(0, 0.05, 1000).astype("f4")
+    features = random.uniform(0, 1, (64, 1280)).astype("f4")
+    bound = 16 * np.finfo("f4").eps * (features @ np.abs(head[0]))  # up to 5 were measured
+    kept = min(count, 1000)
+    layers = []
+    for kernel, bias in (head, build_head(*head, [(index,) if index < 1000 else () for index in range(count)])):
+        layer = keras.layers.Dense(len(bias))
+        layer.build((None, 1280))
+        layer.set_weights([kernel, bias])
+        layers.append(layer)
+    for size in (1, 2, 5, 16, 33, 64):
+        before, after = (layer(features[:size]).numpy()[:, :kept] for layer in layers)
+        assert (np.abs(after - before) <= bound[:size, :kept]).all()
 
 
 @pytest.mark.parametrize(

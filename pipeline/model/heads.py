@@ -16,8 +16,10 @@ activations, on every input another class wins by at least the margin, and, by J
 exp(-MARGIN) / K beside K taken ones. A constant logit (zeros with a low bias) has no such bound: it overtakes the others on inputs that
 they all answer with low logits. Equal rows part at the first step, since each new class has samples of its own.
 
-A kept class has the old row bit for bit. Its logit may differ in the last bit all the same: the order in which a processor sums a matrix
-product depends on the number of columns.
+A kept class has the old row bit for bit. Its logit may differ in the last bits all the same: the order in which a processor sums a matrix
+product depends on the number of columns. Measured with lite0's 1000 classes and 100 photos in batches of 1 to 64 (x86 with AVX2), beside 5,
+10, 17, 1001 and 1100 classes: by up to 1e-6, one image alone not at all; with oneDNN on by up to 1e-5, one image alone included. With 999
+classes no bit differed. Nor did one with a classifier in float64 whose logits are rounded, which is not worth twice the memory.
 """
 
 from collections.abc import Mapping, Sequence
