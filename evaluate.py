@@ -95,7 +95,7 @@ class Network(NamedTuple):
         from pipeline.data.stream import evaluation_stream
         from pipeline.evaluation.metrics import Predictor
 
-        batch_size = self.runtime.whole_batch(self.config.train.global_batch_size // self.config.train.accumulation)
+        batch_size = self.runtime.whole_batch(self.config.train.batch_size // self.config.train.accumulation)
         dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size)
         with screen.counting(f"measuring {split}") as count:
             return Predictor(self.model, self.runtime.strategy)(dataset, progress=count)

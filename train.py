@@ -73,6 +73,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
+    from pipeline.training.memory import explained, fit_batch
     from pipeline.training.not_finite import NotFinitePolicy
     from pipeline.training.progress import ProgressLine
     from pipeline.training.recipe import class_weights
@@ -81,11 +82,12 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     from pipeline.training.tracking import Tracker
 
     runtime = set_up(config)
-    check_batch(config, runtime)
     image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
     model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
+    config = fit_batch(config, runtime, model)
+    check_batch(config, runtime)
     manifest = read_data(source, config, run, screen, scanned=resume and "data" not in allowed)
     config = settle_recipe(config, manifest, model, new, screen)
     counts = manifest.class_counts()
@@ -105,7 +107,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     if manifest.left_out:
         manifest.write_left_out(run.left_out)
 
-    batch_size, steps = config.train.global_batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size)
+    batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
     stages = Stages(config, runtime, manifest, source, model, screen)
     stop = StopRequest(screen.say)
     not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say)
@@ -121,7 +123,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
         hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
         trainer = Trainer(config, runtime, steps, hooks, stop, not_finite, class_weights=weights)
-        with line, stop.listening():
+        with line, stop.listening(), explained(config, runtime, model):
             try:
                 not_finite.prepare(state)
                 history = trainer.run(state, stages.work)

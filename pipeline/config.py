@@ -134,8 +134,8 @@ class Skip(Section):
 class TrainConfig(Section):
     """How long and in what portions."""
 
-    global_batch_size: PositiveInt = 32
-    """Images per step over all replicas."""
+    global_batch_size: PositiveInt | Literal["auto"] = 32
+    """Images per step over all replicas. auto: 256, in as many micro-batches as the devices' memory asks for by estimate."""
     accumulation: PositiveInt = 1
     """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
@@ -162,9 +162,18 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":
-        if self.global_batch_size % self.accumulation:
+        if self.global_batch_size == "auto":
+            if "accumulation" in self.model_fields_set:
+                raise ValueError("global_batch_size: auto chooses accumulation; leave it out")
+        elif self.global_batch_size % self.accumulation:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of accumulation ({self.accumulation})")
         return self
+
+    @property
+    def batch_size(self) -> int:
+        """`global_batch_size`, once it is a number."""
+        assert self.global_batch_size != "auto", "fit_batch settles it"
+        return self.global_batch_size
 
 
 class RuntimeConfig(Section):

@@ -8,10 +8,11 @@ from pipeline.data.check import class_table, scan
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import NotFetchedError, open_source
 from pipeline.data.stream import steps_per_epoch
-from pipeline.model.cost import cost, estimated_memory
+from pipeline.model.cost import cost
 from pipeline.model.efficientnet import efficientnet
 from pipeline.screen import Screen
 from pipeline.training.loop import plan
+from pipeline.training.memory import fit_batch, step_memory
 from pipeline.training.recipe import class_weights, settle
 from pipeline.training.runtime import check_batch, set_up
 
@@ -23,46 +24,44 @@ def show(config: Config, screen: Screen) -> None:
         UserError: Where the run itself would.
     """
     runtime = set_up(config)
-    check_batch(config, runtime)
     image_augmentation(config)
-    manifest: Manifest | None = None
+    missing: NotFetchedError | None = None
     try:
         source = open_source(config.data, fetch=False)
+        class_names = source.class_names
+    except NotFetchedError as error:
+        missing, class_names = error, error.class_names
+    model = efficientnet(config.variant, num_classes=len(class_names), dtype=runtime.dtype)
+    config = fit_batch(config, runtime, model)
+    check_batch(config, runtime)
+
+    manifest: Manifest | None = None
+    if missing is None:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
         config = settle(config, len(manifest.indices("train")))
-        class_weights(config, manifest.class_names, manifest.class_counts()["train"].tolist())
-        screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
-        num_classes = len(manifest.class_names)
+        class_weights(config, class_names, manifest.class_counts()["train"].tolist())
+    screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
+    if manifest is None:
+        screen.say(f"{missing}: training will prepare it. It has {len(class_names)} classes; the number of images is known then.")
+    else:
         screen.say(class_table(manifest))
         for note in manifest.notes:
             screen.say(f"note: {note}")
         if manifest.left_out:
             screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; python -m pipeline check lists them")
-    except NotFetchedError as missing:
-        screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
-        num_classes = len(missing.class_names)
-        screen.say(f"{missing}: training will prepare it. It has {num_classes} classes; the number of images is known then.")
 
-    variant = config.variant
-    model = efficientnet(variant, num_classes=num_classes, dtype=runtime.dtype)
-    size = cost(model)
-    share = config.train.global_batch_size // runtime.replicas // config.train.accumulation
-    memory = estimated_memory(
-        model,
-        share,
-        optimizer_slots=1 if config.optimizer.name == "sgd" else 2,
-        ema=config.optimizer.ema is not None,
-        accumulation=config.train.accumulation > 1,
-    )
+    variant, size = config.variant, cost(model)
+    share = config.train.batch_size // runtime.replicas // config.train.accumulation
+    memory = step_memory(config, model, share, accumulation=config.train.accumulation > 1)
     screen.say(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
     screen.say(f"  parameters            {size.parameters:,} ({size.trainable_parameters:,} trainable)")
     screen.say(f"  multiply-adds         {size.flops / 1e9:.2f} G per image")
     screen.say(f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {share} images per step and device")
     if manifest is not None:
         images = len(manifest.indices("train"))
-        steps = steps_per_epoch(images, config.train.global_batch_size)
-        screen.say(f"  steps per epoch       {steps:,} of {config.train.global_batch_size} images ({images:,} training images)")
+        steps = steps_per_epoch(images, config.train.batch_size)
+        screen.say(f"  steps per epoch       {steps:,} of {config.train.batch_size} images ({images:,} training images)")
         for number, stage in enumerate(plan(config, steps), 1):
             rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
             screen.say(

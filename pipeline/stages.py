@@ -21,7 +21,7 @@ class Stages:
     def __init__(self, config: Config, runtime: Runtime, manifest: Manifest, source: Source, model: keras.Model, screen: Screen) -> None:
         """Takes all that a run is made from; reads nothing yet."""
         self._config, self._manifest, self._source, self._model, self._screen = config, manifest, source, model, screen
-        self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.global_batch_size))
+        self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
         backbone, head = backbone_and_head(model)
         self._predictor, self._feature_extractor = Predictor(model, runtime.strategy), Predictor(backbone, runtime.strategy)
         self._features = FeatureCache(head, self._compute_features)
@@ -57,7 +57,7 @@ class Stages:
         return evaluate_predictions(predictions, self._manifest.class_names, "val").headline()
 
     def _evaluated(self, split: str) -> tf.data.Dataset:
-        batch_size = self._config.train.global_batch_size // self._config.train.accumulation
+        batch_size = self._config.train.batch_size // self._config.train.accumulation
         return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=batch_size)
 
     def _compute_features(self, split: str) -> np.ndarray:

@@ -58,7 +58,7 @@ def group_mixing(config: Config) -> Mixing:
     Raises:
         ConfigError: If a micro-batch is odd.
     """
-    size = mixing_group(config.train.global_batch_size, config.train.accumulation)
+    size = mixing_group(config.train.batch_size, config.train.accumulation)
     resolution, alpha, cut_alpha = config.variant.resolution, config.augment.mixup, config.augment.cutmix
 
     def mix(images: tf.Tensor, labels: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

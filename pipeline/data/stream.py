@@ -60,7 +60,7 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
         DataError: If the split is empty.
     """
     rows = _rows(manifest, "train")
-    batch_size, workers = config.train.global_batch_size, _workers(config)
+    batch_size, workers = config.train.batch_size, _workers(config)
     row, classes, settings = _lookup(manifest), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
     randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude) if augmented and settings.randaugment else None
@@ -102,7 +102,7 @@ def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, 
     Returns:
         An infinite dataset of global batches: features float32 (B, C), labels float32 (B, K), weights float32 (B,), index int64 (B,).
     """
-    rows, batch_size = _rows(manifest, "train"), config.train.global_batch_size
+    rows, batch_size = _rows(manifest, "train"), config.train.batch_size
     place = np.zeros(len(manifest.table), np.int32)
     place[rows] = np.arange(len(rows))
     with tf.device("cpu"):

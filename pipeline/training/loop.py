@@ -63,7 +63,7 @@ def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for stage in config.train.stages:
         first = stages[-1].stop if stages else 0
-        rate = learning_rate(config.optimizer, stage, global_batch_size=config.train.global_batch_size, steps_per_epoch=steps_per_epoch)
+        rate = learning_rate(config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch)
         stages.append(Stage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
     return tuple(stages)
 

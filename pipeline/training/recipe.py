@@ -33,7 +33,7 @@ def settle(config: Config, num_images: int) -> Config:
     """
     if config.recipe is None:
         return config
-    per_epoch = steps_per_epoch(num_images, config.train.global_batch_size)
+    per_epoch = steps_per_epoch(num_images, config.train.batch_size)
     head_epochs = min(math.ceil(HEAD_STEPS / per_epoch), MOST_HEAD_EPOCHS)
     epochs = min(max(round(IMAGES_SEEN / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
     fine_tuned = num_images >= FEWEST_TO_FINE_TUNE

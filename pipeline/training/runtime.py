@@ -96,7 +96,7 @@ def check_batch(config: Config, runtime: Runtime) -> None:
         ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut would go through a
             group of images that are mixed with each other.
     """
-    replicas, batch, accumulation = runtime.replicas, config.train.global_batch_size, config.train.accumulation
+    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.accumulation
     if batch % (replicas * accumulation):
         raise ConfigError(
             f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "

@@ -90,7 +90,7 @@ class TrainStep:
         self._moving = moved_by_training(model)[len(self._trainable) :]
         self._label_smoothing = config.train.label_smoothing
         self._accumulation = config.train.accumulation
-        self._global_batch_size = config.train.global_batch_size
+        self._global_batch_size = config.train.batch_size
         self._weight_decay = [config.optimizer.weight_decay if decayed(variable) else 0.0 for variable in self._trainable]
         self._decoupled = config.optimizer.name == "adamw"
         if average is not None:

@@ -1,0 +1,105 @@
+"""How many images a device takes in one step, by estimate: for `global_batch_size: auto`, and for advice where memory runs out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import keras
+import tensorflow as tf
+from tensorflow.python.client import device_lib
+
+from pipeline.config import Config
+from pipeline.errors import TrainingError
+from pipeline.model.cost import estimated_memory
+from pipeline.training.runtime import Runtime
+
+AUTO_BATCH = 256  # images per step; learning rates are given for so many
+SHARE = 0.7  # of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work in
+
+
+def device_memory() -> int:
+    """Bytes that TensorFlow may take on the smallest device that trains: a GPU's, or where there is none the machine's."""
+    gpus = [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
+    return min(gpus) if gpus else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def step_memory(config: Config, model: keras.Model, images: int, *, accumulation: bool) -> int:
+    """Estimated bytes of a step on one device, see `estimated_memory`.
+
+    Args:
+        config: Optimizer and moving average are looked at.
+        model: Built by `efficientnet`, in the dtype that it trains in.
+        images: Per micro-batch and device.
+        accumulation: Whether there is more than one micro-batch.
+    """
+    slots, average = 1 if config.optimizer.name == "sgd" else 2, config.optimizer.ema is not None
+    return estimated_memory(model, images, optimizer_slots=slots, ema=average, accumulation=accumulation)
+
+
+def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
+    """Images per micro-batch and device that are estimated to fit.
+
+    Args:
+        config: As of `step_memory`.
+        model: As of `step_memory`.
+        memory: Bytes of a device.
+
+    Returns:
+        At least 0.
+    """
+    without, with_one = (step_memory(config, model, images, accumulation=True) for images in (0, 1))
+    return max(0, int((SHARE * memory - without) / (with_one - without)))
+
+
+def fit_batch(config: Config, runtime: Runtime, model: keras.Model) -> Config:
+    """Replaces `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
+
+    The number of images that one update sees is so the same on every machine, up to what its replicas can share evenly.
+
+    Args:
+        config: Comes back as it is where the batch size is a number.
+        runtime: Its replicas share the batch.
+        model: What is to be trained.
+
+    Raises:
+        TrainingError: If not even one image is estimated to fit.
+    """
+    if config.train.global_batch_size != "auto":
+        return config
+    memory = device_memory()
+    fitting, share = largest_micro_batch(config, model, memory), runtime.whole_batch(AUTO_BATCH) // runtime.replicas
+    if not fitting:
+        raise TrainingError(
+            f"{_network(config)} does not fit into {_gib(memory)} with a single image; take a smaller variant or resolution"
+        )
+    accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
+    train = config.train.model_copy(update={"global_batch_size": share * runtime.replicas, "accumulation": accumulation})
+    return config.model_copy(update={"train": train})
+
+
+@contextmanager
+def explained(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
+    """Turns TensorFlow's word that memory ran out into one that says what to do.
+
+    Raises:
+        TrainingError: In its place.
+    """
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        memory = device_memory()
+        size = config.train.batch_size // config.train.accumulation // runtime.replicas
+        raise TrainingError(
+            f"out of memory with {size} images per device and micro-batch of {_network(config)}; "
+            f"{min(largest_micro_batch(config, model, memory), size - 1)} are estimated to fit into {_gib(memory)}.\n"
+            f"Raise train.accumulation (the result stays the same but for rounding and batch normalisation), set "
+            f"train.global_batch_size=auto, or take a smaller variant or resolution. TensorFlow says: {error.message.splitlines()[0][:200]}"
+        ) from None
+
+
+def _network(config: Config) -> str:
+    return f"EfficientNet-{config.variant.name} at {config.variant.resolution} px"
+
+
+def _gib(memory: int) -> str:
+    return f"{memory / 2**30:.1f} GiB"
