@@ -74,3 +74,16 @@ def test_no_unpickling_anywhere_but_in_the_restricted_reader():
         path.stem for path in MODULES if any(name.split(".")[0] in ("pickle", "cloudpickle", "joblib", "dill") for name in imports(path))
     ]
     assert users == ["torch_file"]
+
+
+def test_no_archive_is_unpacked_anywhere():
+    """So none can write outside its folder."""
+    assert not [path for path in MODULES if any(word in path.read_text() for word in ("extractall", "unpack_archive", "extract=True"))]
+
+
+def test_every_command_that_opens_mlflow_binds_it_to_this_machine():
+    commands = [
+        line for path in PROJECT.glob("*.md") for line in path.read_text().splitlines() if "mlflow ui" in line or "mlflow server" in line
+    ]
+    assert commands
+    assert all("--host 127.0.0.1" in line for line in commands)

@@ -380,3 +380,66 @@ def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monk
     directory, _, _ = finished
     with pytest.raises(UserError, match=r"no backbone layer fits|not the weights of a whole"):
         call(monkeypatch, directory.parent, evaluate, "--weights", "whole/model.keras", "--variant", "b0", "photos/class 0/0.png")
+
+
+def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(finished, monkeypatch):
+    directory, _, _ = finished
+    config = """
+    recipe: auto
+    model: {variant: {width: 0.25, depth: 0.3, resolution: 32}, weights: whole}
+    data: {source: folder, path: photos, resize: squash}
+    train:
+      global_batch_size: 8
+      class_weights: {class 1: 2}
+      best_metric: loss
+      early_stopping: {patience: 2, min_delta: 0.05}
+      restore_best: true
+    tracking: {experiment: test}
+    """
+    (directory.parent / "recipe.yaml").write_text(config)
+    said = call(monkeypatch, directory.parent, train, "--config", "recipe.yaml", "--run-dir", "recipe")
+    assert "classifier copied" in said
+    assert "recipe: 17 epochs of head" in said
+    run_dir = directory.parent / "recipe"
+    resolved = load_config(run_dir / "config.yaml")
+    assert resolved.recipe is None
+    assert [stage.trainable for stage in resolved.train.stages] == ["head"]
+    history = json.loads(sorted((run_dir / "checkpoints").glob("step-*"))[-1].joinpath("manifest.json").read_text())["history"]
+    assert len(history) < 17
+    assert "no improvement any more: the stage ends, its last" in said
+    assert weights(run_dir / "model.keras") == weights(run_dir / "best/model.keras")
+    before, after = (read_layers(path / "model.keras") for path in (directory, run_dir))
+    assert any("predictions" in name and before[name] != after[name] for name in before), "the head was trained"
+    assert all(before[name] == after[name] for name in before if "predictions" not in name), "and nothing else"
+    metrics = json.loads((run_dir / "evaluation/test/metrics.json").read_text())
+    call(monkeypatch, directory.parent, evaluate, "--run", "recipe")
+    assert json.loads((run_dir / "evaluation/test/metrics.json").read_text())["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+def read_layers(model: Path) -> dict[str, bytes]:
+    """Every weight of a saved network by the name of its layer and its place in it."""
+    import keras
+
+    layers = keras.saving.load_model(model, compile=False).layers
+    return {f"{layer.name}/{place}": np.asarray(w).tobytes() for layer in layers for place, w in enumerate(layer.weights)}
+
+
+def test_early_stopping_without_validation_pictures_is_refused(folder, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "photos" / split / label).mkdir(parents=True)
+            (tmp_path / "photos" / split / label / "1.png").write_bytes(
+                (folder / "photos" / "class 0" / f"{len(split + label)}.png").read_bytes()
+            )
+    arguments = ["--config", "config.yaml", f"data.path={tmp_path / 'photos'}", "data.on_leak=ignore", "data.group_near_duplicates=false"]
+    with pytest.raises(UserError, match="go by the validation split"):
+        call(
+            monkeypatch,
+            folder,
+            train,
+            *arguments,
+            "--run-dir",
+            str(tmp_path / "run"),
+            "train.restore_best=true",
+            "train.global_batch_size=2",
+        )
