@@ -1,5 +1,6 @@
 """Weights from every source into the network, and what is said when they do not fit."""
 
+import contextlib
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -428,6 +429,19 @@ def test_code_in_a_keras_file_is_not_run(tmp_path: Path, untouched: keras.Model)
     keras.Model(images, keras.layers.Lambda(lambda x: x + 1)(images)).save(tmp_path / "lambda.keras")
     with pytest.raises(WeightsError, match=r"lambda\.keras: cannot be loaded"):
         load_pretrained(untouched, str(tmp_path / "lambda.keras"), variant=B)
+
+
+def test_code_in_an_h5_model_is_not_run(tmp_path: Path, trained: keras.Model) -> None:
+    """Its weights are read, its architecture, where a Lambda layer can hide code, is not looked at."""
+    name = str(tmp_path / "executed")
+    inside = keras.Sequential([trained, keras.layers.Lambda(lambda x: (open(name, "w").close(), x)[1])])  # noqa: PTH123
+    marker = Path(name)
+    inside.save(tmp_path / "lambda.h5")
+    marker.unlink(missing_ok=True)  # building the layer called it
+    target = efficientnet(B, num_classes=3)
+    with contextlib.suppress(WeightsError):
+        load_pretrained(target, str(tmp_path / "lambda.h5"), variant=B)
+    assert not marker.exists()
 
 
 def test_a_complete_report_is_one_line() -> None:
