@@ -317,7 +317,9 @@ def assert_ends_like(launcher: Launcher, run: str, whole: str) -> None:
     for model in ("model.keras", "best/model.keras"):
         assert len(weights(one / model)) > 100
         assert differing(weights(one / model), weights(other / model)) == []
-    assert launcher.mlflow_run(run).info.status == "FINISHED"
+    logged = launcher.mlflow_run(run)
+    assert logged.info.status == "FINISHED"
+    [_] = launcher.client.search_logged_models([logged.info.experiment_id], f"source_run_id = '{logged.info.run_id}'")
     assert launcher.metrics(run) == launcher.metrics(whole)
     assert not list((one / "checkpoints").glob(".*")), "no litter"
 
