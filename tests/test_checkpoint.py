@@ -81,16 +81,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.newest_verified(tmp_path) == (tmp_path / "step-00000050", [])
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "history", "hash"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     state = make_state()
     for step in (1, 2):
         state.step = step
         checkpoint.save(state, tmp_path, IDENTITY, keep=2)
     newest = tmp_path / "step-00000002"
-    file = newest / ("manifest.json" if damage == "no manifest" else "optimizer.npz")
+    file = newest / {"no manifest": "manifest.json", "history": "manifest.json", "hash": "manifest.sha256"}.get(damage, "optimizer.npz")
     content = bytearray(file.read_bytes())
-    if damage == "flip":
+    if damage == "history":  # it is still good JSON
+        file.write_bytes(bytes(content).replace(b'"history": []', b'"history": [1]'))
+    elif damage in ("flip", "hash"):
         content[len(content) // 2] ^= 1
         file.write_bytes(bytes(content))
     elif damage == "truncate":

@@ -58,7 +58,7 @@ VARIANTS = {
     ],
     "accumulation": ["train.accumulation=2"],
 }
-FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "manifest.json")
+FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "manifest.json", "manifest.sha256")
 SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evaluation.metrics:Predictor.__call__"
 FIGURES = "pipeline.evaluation.metrics:evaluate_predictions"
 
@@ -460,6 +460,7 @@ def rehash(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.sha256").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
 
 
 def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(launcher, survivor):

@@ -19,7 +19,8 @@ from pipeline.errors import RunError, TrainingError
 from pipeline.training.optimizer import MovingAverage
 from pipeline.training.step import Totals
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # with the hashes of all files but itself and the next
+MANIFEST_HASH = "manifest.sha256"
 
 
 @dataclass
@@ -132,14 +133,15 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         **{name: getattr(state, name) for name in PLAIN_FIELDS},
         "identity": dict(identity),
         "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": {name: _hash(content) for name, content in files.items()},
     }
+    packed = json.dumps(manifest, indent=1).encode()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
             shutil.rmtree(leftover)
         aside.mkdir()
-        for name, content in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
+        for name, content in {**files, MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
             _write_synced(aside / name, content)
         _sync_folder(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
@@ -239,9 +241,10 @@ def _checkpoints(directory: Path) -> list[Path]:
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as its manifest says."""
     try:
-        expected = read_manifest(checkpoint)["sha256"]
-        for name, digest in expected.items():
-            if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
+        if _hash((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
+            return f"{MANIFEST} is damaged"
+        for name, digest in read_manifest(checkpoint)["sha256"].items():
+            if _hash((checkpoint / name).read_bytes()) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError) as error:
         return f"incomplete ({error})"
@@ -261,6 +264,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     checkpoint.rename(old)
     shutil.rmtree(old)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:
