@@ -560,7 +560,7 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
         ),
         (
             "rollback",
-            {"step": 11, "above": 0.01},
+            {"step": 11, "above": 0.02},
             [
                 {"function": "shutil:rmtree", "when": "before", "action": "kill", "match": "/.old-step-00000010", "call": 2},
                 {"function": TRAIN_STEP, "when": "after", "action": "kill", "steps": 6},
