@@ -243,13 +243,14 @@ def new_state(config: Config, runtime: Any, model: Any) -> Any:
 def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen, allowed: Sequence[str]) -> None:
     """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ."""
     from pipeline.training import checkpoint
+    from pipeline.training.identity import check_identity
 
     newest, problems = checkpoint.newest_verified(run.checkpoints)
     for problem in problems:
         screen.say(f"passed over {problem}")
     if newest is None:
         raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-    changes = checkpoint.check_identity(newest, identity, allowed)
+    changes = check_identity(newest, identity, allowed)
     checkpoint.restore(state, newest)
     state.changes += changes
     for change in state.describe_changes():

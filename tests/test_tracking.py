@@ -104,6 +104,9 @@ def test_the_logged_model_loads_back_and_predicts_the_same(config: Config, clien
         np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
         signature = mlflow.models.get_model_info(uri).signature
         logged = client.get_logged_model(uri.removeprefix("models:/"))
+        again = tracker.log_model(tmp_path / "model.keras", "final", step=2)
+        [only] = client.search_logged_models([logged.experiment_id], f"source_run_id = '{tracker.run_id}'")
+        assert (only.model_uri, again != uri) == (again, True), "the end of a run that was cut off in it comes again"
     assert signature.inputs.inputs[0].shape == (-1, 8, 8, 3)
     assert signature.outputs.inputs[0].shape == (-1, 3)
     assert logged.source_run_id == tracker.run_id

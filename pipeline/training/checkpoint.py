@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.errors import RunError, TrainingError, nearest
+from pipeline.errors import RunError, TrainingError
 from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import MovingAverage
 from pipeline.training.step import Totals
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # with the hashes of all files but itself and the next
+MANIFEST_HASH = "manifest.sha256"
 
 
 @dataclass
@@ -133,14 +134,15 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         **{name: getattr(state, name) for name in PLAIN_FIELDS},
         "identity": dict(identity),
         "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": {name: _hash(content) for name, content in files.items()},
     }
+    packed = json.dumps(manifest, indent=1).encode()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
             shutil.rmtree(leftover)
         aside.mkdir()
-        for name, content in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
+        for name, content in {**files, MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
             _write_synced(aside / name, content)
         _sync_folder(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
@@ -193,65 +195,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
-    "tracking",
-    "runtime.input_workers",
-    "train.keep_checkpoints",
-    "train.checkpoint_every_steps",
-    "train.on_nan",
-)
-
-
-def check_identity(checkpoint: Path, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Refuses to go on with another config, other data or another number of replicas than the checkpoint's.
-
-    Args:
-        checkpoint: A verified one.
-        identity: What this run is.
-        allowed: Keys that may differ all the same, each with everything below it.
-
-    Returns:
-        `step`, `key`, `was` and `is` of every difference that was allowed.
-
-    Raises:
-        RunError: Naming every other difference, or a key of `allowed` that there is not.
-    """
-    manifest = read_manifest(checkpoint)
-    old, new = _keys(manifest["identity"]), _keys(json.loads(json.dumps(identity)))
-    keys = sorted(old.keys() | new.keys())
-    for name in allowed:
-        if not any(_within(key, [name]) for key in keys):
-            raise RunError(f"--allow-change {name}: there is no such key{nearest(name, keys)}")
-    differing = [
-        {"step": manifest["step"], "key": key, "was": old.get(key), "is": new.get(key)}
-        for key in keys
-        if old.get(key) != new.get(key) and not _within(key, FREE_TO_CHANGE)
-    ]
-    refused = [change for change in differing if not _within(change["key"], allowed)]
-    if refused:
-        lines = "\n".join(f"  {change['key']}: was {change['was']!r}, is {change['is']!r}" for change in refused)
-        remedy = " ".join(f"--allow-change {change['key']}" for change in refused)
-        raise RunError(
-            f"{checkpoint}: belongs to a run that differs in\n{lines}\n"
-            f"resume it as it was, start a new run, or go on with the change knowingly by {remedy}"
-        )
-    return differing
-
-
-def _within(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _keys(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("config."): value for key, value in _flat(dict(identity)).items()}
-
-
-def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(values, dict) and values:
-        return {k: v for key, value in values.items() for k, v in _flat(value, f"{path}.{key}" if path else key).items()}
-    return {path: values}
-
-
 def restore(state: State, checkpoint: Path) -> None:
     """Puts a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
 
@@ -290,9 +233,10 @@ def _checkpoints(directory: Path) -> list[Path]:
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as its manifest says."""
     try:
-        expected = read_manifest(checkpoint)["sha256"]
-        for name, digest in expected.items():
-            if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
+        if _hash((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
+            return f"{MANIFEST} is damaged"
+        for name, digest in read_manifest(checkpoint)["sha256"].items():
+            if _hash((checkpoint / name).read_bytes()) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError) as error:
         return f"incomplete ({error})"
@@ -312,6 +256,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     checkpoint.rename(old)
     shutil.rmtree(old)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -211,7 +211,7 @@ class Tracker(Hook):
                 self._client.log_artifact(self.run_id, str(path), name)
 
     def log_model(self, path: Path, name: str, *, step: int) -> str:
-        """Logs a saved network as an MLflow model that `mlflow.keras.load_model` loads.
+        """Logs a saved network as an MLflow model that `mlflow.keras.load_model` loads, in the place of one that the run has already.
 
         Args:
             path: The .keras file.
@@ -234,6 +234,9 @@ class Tracker(Hook):
         example, output = (np.zeros((1, *shape[1:]), np.float32) for shape in (model.input_shape, model.output_shape))
         requirements = [f"{package}=={version(package)}" for package in ("tensorflow", "keras", "mlflow")]
         with explained(self._uri):
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            for earlier in self._client.search_logged_models([experiment], f"source_run_id = '{self.run_id}' AND name = '{name}'"):
+                self._client.delete_logged_model(earlier.model_id)  # an earlier end of the run was cut off
             info = mlflow.keras.log_model(
                 model, name=name, signature=infer_signature(example, output), pip_requirements=requirements, step=step
             )

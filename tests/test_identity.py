@@ -1,0 +1,34 @@
+"""A run goes on as what it was, or as what it was allowed to become."""
+
+import json
+
+import pytest
+
+from pipeline.errors import RunError
+from pipeline.training.checkpoint import MANIFEST
+from pipeline.training.identity import check_identity
+
+
+def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
+    def identity(seed: int, keep: int, path: str, classes: list[str]) -> dict:
+        config = {"seed": seed, "train": {"keep_checkpoints": keep}, "data": {"path": path}}
+        return {"config": config, "classes": classes, "data": "abc", "replicas": 1}
+
+    written = tmp_path / "step-00000003"
+    written.mkdir()
+    (written / MANIFEST).write_text(json.dumps({"step": 3, "identity": identity(1, 2, "a", ["x", "y"])}))
+    assert check_identity(written, identity(1, 3, "a", ["x", "y"])) == [], "what changes no step is free"
+    changed = identity(2, 2, "b", ["x", "z"])
+    with pytest.raises(RunError) as caught:
+        check_identity(written, changed, ["seed"])
+    assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.path: was 'a', is 'b'\n" in str(caught.value)
+    assert "seed: was" not in str(caught.value)
+    assert "by --allow-change classes --allow-change data.path" in str(caught.value)
+    allowed = check_identity(written, changed, ["seed", "data", "classes"])
+    assert [(one["step"], one["key"], one["was"], one["is"]) for one in allowed] == [
+        (3, "classes", ["x", "y"], ["x", "z"]),
+        (3, "data.path", "a", "b"),
+        (3, "seed", 1, 2),
+    ]
+    with pytest.raises(RunError, match="--allow-change sed: there is no such key; did you mean 'seed'"):
+        check_identity(written, changed, ["sed"])
