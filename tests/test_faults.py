@@ -57,6 +57,10 @@ VARIANTS = {
         "augment.transforms=[{RandomResizedCrop: {scale: [0.5, 1.0]}}, HorizontalFlip, {Rotate: {limit: 20}}]",
     ],
     "accumulation": ["train.accumulation=2"],
+    "features": [  # of a frozen backbone, computed once
+        "train.stages=[{epochs: 2, trainable: head, augment: false}, {epochs: 2, layer_decay: 0.8}]",
+        "train.class_weights={class 1: 2}",
+    ],
 }
 FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "manifest.json", "manifest.sha256")
 SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evaluation.metrics:Predictor.__call__"
@@ -150,6 +154,7 @@ LIVES: dict[str, tuple[str, list[Fault]]] = {  # name -> variant, faults
     "bfloat16": ("bfloat16", [TERMINATED, KILLED_IN_FILE["model.npz"], IN_VALIDATION, KILLED_IN_STEP]),
     "albumentations": ("albumentations", [INTERRUPTED, KILLED_IN_STEP, AFTER_RENAME, IN_STAGE]),
     "accumulation": ("accumulation", [KILLED_IN_STEP, KILLED_IN_FILE["totals.npz"], TERMINATED, FLIPPED["model.npz"]]),
+    "features": ("features", [KILLED_IN_STEP, KILLED_IN_FILE["average.npz"], TERMINATED, BEFORE_STAGE]),
 }
 
 
