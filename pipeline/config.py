@@ -276,5 +276,10 @@ class Config(Section):
         )
 
     def to_yaml(self) -> str:
-        """The whole config, defaults included, as a YAML that loads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The whole config, defaults included, as a YAML that loads back equal. What auto is still to choose is left out."""
+        values = self.model_dump(mode="json")
+        if self.recipe is not None:
+            del values["optimizer"], values["train"]["stages"]
+        if self.train.global_batch_size == "auto":
+            del values["train"]["accumulation"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

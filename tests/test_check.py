@@ -345,7 +345,7 @@ def test_what_has_changed_since_the_scan_is_named(tmp_path):
         os.utime(tmp_path / key, (now + 5, now + 5))
     assert found() == ["cat/001.jpg: has other contents"], "a file that was written again as it was is the same"
     (tmp_path / "cat/000.jpg").rename(tmp_path / "dog/other.jpg")
-    assert found() == ["dog/other.jpg: is new", "cat/000.jpg: is gone", "cat/001.jpg: has other contents"]
+    assert found() == ["cat/001.jpg: has other contents", "dog/other.jpg: is new", "cat/000.jpg: is gone"]
     (tmp_path / "dog").rename(tmp_path / "ant")
     assert "classes: were cat, dog; are ant, cat" in found()
     assert "cat/002.jpg: has another label" in found()

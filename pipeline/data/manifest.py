@@ -121,15 +121,15 @@ def differences(manifest: Manifest, source: Source, *, since: float) -> str:
     found: list[str] = []
     if source.class_names != manifest.class_names:
         found.append(f"classes: were {', '.join(manifest.class_names)}; are {', '.join(source.class_names)}")
-    found += [f"{key}: is new" for key in now if key not in before]
-    found += [f"{key}: is gone" for key in before if key not in now]
-    found += [f"{key}: has another label" for key in now if key in before and now[key] != before[key]]
-    if not found and list(now) != list(before):
-        found.append("the samples come in another order")
     if isinstance(source, FileSource):
         hashes = zip(manifest.table["key"], manifest.table["sha256"], strict=True)
         written = [(key, digest) for key, digest in hashes if key in now and (source.root / key).stat().st_mtime > since]
         found += [f"{key}: has other contents" for key, digest in written if hashlib.sha256(source.read(key)).hexdigest() != digest]
+    found += [f"{key}: has another label" for key in now if key in before and now[key] != before[key]]
+    found += [f"{key}: is new" for key in now if key not in before]
+    found += [f"{key}: is gone" for key in before if key not in now]
+    if not found and list(now) != list(before):
+        found.append("the samples come in another order")
     return listing(found)
 
 
