@@ -58,8 +58,8 @@ def main(screen: Screen) -> int:
             screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
             return 0
         resume = run.has_checkpoints()
-        if not resume:  # it is new, or was cut off in front of its first checkpoint: it begins anew
-            run.begin(config)
+        if not run.config.exists():
+            run_directory.write(run.config, config.to_yaml())
         screen.divert_to(run.log)
         return train(config, run, screen, resume=resume, allowed=arguments.allow_change)
 
@@ -101,7 +101,9 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     }
     if resume:
         restore_newest(state, run, identity, screen, allowed)
-    run_directory.write(run.config, config.to_yaml())
+        run_directory.write(run.config, config.to_yaml())
+    else:  # it is new, or was cut off in front of its first checkpoint: it begins anew
+        run.begin(config)
     run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     manifest.save(run.manifest)
     if manifest.left_out:
