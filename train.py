@@ -106,8 +106,6 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
         run.begin(config)
     run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     manifest.save(run.manifest)
-    if manifest.left_out:
-        manifest.write_left_out(run.left_out)
 
     batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
     stages = Stages(config, runtime, manifest, source, model, screen)
@@ -178,6 +176,8 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     else:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
+        if manifest.left_out:
+            manifest.write_left_out(run.left_out)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:

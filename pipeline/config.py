@@ -134,14 +134,23 @@ class Skip(Section):
 class TrainConfig(Section):
     """How long and in what portions."""
 
-    global_batch_size: PositiveInt | Literal["auto"] = 32
+    global_batch_size: Annotated[
+        Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+        Discriminator(lambda value: "word" if isinstance(value, str) and not value.isdigit() else "number"),
+    ] = 32
     """Images per step over all replicas. auto: 256, in as many micro-batches as the devices' memory asks for by estimate."""
     accumulation: PositiveInt = 1
     """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
     """One stage with trainable: all is plain training."""
-    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    class_weights: (
+        Annotated[
+            Annotated[Literal["balanced"], Tag("word")] | Annotated[dict[str, PositiveFloat], Tag("weights")],
+            Discriminator(lambda value: "weights" if isinstance(value, Mapping) else "word"),
+        ]
+        | None
+    ) = None
     """What an image of a class counts in the loss: by name, 1 where none is given; balanced: images / (classes * images of the class)."""
     best_metric: Metric = "accuracy"
     """Of the validation split; decides which epoch is kept in best/, and early stopping. The test split decides nothing."""

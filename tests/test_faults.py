@@ -31,6 +31,7 @@ from pipeline.config_file import load_config
 from pipeline.training import checkpoint
 from pipeline.training.mlflow_store import import_mlflow
 
+pytestmark = pytest.mark.timeout(1200)
 SEED = 20
 CONFIG = """
 model: {variant: {width: 0.1, depth: 0.3, resolution: 32}, weights: null, batch_norm_momentum: 0.9}
@@ -505,7 +506,6 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("life", LIVES)
 def test_a_run_survives_the_faults_of_its_life(launcher, life):
     variant = LIVES[life][0]
@@ -530,7 +530,6 @@ def small_disk(launcher: Launcher) -> Iterator[tuple[Path, Callable[[int], None]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_run_survives_a_full_disk(launcher, small_disk):
     folder, resize = small_disk
     whole = launcher.whole("one device")
@@ -551,7 +550,6 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("policy", "poison", "places"),
     [
@@ -592,7 +590,6 @@ def test_what_is_done_about_nan_survives_a_kill(launcher, policy, poison, places
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_weights_do_not_depend_on_the_number_of_input_workers(launcher):
     arguments = [*VARIANTS["albumentations"], "train.stages=[{epochs: 2}]"]
     found = []
