@@ -110,12 +110,12 @@ def poisoned_stream(step: int) -> Callable[..., Any]:
     import tensorflow as tf
 
     def make(real: Callable[..., Any]) -> Callable[..., Any]:
-        def stream(*arguments: Any, start_step: int) -> tf.data.Dataset:
+        def stream(*arguments: Any, start_step: int, **further: Any) -> tf.data.Dataset:
             def poison(number: tf.Tensor, batch: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
                 images, labels, weights, index = batch
                 return images, labels, tf.where(number == step, float("nan"), weights), index
 
-            return real(*arguments, start_step=start_step).enumerate(start_step).map(poison)
+            return real(*arguments, start_step=start_step, **further).enumerate(start_step).map(poison)
 
         return stream
 
