@@ -88,7 +88,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
     config = fit_batch(config, runtime, model)
     check_batch(config, runtime)
-    manifest = read_data(source, config, run, screen, scanned=resume and "data" not in allowed)
+    manifest = read_data(source, config, run, screen, resume=resume, allowed=allowed)
     config = settle_recipe(config, manifest, model, new, screen)
     counts = manifest.class_counts()
     weights = class_weights(config, manifest.class_names, counts["train"].tolist())
@@ -161,23 +161,20 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     return 0
 
 
-def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, scanned: bool) -> Any:
-    """Scans the data: every sample is read and decoded once before any training. A run that did so earlier looks for changes."""
+def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> Any:
+    """Scans the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
     from pipeline.data.check import scan
     from pipeline.data.manifest import Manifest, differences
 
-    if scanned:
-        manifest = Manifest.load(run.manifest)
-        if changed := differences(manifest, source, since=run.manifest.stat().st_mtime):
-            raise RunError(
-                f"{run.path}: its data have changed since it began:\n{changed}\n"
-                "Put them back, start a new run, or go on with them knowingly by --allow-change data"
-            )
-    else:
-        with screen.counting("reading the data") as count:
-            manifest = scan(source, config.data, seed=config.seed, progress=count)
-        if manifest.left_out:
-            manifest.write_left_out(run.left_out)
+    with screen.counting("reading the data") as count:
+        manifest = scan(source, config.data, seed=config.seed, progress=count)
+    if resume and "data" not in allowed and (changed := differences(Manifest.load(run.manifest), manifest)):
+        raise RunError(
+            f"{run.path}: its data have changed since it began:\n{changed}\n"
+            "Put them back, start a new run, or go on with them knowingly by --allow-change data"
+        )
+    if manifest.left_out:
+        manifest.write_left_out(run.left_out)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:

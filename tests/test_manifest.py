@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.data.check import scan
-from pipeline.data.manifest import LeftOut, Manifest, differences
-from pipeline.data.sources import DigitsSource, open_source
+from pipeline.data.manifest import LeftOut, Manifest
+from pipeline.data.sources import open_source
 from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
@@ -67,14 +67,6 @@ def test_the_digest_is_that_of_whole_columns(digits, monkeypatch):
         whole.update(json.dumps(column).encode())
     monkeypatch.setattr("pipeline.data.manifest.AT_ONCE", 100)
     assert digits.digest() == whole.hexdigest()
-
-
-def test_what_was_left_out_is_no_change_whether_it_is_still_there_or_not(digits):
-    source = DigitsSource()
-    left_out = (LeftOut("3", "is empty"), LeftOut("1796", "is empty"), LeftOut("gone", "is empty"))
-    without = Manifest(digits.class_names, digits.table.drop(index=[3, 1796]), (), left_out)
-    assert differences(without, source, since=0) == ""
-    assert differences(Manifest(digits.class_names, digits.table.drop(index=[3]), ()), source, since=0).strip() == "3: is new"
 
 
 def test_what_was_left_out_is_written_as_csv(digits, tmp_path):

@@ -332,17 +332,17 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
             (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes()[: 300 if path.name == "7.png" else None])
     config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad=skip"])
     run, screen = run_directory.create(tmp_path / "run", "test"), FakeScreen()
-    first = train.read_data(open_source(config.data), config, run, screen, scanned=False)
+    first = train.read_data(open_source(config.data), config, run, screen, resume=False)
     assert len(first.table) == 46
     listed = pd.read_csv(run.left_out)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
     assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in "".join(screen.said)
     first.save(run.manifest)
-    assert train.read_data(open_source(config.data), config, run, screen, scanned=True).digest() == first.digest()
+    assert train.read_data(open_source(config.data), config, run, screen, resume=True).digest() == first.digest()
     (tmp_path / "photos/a/8.png").unlink()
     with pytest.raises(UserError, match="have changed since it began"):
-        train.read_data(open_source(config.data), config, run, screen, scanned=True)
+        train.read_data(open_source(config.data), config, run, screen, resume=True)
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):

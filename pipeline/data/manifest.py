@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sources import SPLITS, FileSource, Source, listing
+from pipeline.data.sources import SPLITS, listing
 from pipeline.errors import DataError
 
 COLUMNS = {
@@ -105,32 +105,22 @@ class Manifest:
             csv.writer(file).writerows([("path", "problem"), *self.left_out])
 
 
-def differences(manifest: Manifest, source: Source, *, since: float) -> str:
-    """What has become of the data since they were scanned, a line each; empty where nothing has.
-
-    Files are read again only if they were written since.
-
-    Args:
-        manifest: Of the scan.
-        source: The data as they are now.
-        since: Time of the scan, in seconds since the epoch.
-    """
-    before = dict(zip(manifest.table["key"], manifest.table["label"], strict=True))
-    left_out = {key for key, _ in manifest.left_out}
-    now = {sample.key: sample.label for sample in source.samples() if sample.key not in left_out}
+def differences(before: Manifest, after: Manifest) -> str:
+    """What has become of the data from one scan to another, a line each; empty where training sees the same."""
+    if before.digest() == after.digest():
+        return ""
+    old, new = (
+        each.table.assign(label=np.array(each.class_names, object)[each.table["label"]]).set_index("key") for each in (before, after)
+    )
+    both = old.index[old.index.isin(new.index)]
     found: list[str] = []
-    if source.class_names != manifest.class_names:
-        found.append(f"classes: were {', '.join(manifest.class_names)}; are {', '.join(source.class_names)}")
-    if isinstance(source, FileSource):
-        hashes = zip(manifest.table["key"], manifest.table["sha256"], strict=True)
-        written = [(key, digest) for key, digest in hashes if key in now and (source.root / key).stat().st_mtime > since]
-        found += [f"{key}: has other contents" for key, digest in written if hashlib.sha256(source.read(key)).hexdigest() != digest]
-    found += [f"{key}: has another label" for key in now if key in before and now[key] != before[key]]
-    found += [f"{key}: is new" for key in now if key not in before]
-    found += [f"{key}: is gone" for key in before if key not in now]
-    if not found and list(now) != list(before):
-        found.append("the samples come in another order")
-    return listing(found)
+    if before.class_names != after.class_names:
+        found.append(f"classes: were {', '.join(before.class_names)}; are {', '.join(after.class_names)}")
+    for column, what in (("sha256", "has other contents"), ("label", "has another label"), ("split", "is in another split")):
+        found += [f"{key}: {what}" for key in both[old.loc[both, column].to_numpy() != new.loc[both, column].to_numpy()]]
+    found += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
+    found += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
+    return listing(found or ["the pictures come in another order"])
 
 
 def _json_list(column: pd.Series) -> Iterator[str]:
