@@ -86,7 +86,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
     model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-    config = fit_batch(config, runtime, model)
+    config = fit_batch(config, runtime, model, before=run.load_config().train if resume else None)
     check_batch(config, runtime)
     manifest = read_data(source, config, run, screen, resume=resume, allowed=allowed)
     config = settle_recipe(config, manifest, model, new, screen)
@@ -108,8 +108,8 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     manifest.save(run.manifest)
 
     batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
-    stages = Stages(config, runtime, manifest, source, model, screen)
     stop = StopRequest(screen.say)
+    stages = Stages(config, runtime, manifest, source, state, screen, stop)
     not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say)
     with Tracker(config, run.path, resumed=run.mlflow_run(), changes=state.describe_changes()) as tracker:
         run.note_mlflow_run(tracker.uri, tracker.run_id)

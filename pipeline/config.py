@@ -138,7 +138,7 @@ class TrainConfig(Section):
         Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
         Discriminator(lambda value: "word" if isinstance(value, str) and not value.isdigit() else "number"),
     ] = 32
-    """Images per step over all replicas. auto: 256, in as many micro-batches as the devices' memory asks for by estimate."""
+    """Images per step over all replicas. auto: about 256, in as many micro-batches as the devices' memory asks for by estimate."""
     accumulation: PositiveInt = 1
     """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1

@@ -1,6 +1,7 @@
 """What the stages of a run train on, and how the network is measured between their epochs and at the end."""
 
-import keras
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -10,31 +11,44 @@ from pipeline.data.sources import Source
 from pipeline.data.stream import evaluation_stream, feature_stream, steps_per_epoch, training_stream
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.screen import Screen
+from pipeline.training.checkpoint import State
 from pipeline.training.features import FeatureCache, are_constant, backbone_and_head
-from pipeline.training.loop import Stage, Work, plan
+from pipeline.training.loop import Interrupted, Stage, Work, plan
 from pipeline.training.runtime import Runtime
 
 
 class Stages:
     """Gives the training loop its batches and its validation: of pictures, or of a frozen backbone's features, computed once."""
 
-    def __init__(self, config: Config, runtime: Runtime, manifest: Manifest, source: Source, model: keras.Model, screen: Screen) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        manifest: Manifest,
+        source: Source,
+        state: State,
+        screen: Screen,
+        stop_requested: Callable[[], bool],
+    ) -> None:
         """Takes all that a run is made from; reads nothing yet."""
-        self._config, self._manifest, self._source, self._model, self._screen = config, manifest, source, model, screen
+        self._config, self._manifest, self._source, self._state = config, manifest, source, state
+        self._screen, self._stop_requested = screen, stop_requested
         self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
-        backbone, head = backbone_and_head(model)
-        self._predictor, self._feature_extractor = Predictor(model, runtime.strategy), Predictor(backbone, runtime.strategy)
+        self._backbone, head = backbone_and_head(state.model)
+        self._predictor, self._feature_extractor = (Predictor(each, runtime.strategy) for each in (state.model, self._backbone))
         self._features = FeatureCache(head, self._compute_features)
 
     def work(self, stage: Stage) -> Work:
         """What a stage trains on. Features take the pictures' place where they are the same in every epoch."""
         config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
-        if are_constant(config, so_far, len(manifest.indices("train")), self._features.width):
+        constant = are_constant(config, so_far, len(manifest.indices("train")), self._features.width)
+        average = self._state.average
+        if constant and (average is None or not average.follows_any(self._backbone.weights)):
             rows = self._features.of("train")
             return Work(self._features.head, lambda step: feature_stream(manifest, config, rows, start_step=step), self._validate_head)
-
-        return Work(self._model, self.pictures, self._validate)
+        self._features.forget()
+        return Work(self._state.model, self.pictures, self._validate)
 
     def pictures(self, step: int) -> tf.data.Dataset:
         """The stream from a step on, as the step's stage sees it."""
@@ -62,4 +76,10 @@ class Stages:
 
     def _compute_features(self, split: str) -> np.ndarray:
         with self._screen.counting(f"computing the features of {split}, once") as count:
-            return self._feature_extractor(self._evaluated(split), progress=count).logits
+
+            def progress(done: int, of: int) -> None:
+                count(done, of)
+                if self._stop_requested():  # nothing is lost: a resume computes them anew in any case
+                    raise Interrupted
+
+            return self._feature_extractor(self._evaluated(split), progress=progress).logits

@@ -56,7 +56,7 @@ def train() -> tuple[State, list[dict[str, float]]]:
     runtime = set_up(CONFIG)
     model = efficientnet(CONFIG.variant, num_classes=10, dropout_layer=PerReplicaDropout, seed=CONFIG.seed)
     state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals())
-    stages = Stages(CONFIG, runtime, manifest, source, model, Screen())
+    stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False)
     trainer = Trainer(CONFIG, runtime, steps_per_epoch(len(manifest.indices("train")), 16), [], lambda: False)
     return state, trainer.run(state, stages.work)
 

@@ -5,11 +5,12 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config import Config
+from pipeline.data_config import AugmentConfig
 from pipeline.errors import TrainingError
 from pipeline.model.efficientnet import efficientnet
 from pipeline.training import memory
 from pipeline.training.memory import device_memory, explained, fit_batch, largest_micro_batch, step_memory
-from pipeline.training.runtime import Runtime, set_up
+from pipeline.training.runtime import Runtime, check_batch, set_up
 
 VARIANT = {"width": 0.25, "depth": 0.3, "resolution": 64}
 MIB = 2**20
@@ -31,15 +32,48 @@ def runtime() -> Runtime:
 
 def test_auto_takes_256_images_in_the_fewest_micro_batches_that_fit(monkeypatch, model, runtime):
     auto = config(global_batch_size="auto")
-    for mib, accumulation in ((100_000, 1), (600, None), (200, None)):
+    seen = set()
+    for mib in (100_000, 600, 200, 60):
         monkeypatch.setattr(memory, "device_memory", lambda mib=mib: mib * MIB)
         settled = fit_batch(auto, runtime, model).train
         fitting = largest_micro_batch(auto, model, mib * MIB)
         assert settled.batch_size == 256
         assert 256 // settled.accumulation <= fitting
-        assert settled.accumulation == 1 or 256 // (settled.accumulation // 2) > fitting, "half as many would not fit"
-        assert accumulation in (None, settled.accumulation)
+        assert settled.accumulation == 1 or 512 // settled.accumulation > fitting, "twice as many would not fit"
         assert Config.model_validate(auto.model_copy(update={"train": settled}).model_dump(mode="json")).train == settled
+        seen.add(settled.accumulation)
+    assert 1 in seen
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5, 6, 8, 300])
+def test_what_auto_chooses_can_be_shared_and_mixed(monkeypatch, model, replicas):
+    monkeypatch.setattr(Runtime, "replicas", replicas)
+    runtime = Runtime(tf.distribute.get_strategy(), "float32", False)
+    mixed = config(global_batch_size="auto").model_copy(update={"augment": AugmentConfig(mixup=0.2)})
+    for fitting in (8, 42, 50, 1000):
+        monkeypatch.setattr(memory, "largest_micro_batch", lambda *_, fitting=fitting: fitting)
+        settled = fit_batch(mixed, runtime, model)
+        share = settled.train.batch_size // settled.train.accumulation // replicas
+        assert settled.train.batch_size == share * settled.train.accumulation * replicas
+        assert 1 <= share <= fitting
+        assert 128 <= settled.train.batch_size <= max(384, replicas)
+        if share >= 8:
+            check_batch(settled, runtime)
+
+
+def test_a_resumed_run_stays_with_what_it_settled_on(monkeypatch, model, runtime):
+    monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
+    auto, before = config(global_batch_size="auto"), config(global_batch_size=256, accumulation=4)
+    assert fit_batch(auto, runtime, model, before=before.train).train == before.train
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path):
+    whole = device_memory()
+    for text, expected in (("1073741824\n", 2**30), ("max\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(memory, "CONTAINER_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+        assert device_memory() == expected
 
 
 def test_the_estimate_counts_what_fits_and_not_one_more(model):

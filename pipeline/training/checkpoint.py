@@ -201,18 +201,20 @@ def restore(state: State, checkpoint: Path) -> None:
     Raises:
         RunError: If the checkpoint's variables are not those of the state.
     """
+    advice = "resume with the program, network and optimizer that wrote it, or start a new run from its weights"
     for group, variables in state.groups().items():
+        if not (checkpoint / f"{group}.npz").exists():
+            raise RunError(f"{checkpoint}: has no {group}, which this run wants; {advice}")
         with np.load(checkpoint / f"{group}.npz", allow_pickle=False) as stored:
             differing = sorted(set(stored.files) ^ set(variables)) or [
                 name for name, variable in variables.items() if tuple(stored[name].shape) != tuple(variable.shape)
             ]
             if differing:
-                raise RunError(
-                    f"{checkpoint}: does not fit this program's {group} (first difference: {differing[0]}); "
-                    "resume with the version of the program that wrote it, or start a new run"
-                )
+                raise RunError(f"{checkpoint}: does not fit this program's {group} (first difference: {differing[0]}); {advice}")
             for name, variable in variables.items():
                 variable.assign(stored[name])
+    if state.average is not None:
+        state.average.follow_those_apart()
     manifest = read_manifest(checkpoint)
     for name in PLAIN_FIELDS:
         setattr(state, name, manifest[name])

@@ -82,6 +82,10 @@ class FeatureCache:
             self._known[split] = self._compute(split)
         return self._known[split]
 
+    def forget(self) -> None:
+        """Gives the memory back."""
+        self._known.clear()
+
     def logits(self, split: str) -> np.ndarray:
         """The network's outputs for a split as its head is now, float32 (n, K)."""
         return self.head(self.of(split), training=False).numpy()

@@ -17,7 +17,7 @@ from pipeline.training.hooks import Hook
 from pipeline.training.not_finite import give_up, learning_rate_factor
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.runtime import Runtime
-from pipeline.training.step import TrainStep, moved_by_training
+from pipeline.training.step import TrainStep
 
 REPORTS_PER_EPOCH = 20
 SECONDS_PER_PROGRESS = 0.5
@@ -159,10 +159,6 @@ class Trainer:
             TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
             Interrupted: If a stop was requested.
         """
-        for stage in self.stages:
-            if state.average is not None and stage.first < state.step:  # what it has moved has an average of its own
-                set_trainable(state.model, stage.config)
-                state.average.follow(moved_by_training(state.model))
         while state.step < self.total_steps:
             stage = next(stage for stage in self.stages if state.step < stage.stop)
             if self._is_exhausted(stage, state.history):
@@ -193,7 +189,7 @@ class Trainer:
         left_out = state.step - self._counted(state)  # by early stopping of the stages before
         shown = time.monotonic()
         batches = self._batches(work, state.step)
-        while stage.first <= state.step < stage.stop:  # a rollback may lead into the stage before
+        while state.step < stage.stop:
             batch, rate = next(batches), stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
             if state.step not in state.skipped:
                 train_step(batch, rate)
@@ -207,6 +203,8 @@ class Trainer:
                 state.step = self._counted(state) + left_out  # steps behind one that is not finite changed nothing, like it
                 state.totals.halted.assign(False)
                 self._on_not_finite(state)
+                if state.step < stage.first:
+                    return
                 batches = self._batches(work, state.step)
                 continue
             metrics = self._means(state, rate)

@@ -1,26 +1,32 @@
 """How many images a device takes in one step, by estimate: for `global_batch_size: auto`, and for advice where memory runs out."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import keras
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.errors import TrainingError
 from pipeline.model.cost import estimated_memory
 from pipeline.training.runtime import Runtime
 
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of version 2, of version 1
 AUTO_BATCH = 256  # images per step; learning rates are given for so many
 SHARE = 0.7  # of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work in
 
 
 def device_memory() -> int:
-    """Bytes that TensorFlow may take on the smallest device that trains: a GPU's, or where there is none the machine's."""
+    """Bytes that TensorFlow may take on the smallest device that trains: a GPU's, or where there is none the machine's or container's."""
     gpus = [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
-    return min(gpus) if gpus else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if gpus:
+        return min(gpus)
+    limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def step_memory(config: Config, model: keras.Model, images: int, *, accumulation: bool) -> int:
@@ -51,29 +57,36 @@ def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
     return max(0, int((SHARE * memory - without) / (with_one - without)))
 
 
-def fit_batch(config: Config, runtime: Runtime, model: keras.Model) -> Config:
+def fit_batch(config: Config, runtime: Runtime, model: keras.Model, *, before: TrainConfig | None = None) -> Config:
     """Replaces `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
 
-    The number of images that one update sees is so the same on every machine, up to what its replicas can share evenly.
+    Micro-batches are of a power of two, which fits MixUp's groups. Where the number of replicas is none, the images of a step are the
+    multiple of the micro-batches of all replicas that is nearest to 256.
 
     Args:
         config: Comes back as it is where the batch size is a number.
         runtime: Its replicas share the batch.
         model: What is to be trained.
+        before: What a run that is resumed settled on; it stays with that, whatever memory there is now.
 
     Raises:
         TrainingError: If not even one image is estimated to fit.
     """
     if config.train.global_batch_size != "auto":
         return config
-    memory = device_memory()
-    fitting, share = largest_micro_batch(config, model, memory), runtime.whole_batch(AUTO_BATCH) // runtime.replicas
-    if not fitting:
-        raise TrainingError(
-            f"{_network(config)} does not fit into {_gib(memory)} with a single image; take a smaller variant or resolution"
-        )
-    accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fitting)
-    train = config.train.model_copy(update={"global_batch_size": share * runtime.replicas, "accumulation": accumulation})
+    if before is not None:
+        batch_size, accumulation = before.batch_size, before.accumulation
+    else:
+        memory = device_memory()
+        fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH // runtime.replicas))
+        if not fitting:
+            raise TrainingError(
+                f"{_network(config)} does not fit into {_gib(memory)} with a single image; take a smaller variant or resolution"
+            )
+        together = 2 ** int(math.log2(fitting)) * runtime.replicas
+        accumulation = max(1, round(AUTO_BATCH / together))
+        batch_size = together * accumulation
+    train = config.train.model_copy(update={"global_batch_size": batch_size, "accumulation": accumulation})
     return config.model_copy(update={"train": train})
 
 

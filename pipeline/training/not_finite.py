@@ -1,6 +1,7 @@
 """What becomes of a run when the loss or the gradient of a step is not finite: `train.on_nan` decides.
 
-Nothing of such a step was applied. Its batch, as it was fed, and the state in front of it are saved for inspection. Then the run
+Nothing of such a step was applied. Its batch, as it was fed (of a frozen backbone's features, the pictures that they are of), and the state
+in front of it are saved for inspection. Then the run
 
 - stops (`stop`),
 - or goes on with the next batch (`{skip: N}`, for a bad batch now and then), N times at most,
@@ -96,14 +97,14 @@ class NotFinitePolicy:
             give_up(state, f"{further}\n{where} Go on with --resume and --allow-change of what you change, or with another train.on_nan.")
 
     def _roll_back(self, state: State, where: str) -> None:
-        finding, rollbacks = _finding(state), state.rollbacks + 1
+        finding, rollbacks, changes = _finding(state), state.rollbacks + 1, state.changes
         start = checkpoint.checkpoint_path(self._checkpoints, state.epoch_start)
         problem = checkpoint.problem(start)
         if problem is not None:
             give_up(state, f"\n{where} The run cannot go back to {start}: {problem}.")
         checkpoint.restore(state, start)
         checkpoint.remove_behind(self._checkpoints, state.step)
-        state.rollbacks = rollbacks
+        state.rollbacks, state.changes = rollbacks, changes  # what the checkpoint is too old to know
         times = f"{rollbacks} of {MOST_ROLLBACKS} times at most"
         self._say(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
 

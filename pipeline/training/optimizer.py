@@ -104,6 +104,15 @@ class MovingAverage:
         """Says that these change from now on, beside those named before."""
         self._followed |= {id(variable) for variable in variables}
 
+    def follow_those_apart(self) -> None:
+        """The same for every variable that is not its own average, once values from elsewhere have been put in."""
+        pairs = zip(self.averaged, self.variables, strict=True)
+        self.follow(variable for variable, average in pairs if not np.array_equal(variable.numpy(), average.numpy()))
+
+    def follows_any(self, variables: Iterable[keras.Variable]) -> bool:
+        """Whether the average of one of these may differ from it."""
+        return any(id(variable) in self._followed for variable in variables)
+
     def _pairs(self) -> list[tuple[keras.Variable, tf.Variable]]:
         pairs = zip(self.averaged, self.variables, strict=True)
         return [(variable, average) for variable, average in pairs if id(variable) in self._followed]
