@@ -45,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.weights and not arguments.variant:
         parser.error("--weights needs --variant: the network that they belong to")
+    if arguments.run and arguments.variant:
+        parser.error("--variant belongs to --weights: a run knows its own")
     if arguments.weights and not (arguments.images or arguments.data):
         parser.error("--weights needs pictures to label, or labelled ones by --data")
     if arguments.images and (arguments.split or arguments.data):
@@ -95,7 +97,7 @@ class Network(NamedTuple):
         from pipeline.data.stream import evaluation_stream
         from pipeline.evaluation.metrics import Predictor
 
-        batch_size = self.runtime.whole_batch(self.config.train.batch_size // self.config.train.accumulation)
+        batch_size = self.runtime.whole_batch(self.config.train.micro_batch_size)
         dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size)
         with screen.counting(f"measuring {split}") as count:
             return Predictor(self.model, self.runtime.strategy)(dataset, progress=count)

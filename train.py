@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import run_directory
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import ConfigError, RunError, TrainingError, UserError
+from pipeline.errors import RunError, TrainingError, UserError
 from pipeline.run_directory import RunDirectory
 from pipeline.screen import Screen, run_program
 
@@ -86,10 +86,11 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
     source = open_source(config.data)
     model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-    config = fit_batch(config, runtime, model, before=run.load_config().train if resume else None)
+    before = run.load_config() if resume else None
+    config = fit_batch(config, runtime, model, before=before.train if before else None)
     check_batch(config, runtime)
-    manifest = read_data(source, config, run, screen, resume=resume, allowed=allowed)
-    config = settle_recipe(config, manifest, model, new, screen)
+    manifest = read_data(source, config, run, screen)
+    config = settle_recipe(config, manifest, new, before, screen)
     counts = manifest.class_counts()
     weights = class_weights(config, manifest.class_names, counts["train"].tolist())
     state = new_state(config, runtime, model)
@@ -100,7 +101,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
         "replicas": runtime.replicas,
     }
     if resume:
-        restore_newest(state, run, identity, screen, allowed)
+        restore_newest(state, run, identity, manifest, screen, allowed)
         run_directory.write(run.config, config.to_yaml())
     else:  # it is new, or was cut off in front of its first checkpoint: it begins anew
         run.begin(config)
@@ -161,18 +162,12 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     return 0
 
 
-def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> Any:
+def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen) -> Any:
     """Scans the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
     from pipeline.data.check import scan
-    from pipeline.data.manifest import Manifest, differences
 
     with screen.counting("reading the data") as count:
         manifest = scan(source, config.data, seed=config.seed, progress=count)
-    if resume and "data" not in allowed and (changed := differences(Manifest.load(run.manifest), manifest)):
-        raise RunError(
-            f"{run.path}: its data have changed since it began:\n{changed}\n"
-            "Put them back, start a new run, or go on with them knowingly by --allow-change data"
-        )
     if manifest.left_out:
         manifest.write_left_out(run.left_out)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
@@ -184,16 +179,12 @@ def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen, *,
     return manifest
 
 
-def settle_recipe(config: Config, manifest: Any, model: Any, new: Collection[str], screen: Screen) -> Config:
+def settle_recipe(config: Config, manifest: Any, new: Collection[str], before: Config | None, screen: Screen) -> Config:
     """What the config comes to for these data."""
-    from pipeline.training.loop import check_new_layers
     from pipeline.training.recipe import settle
 
-    if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
-        raise ConfigError("train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one")
-    settled = settle(config, len(manifest.indices("train")))
+    settled = settle(config, manifest, new, before=before)
     if settled != config:
-        check_new_layers(model, new, settled.train.stages)
         stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
         screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}")
     return settled
@@ -223,7 +214,8 @@ def build_network(
         if weights is not None:
             report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
             screen.say(f"weights: {report}", details=report.details())
-            check_new_layers(model, report.new, config.train.stages)
+            if config.recipe is None:  # which sees to that by itself
+                check_new_layers(model, report.new, config.train.stages)
             new = report.new
     return model, new
 
@@ -239,8 +231,9 @@ def new_state(config: Config, runtime: Any, model: Any) -> Any:
         return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 
 
-def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], screen: Screen, allowed: Sequence[str]) -> None:
+def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], manifest: Any, screen: Screen, allowed: Sequence[str]) -> None:
     """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ."""
+    from pipeline.data.manifest import Manifest, differences
     from pipeline.training import checkpoint
     from pipeline.training.identity import check_identity
 
@@ -249,7 +242,7 @@ def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], scre
         screen.say(f"passed over {problem}")
     if newest is None:
         raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-    changes = check_identity(newest, identity, allowed)
+    changes = check_identity(newest, identity, allowed, details={"data": differences(Manifest.load(run.manifest), manifest)})
     checkpoint.restore(state, newest)
     state.changes += changes
     for change in state.describe_changes():

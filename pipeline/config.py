@@ -151,7 +151,7 @@ class TrainConfig(Section):
         ]
         | None
     ) = None
-    """What an image of a class counts in the loss: by name, 1 where none is given; balanced: images / (classes * images of the class)."""
+    """What an image of a class counts in the loss beside the others: by name, 1 where none is given; balanced: every class the same."""
     best_metric: Metric = "accuracy"
     """Of the validation split; decides which epoch is kept in best/, and early stopping. The test split decides nothing."""
     early_stopping: EarlyStoppingConfig | None = None
@@ -183,6 +183,11 @@ class TrainConfig(Section):
         """`global_batch_size`, once it is a number."""
         assert self.global_batch_size != "auto", "fit_batch settles it"
         return self.global_batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images that go through the network at once, over all replicas."""
+        return self.batch_size // self.accumulation
 
 
 class RuntimeConfig(Section):

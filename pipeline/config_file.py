@@ -35,6 +35,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: With a line for every mistake: where, which key, what is wrong, and the nearest valid key.
     """
     values, origins = _read(Path(path), ())
+    if any(override.startswith("recipe=") for override in overrides):
+        _make_way(values)
     for override in overrides:
         _apply_override(values, origins, override)
     try:
@@ -69,6 +71,8 @@ def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict
     if not isinstance(parent, str):
         raise ConfigError(f"{origins['extends',]}: extends: must be the name of another config file; received {parent!r}")
     base, base_origins = _read(path.parent / parent, (*trail, path.resolve()), f"{origins['extends',]}: extends: ")
+    if values.get("recipe") is not None:
+        _make_way(base)
     _merge(base, values, (), base_origins, origins)
     return base, base_origins
 
@@ -106,6 +110,13 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as error:  # such as the date 2026-13-45
         raise ConfigError(f"{place}: {dotted(path)}: {error}") from None
+
+
+def _make_way(values: dict[str, Any]) -> None:
+    """Takes out what a recipe chooses: a config that is given one is not held to what those that it changes say of these keys."""
+    values.pop("optimizer", None)
+    if isinstance(values.get("train"), dict):
+        values["train"].pop("stages", None)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], path: KeyPath, origins: Origins, over_origins: Origins) -> None:

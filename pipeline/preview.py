@@ -21,7 +21,7 @@ def show(config: Config, screen: Screen) -> None:
     """Prints it all. Downloads nothing, and writes nothing but the scan's cache.
 
     Raises:
-        UserError: Where the run itself would.
+        UserError: Where the run itself would, but for its weights, which are not looked at.
     """
     runtime = set_up(config)
     image_augmentation(config)
@@ -39,7 +39,7 @@ def show(config: Config, screen: Screen) -> None:
     if missing is None:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
-        config = settle(config, len(manifest.indices("train")))
+        config = settle(config, manifest)
         class_weights(config, class_names, manifest.class_counts()["train"].tolist())
     screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:

@@ -9,6 +9,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
 from pipeline.data.stream import evaluation_stream, feature_stream, steps_per_epoch, training_stream
+from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.screen import Screen
 from pipeline.training.checkpoint import State
@@ -58,7 +59,13 @@ class Stages:
     def evaluate(self, split: str) -> tuple[Predictions, Evaluation]:
         """Measures the network as it is now on every image of a split."""
         predictions = self._predictor(self._evaluated(split))
-        return predictions, evaluate_predictions(predictions, self._manifest.class_names, split)
+        return predictions, self._figures(predictions, split)
+
+    def _figures(self, predictions: Predictions, split: str) -> Evaluation:
+        try:
+            return evaluate_predictions(predictions, self._manifest.class_names, split)
+        except RunError as error:  # of a network in training it is no mistake in the input
+            raise TrainingError(str(error)) from None
 
     def _validate(self) -> dict[str, float]:
         return self.evaluate("val")[1].headline() if len(self._manifest.indices("val")) else {}
@@ -68,11 +75,10 @@ class Stages:
         if not len(rows):
             return {}
         predictions = Predictions(rows, self._manifest.table["label"].to_numpy()[rows], self._features.logits("val"))
-        return evaluate_predictions(predictions, self._manifest.class_names, "val").headline()
+        return self._figures(predictions, "val").headline()
 
     def _evaluated(self, split: str) -> tf.data.Dataset:
-        batch_size = self._config.train.batch_size // self._config.train.accumulation
-        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=batch_size)
+        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=self._config.train.micro_batch_size)
 
     def _compute_features(self, split: str) -> np.ndarray:
         with self._screen.counting(f"computing the features of {split}, once") as count:

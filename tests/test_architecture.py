@@ -23,7 +23,7 @@ ALLOWED = {  # part -> the parts that it may import
     "data": {"scaling", "config", "errors", "data_config"},
     "training": {"scaling", "config", "errors", "model", "data", "run_directory", "screen"},
     "evaluation": {"scaling", "config", "errors", "model", "data", "data_config"},
-    "stages": {"config", "data", "evaluation", "screen", "training"},
+    "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {"screen"},  # the programs are imported once one is named
     "commands": {path.relative_to(PROJECT / "pipeline").with_suffix("").parts[0] for path in MODULES},

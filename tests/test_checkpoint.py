@@ -183,3 +183,29 @@ def test_a_disk_that_takes_no_more_is_named_and_loses_nothing(tmp_path, monkeypa
     with pytest.raises(TrainingError, match=r"step-00000007: cannot be written \(No space left on device\).*go on with --resume"):
         checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+
+
+def test_a_change_that_asks_for_what_a_checkpoint_lacks_is_refused_in_words(tmp_path):
+    state = make_state(average=False)
+    scramble(state, 1)
+    written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    with pytest.raises(
+        RunError, match=r"has no average, which this run wants; resume with the program, network and optimizer that wrote it"
+    ):
+        checkpoint.restore(make_state(), written)
+
+
+def test_what_had_an_average_of_its_own_has_it_again_whatever_is_trained_next(tmp_path):
+    state = make_state()
+    apart = [variable for variable in state.average.averaged if variable.path == "dense/kernel"]
+    state.average.follow(apart)
+    for variable in apart:
+        variable.assign_add(np.ones(variable.shape))
+    written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    fresh = make_state()
+    checkpoint.restore(fresh, written)
+    followed = [variable.path for variable in fresh.average.averaged if fresh.average.follows_any([variable])]
+    assert followed == ["dense/kernel"]
+    value = fresh.model.get_layer("dense").kernel.numpy()
+    with fresh.averaged():
+        np.testing.assert_array_equal(fresh.model.get_layer("dense").kernel.numpy(), value - 1)

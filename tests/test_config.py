@@ -287,3 +287,16 @@ def test_train_answers_help_and_mistakes_within_two_seconds_of_processor_time(tm
     assert result.returncode == (0 if arguments == ["--help"] else 2)
     assert "Traceback" not in result.stderr
     assert seconds < 2
+
+
+def test_a_recipe_makes_what_it_chooses_free_of_the_config_that_is_extended(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "data: {source: digits}\noptimizer: {name: sgd}\ntrain: {global_batch_size: 8, stages: [{epochs: 2}]}\n"
+    )
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nrecipe: auto\n")
+    for config in (load_config(tmp_path / "child.yaml"), load_config(tmp_path / "base.yaml", ["recipe=auto"])):
+        assert config.recipe == "auto"
+        assert config.train.global_batch_size == 8
+        assert not {"optimizer"} & config.model_fields_set
+    with pytest.raises(ConfigError, match="leave optimizer out"):
+        load_config(tmp_path / "base.yaml", ["recipe=auto", "optimizer.name=adamw"])

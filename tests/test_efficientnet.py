@@ -235,6 +235,7 @@ def test_one_seed_gives_equal_weights_and_another_gives_others() -> None:
         ("block1a_dwconv", 1),
         ("block7a_project_bn", 7),
         ("avg_pool", 8),
+        ("top_dropout", 9),
         ("predictions", 9),
     ],
 )

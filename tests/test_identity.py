@@ -24,6 +24,8 @@ def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
     assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.path: was 'a', is 'b'\n" in str(caught.value)
     assert "seed: was" not in str(caught.value)
     assert "by --allow-change classes --allow-change data.path" in str(caught.value)
+    with pytest.raises(RunError, match=r"data:\n    a/3\.png: is gone\n.*--allow-change data$"):
+        check_identity(written, identity(1, 2, "a", ["x", "y"]) | {"data": "def"}, details={"data": "  a/3.png: is gone"})
     allowed = check_identity(written, changed, ["seed", "data", "classes"])
     assert [(one["step"], one["key"], one["was"], one["is"]) for one in allowed] == [
         (3, "classes", ["x", "y"], ["x", "z"]),

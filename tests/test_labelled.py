@@ -1,5 +1,6 @@
 """Labelled data whose classes are some of the network's, under names of their own."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,12 @@ def test_all_pictures_are_measured_or_those_of_one_split(photos: Path, split: st
     manifest = scan_labelled(open_labelled(photos, split), lambda done, of: None)
     assert len(manifest.indices(SPLIT)) == len(manifest.table) == count
     assert {Path(key).parent.name for key in manifest.table["key"]} == {"cat", "dog"}
+
+
+def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:
+    for place in ("train/dog", "test/dog"):
+        shutil.rmtree(photos / place)
+    assert len(scan_labelled(open_labelled(photos, None), lambda done, of: None).table) == 2
 
 
 def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:

@@ -414,7 +414,9 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     state = fresh_state()
     policy = Policy(config, tmp_path)
     policy.prepare(state)
+    state.changes = [{"step": 0, "key": "seed", "was": 1, "is": 2}]  # allowed since that checkpoint
     history = run(state, [policy.keeper], config=config, not_finite=policy)
+    assert [change["key"] for change in state.changes] == ["seed"]
     epoch = bad // STEPS
     assert state.rollbacks == 1
     assert [record["epoch"] for record in history] == [1, 2, 3, 4], "no epoch is lost or counted twice"

@@ -125,3 +125,20 @@ def test_swapping_the_average_in_leaves_the_weights_as_they_were_even_after_an_e
         fail_inside()
     assert (seen, float(variable.numpy())) == ([3.0], 4.0)
     assert average.variables[0].numpy() == 3.0
+
+
+def test_a_variable_that_is_thawed_late_moves_as_one_that_was_trained_from_the_start() -> None:
+    early, late, plain = (keras.Variable(np.ones(3, np.float32)) for _ in range(3))
+    ours = build_optimizer(OptimizerConfig(name="adamw"), [early, late])
+    keras_own = keras.optimizers.Adam(0.1)
+    keras_own.build([plain])
+    for step in range(300):
+        gradient = tf.constant([0.1, -2.0, 3.0]) * float(np.cos(step))
+        ours.update_step(gradient, early, tf.constant(0.1))
+        ours.count([early])
+        ours.iterations.assign_add(1)
+        keras_own.update_step(gradient, plain, tf.constant(0.1))
+        keras_own.iterations.assign_add(1)
+    np.testing.assert_array_equal(early.numpy(), plain.numpy())
+    ours.update_step(tf.constant([0.1, -2.0, 3.0]), late, tf.constant(0.1))
+    np.testing.assert_allclose(late.numpy(), [0.9, 1.1, 0.9], rtol=1e-4)

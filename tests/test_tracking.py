@@ -345,3 +345,13 @@ def test_processes_that_start_together_share_a_new_database_silently(tmp_path: P
     runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
     assert sorted(run.info.run_name for run in runs) == ["run0", "run1", "run2"]
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_weights_of_classes_with_any_name_are_params(config: Config, client: MlflowClient, tmp_path: Path) -> None:
+    weights = {"lady's slipper": 5.0, "oak, white (Quercus)": 2.0}
+    weighted = config.model_copy(update={"train": config.train.model_copy(update={"class_weights": weights})})
+    with Tracker(weighted, tmp_path / "run") as tracker:
+        pass
+    params = client.get_run(tracker.run_id).data.params
+    assert params["train.class_weights.lady_s slipper"] == "5.0"
+    assert params["train.class_weights.oak_ white _Quercus_"] == "2.0"

@@ -78,7 +78,14 @@ class Examination:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
 
-def scan(source: Source, config: DataConfig, *, seed: int, progress: Callable[[int, int], None] | None = None) -> Manifest:
+def scan(
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    fewest_classes: int = 2,
+) -> Manifest:
     """The manifest that a run trains on.
 
     Args:
@@ -86,17 +93,25 @@ def scan(source: Source, config: DataConfig, *, seed: int, progress: Callable[[i
         config: `splits`, `group_near_duplicates`, `on_bad`, `on_leak` and `path` are used.
         seed: Of the splits.
         progress: Called with the number of pictures done and of all, from the calling thread.
+        fewest_classes: That must have pictures; to learn, two.
 
     Raises:
         DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of these are named.
     """
-    examination = examine(source, config, seed=seed, progress=progress)
+    examination = examine(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes)
     if examination.errors or examination.manifest is None:
         raise DataError("\n".join(map(str, examination.errors)))
     return examination.manifest
 
 
-def examine(source: Source, config: DataConfig, *, seed: int, progress: Callable[[int, int], None] | None = None) -> Examination:
+def examine(
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    fewest_classes: int = 2,
+) -> Examination:
     """Decodes every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
 
     Args:
@@ -104,10 +119,11 @@ def examine(source: Source, config: DataConfig, *, seed: int, progress: Callable
         config: As of `scan`.
         seed: Of the splits.
         progress: As of `scan`.
+        fewest_classes: As of `scan`.
     """
     samples, classes = source.samples(), len(source.class_names)
     labelled = [sample for sample in samples if 0 <= sample.label < classes]
-    if hopeless := tuple(_hopeless(source.class_names, labelled)):
+    if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
         return Examination(None, hopeless)
     facts, problems = inspect_all(source, samples, ScanCache(config.path if source.root is not None else None), progress)
     for i, sample in enumerate(samples):
@@ -118,7 +134,7 @@ def examine(source: Source, config: DataConfig, *, seed: int, progress: Callable
     if problems:
         facts = np.delete(facts, list(problems))
         samples = [sample for i, sample in enumerate(samples) if i not in problems]
-        if lost := tuple(_emptied(source.class_names, labelled, samples)) or tuple(_hopeless(source.class_names, samples)):
+        if lost := tuple(_emptied(source.class_names, labelled, samples)) or tuple(_hopeless(source.class_names, samples, fewest_classes)):
             return Examination(None, (*bad, *lost) if config.on_bad == "skip" else bad, left_out)
     manifest = Manifest(source.class_names, _table(samples, facts, config, seed), left_out=left_out)
     findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_pictures(manifest, facts)]
@@ -147,7 +163,7 @@ def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, see
     ).astype(COLUMNS)
 
 
-def _hopeless(class_names: Sequence[str], samples: Sequence[Sample]) -> Iterator[Finding]:
+def _hopeless(class_names: Sequence[str], samples: Sequence[Sample], fewest_classes: int) -> Iterator[Finding]:
     """Why no classifier can be learned from the samples, as far as it shows without opening them."""
     odd = tuple(repr(name) for name in class_names if name.splitlines() != [name])
     if odd:
@@ -155,7 +171,7 @@ def _hopeless(class_names: Sequence[str], samples: Sequence[Sample]) -> Iterator
     present = {sample.label for sample in samples}
     if not samples:
         yield Finding("classes", "error", "The data set holds no labelled picture")
-    elif len(present) < 2:
+    elif len(present) < fewest_classes:
         name = class_names[samples[0].label]
         yield Finding("classes", "error", f"All pictures are of one class, {name!r}; a classifier needs two at least")
     elif samples[0].split is not None:

@@ -41,7 +41,7 @@ def scan_labelled(source: FileSource, progress: Callable[[int, int], None]) -> M
         DataError: Pictures cannot be read; all of these are named.
     """
     config = DataConfig(source="folder", path=source.root, group_near_duplicates=False)
-    manifest = scan(source, config, seed=0, progress=progress)
+    manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
 
 

@@ -151,7 +151,7 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
     if broken.any():
         raise RunError(
             f"the model's output is not finite for {broken.sum()} of the {len(labels)} images of the split {split}: "
-            "its weights have diverged; go back to an earlier checkpoint and train with a lower optimizer.base_lr"
+            "its weights have diverged; train with a lower optimizer.base_lr, anew or by --resume and --allow-change"
         )
     classes = np.arange(len(class_names))
     predicted = logits.argmax(axis=1)

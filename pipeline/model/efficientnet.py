@@ -58,6 +58,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 LITE_MEAN, LITE_STD = 127.0, 128.0  # of the pixel
 
 CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
+TOP_DROPOUT = "top_dropout"
 
 
 def stage_repeats(variant: Variant) -> list[int]:
@@ -189,7 +190,7 @@ def efficientnet(
         rate = variant.dropout if dropout is None else dropout
         x = layers.GlobalAveragePooling2D(dtype=dtype, name="avg_pool")(x)
         if rate > 0:
-            x = dropout_layer(rate, seed=seed_of("top_dropout"), dtype=dtype, name="top_dropout")(x)
+            x = dropout_layer(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
         # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of standard deviation 5 and
         # a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the pretrained layers before it has found a direction.
         bound = max(num_classes, 1000) ** -0.5
@@ -202,11 +203,11 @@ def block_of(layer_name: str) -> int:
     """The place of a layer in the network, for freezing everything in front of it.
 
     Returns:
-        0 for input, normalisation and stem, 1 to 7 for the blocks, 8 for what follows the last block, 9 for the classifier.
+        0 for input, normalisation and stem, 1 to 7 for the blocks, 8 for what follows the last block, 9 for the classifier and its dropout.
     """
     if match := re.match(r"block(\d)", layer_name):
         return int(match[1])
-    if layer_name == CLASSIFIER:
+    if layer_name in (TOP_DROPOUT, CLASSIFIER):
         return CLASSIFIER_BLOCK
     return 8 if layer_name.startswith(("top_", "avg_pool")) else 0
 

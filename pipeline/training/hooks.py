@@ -20,7 +20,7 @@ class Hook:
         """After each epoch and its validation, with its record."""
 
     def on_stage_left(self, epochs: int) -> None:
-        """After the epoch in which early stopping left a stage, with the number of epochs that it left out."""
+        """When early stopping leaves a stage, with the number of epochs that it leaves out; also behind a resume or a rollback."""
 
     def on_checkpoint(self, state: "State") -> None:
-        """When the state should be kept: after each epoch, and before the run is interrupted."""
+        """When the state should be kept: after each epoch, at the steps that the config names, and before the run is interrupted."""

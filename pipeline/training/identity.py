@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from pipeline.errors import RunError, nearest
@@ -17,13 +18,16 @@ FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
 )
 
 
-def check_identity(checkpoint: Path, identity: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
+def check_identity(
+    checkpoint: Path, identity: Mapping[str, Any], allowed: Sequence[str] = (), *, details: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Refuses to go on with another config, other data or another number of replicas than the checkpoint's.
 
     Args:
         checkpoint: A verified one.
         identity: What this run is.
         allowed: Keys that may differ all the same, each with everything below it.
+        details: Lines that say more of a key than its two values do.
 
     Returns:
         `step`, `key`, `was` and `is` of every difference that was allowed.
@@ -44,13 +48,17 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any], allowed: Seque
     ]
     refused = [change for change in differing if not _within(change["key"], allowed)]
     if refused:
-        lines = "\n".join(f"  {change['key']}: was {change['was']!r}, is {change['is']!r}" for change in refused)
+        lines = "\n".join(_line(change, (details or {}).get(change["key"], "")) for change in refused)
         remedy = " ".join(f"--allow-change {change['key']}" for change in refused)
         raise RunError(
             f"{checkpoint}: belongs to a run that differs in\n{lines}\n"
             f"resume it as it was, start a new run, or go on with the change knowingly by {remedy}"
         )
     return differing
+
+
+def _line(change: Mapping[str, Any], detail: str) -> str:
+    return f"  {change['key']}:" + (f"\n{indent(detail, '  ')}" if detail else f" was {change['was']!r}, is {change['is']!r}")
 
 
 def _within(key: str, names: Iterable[str]) -> bool:

@@ -67,15 +67,17 @@ class Throughput:
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
+        self._last = 0
         self.mean = 0.0
 
     def at(self, step: int) -> float:
-        """Notes that `step` steps are done; returns the mean."""
+        """Notes that `step` steps are done; returns the mean. A run that went back to an earlier step begins anew."""
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step < self._last:
             self._first = (step, now)
         else:
             self.mean = (step - self._first[0]) / (now - self._first[1])
+        self._last = step
         return self.mean
 
     def seconds_left(self, steps: int) -> float:

@@ -1,13 +1,15 @@
 """Settings that follow from the data: the `auto` recipe for fine-tuning, and what the images of a class count."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from pipeline.config import Config, OptimizerConfig, StageConfig
+from pipeline.data.manifest import Manifest
 from pipeline.data.stream import steps_per_epoch
 from pipeline.errors import ConfigError, nearest
+from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 
 HEAD_STEPS, MOST_HEAD_EPOCHS = 100, 20
 FEWEST_TO_FINE_TUNE = 500  # images: 243 photos of ants and bees got 94 to 95 % of 153 right fine-tuned, 96 to 97 % by the classifier alone
@@ -16,27 +18,41 @@ AVERAGED_SHARE = 0.15  # of the fine-tuning's steps, that the moving average rea
 STEPS_FOR_STATISTICS = 2_000  # fewer do not bring batch normalisation's statistics to new values that are better than ImageNet's
 
 
-def settle(config: Config, num_images: int) -> Config:
-    """Replaces `recipe: auto` by what it comes to for a number of training images.
+def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, before: Config | None = None) -> Config:
+    """Replaces `recipe: auto` by what it comes to for these data, and makes sure that they have what the config goes by.
 
     First the classifier alone, on pictures that are not augmented (their features are computed once, so its epochs are cheap), because a
     random one would pull the pretrained layers off their values (arXiv 2202.10054). Then, from 500 images on, everything by AdamW with a
-    cosine schedule: for some 6,000 images, within 5 to 20 epochs, so that small data sets are seen more often. The average covers the last
-    15 % of the steps; the published 0.9999 would leave a short run at its start. Below 2,000 steps batch normalisation stays as ImageNet's.
+    cosine schedule: for some 6,000 images, within 5 to 20 epochs, so that small data sets are seen more often. The average covers at most
+    the last 15 % of the steps (fewer while its decay still rises). Below 2,000 steps batch normalisation stays as ImageNet's.
+
+    Where the weights do not fit the whole backbone, everything is trained from the start, batch normalisation too, whatever the number.
 
     Args:
         config: Comes back as it is where `recipe` is null.
-        num_images: Images of the training split.
+        manifest: Its number of training images decides.
+        new: Layers that the weights do not fit.
+        before: What it came to when a resumed run began, which it keeps to; None at a beginning.
 
     Returns:
         A config that says all of it and has no recipe.
+
+    Raises:
+        ConfigError: If the config goes by a validation split and there is none.
     """
+    if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
+        raise ConfigError("train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one")
     if config.recipe is None:
         return config
+    if before is not None:
+        train = config.train.model_copy(update={"stages": before.train.stages})
+        return config.model_copy(update={"recipe": None, "optimizer": before.optimizer, "train": train})
+    num_images = len(manifest.indices("train"))
     per_epoch = steps_per_epoch(num_images, config.train.batch_size)
     head_epochs = min(math.ceil(HEAD_STEPS / per_epoch), MOST_HEAD_EPOCHS)
     epochs = min(max(round(IMAGES_SEEN / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
-    fine_tuned = num_images >= FEWEST_TO_FINE_TUNE
+    patched = any(block_of(name) < CLASSIFIER_BLOCK for name in new)
+    fine_tuned = num_images >= FEWEST_TO_FINE_TUNE or patched
     steps = (epochs if fine_tuned else head_epochs) * per_epoch
     optimizer = OptimizerConfig(
         name="adamw",
@@ -47,8 +63,8 @@ def settle(config: Config, num_images: int) -> Config:
         ema=round(min(max(1 - 1 / (AVERAGED_SHARE * steps), 0.9), 0.9999), 4),
     )
     head = StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False)
-    whole = StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS)
-    stages = (head, whole) if fine_tuned else (head,)
+    whole = StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS and not patched)
+    stages = (whole,) if patched else (head, whole) if fine_tuned else (head,)
     return config.model_copy(update={"recipe": None, "optimizer": optimizer, "train": config.train.model_copy(update={"stages": stages})})
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from pipeline.config import Config
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
-from pipeline.training.optimizer import MovingAverage, decayed
+from pipeline.training.optimizer import Adam, MovingAverage, decayed
 from pipeline.training.runtime import Runtime
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
@@ -146,6 +146,8 @@ class TrainStep:
         for gradient, variable, *constants in zip(gradients, self._trainable, self._weight_decay, self._rate_factors, strict=True):
             self._strategy.extended.update(variable.value, update, args=(gradient, *constants), group=False)
         self._optimizer.iterations.assign_add(1)
+        if isinstance(self._optimizer, Adam):
+            self._optimizer.count(self._trainable)
 
     def _gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, index: tf.Tensor

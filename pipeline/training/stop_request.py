@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: asked to stop, a run ends between two steps, its state saved."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,7 +30,8 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._say("stopping behind this step or validation; Ctrl-C ends it at once")
+        text = "stopping behind this step or validation; Ctrl-C ends it at once"
+        threading.Thread(target=self._say, args=(text,), daemon=True).start()  # the signal may have come in the middle of a line
 
     def __call__(self) -> bool:
         return self.signal != 0

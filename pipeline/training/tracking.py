@@ -40,6 +40,7 @@ SECONDS_BETWEEN_FLUSHES = 10.0
 SECONDS_AFTER_FAILURE = 60.0
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call; MLflow refuses more
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters; MLflow's limits
+NO_PARAM_NAME = r"[^\w./: -]"  # characters that MLflow refuses in the name of a parameter, such as that of a class with a weight
 
 
 class Tracker(Hook):
@@ -111,7 +112,8 @@ class Tracker(Hook):
         run = mlflow.start_run(run_id=self._resumed, experiment_id=experiment, run_name=name, tags=tags, log_system_metrics=True)
         self.run_id = run.info.run_id
         known = self._client.get_run(self.run_id).data.params  # of a run that was killed while it began, perhaps not all
-        params = [(key, value[:MAX_PARAM]) for key, value in flatten(self._config.model_dump(mode="json")) if key not in known]
+        values = {re.sub(NO_PARAM_NAME, "_", key): value for key, value in flatten(self._config.model_dump(mode="json"))}
+        params = [(key, value[:MAX_PARAM]) for key, value in values.items() if key not in known]
         for i in range(0, len(params), MAX_PARAMS):
             mlflow.log_params(dict(params[i : i + MAX_PARAMS]))
 
