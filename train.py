@@ -196,8 +196,8 @@ def build_network(
     """Builds the network under the strategy that will run it; returns it and the layers that the weights it starts from do not fit."""
     from pipeline.model.efficientnet import efficientnet
     from pipeline.model.weights import load_pretrained
+    from pipeline.training.layers import layer_types
     from pipeline.training.loop import check_new_layers
-    from pipeline.training.runtime import PerReplicaDropout
 
     new: Collection[str] = ()
     with runtime.strategy.scope():
@@ -207,7 +207,7 @@ def build_network(
             survival=config.model.survival,
             batch_norm_momentum=config.model.batch_norm_momentum,
             synchronized=runtime.replicas > 1,
-            dropout_layer=PerReplicaDropout,
+            layer_types=layer_types(runtime),
             dtype=runtime.dtype,
             seed=config.seed,
         )

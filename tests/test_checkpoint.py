@@ -10,8 +10,8 @@ import tensorflow as tf
 from pipeline.errors import RunError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
+from pipeline.training.layers import PerReplicaDropout
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout
 from pipeline.training.step import Totals
 
 IDENTITY = {"config": {"seed": 1}}

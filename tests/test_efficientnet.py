@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline.model.efficientnet import block_name, block_of, efficientnet, plain_copy, stage_repeats
+from pipeline.model.efficientnet import LayerTypes, block_name, block_of, efficientnet, plain_copy, stage_repeats
 from pipeline.scaling import VARIANTS, Variant, from_multipliers
 
 TINY = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
@@ -271,7 +271,7 @@ def test_a_plain_copy_has_kerass_own_layers_again() -> None:
     class TrainingDropout(keras.layers.Dropout):
         pass
 
-    model = efficientnet(replace(TINY, depth=0.5), num_classes=4, dropout_layer=TrainingDropout)
+    model = efficientnet(replace(TINY, depth=0.5), num_classes=4, layer_types=LayerTypes(TrainingDropout))
     assert [type(layer) for layer in model.layers if isinstance(layer, keras.layers.Dropout)] == [TrainingDropout] * 4
     copy = plain_copy(model)
     assert {type(layer).__module__.split(".")[0] for layer in copy.layers} == {"keras"}

@@ -10,14 +10,15 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sources import DigitsSource
 from pipeline.data.stream import steps_per_epoch
 from pipeline.errors import TrainingError
-from pipeline.model.efficientnet import efficientnet, plain_copy
+from pipeline.model.efficientnet import LayerTypes, efficientnet, plain_copy
 from pipeline.screen import Screen
 from pipeline.stages import Stages
 from pipeline.training.checkpoint import State
 from pipeline.training.features import MOST_BYTES, are_constant, backbone_and_head
+from pipeline.training.layers import PerReplicaDropout
 from pipeline.training.loop import Interrupted, Trainer, plan
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.runtime import set_up
 from pipeline.training.step import Totals
 
 IMAGES = 80
@@ -55,7 +56,7 @@ def train() -> tuple[State, list[dict[str, float]]]:
     keras.utils.clear_session()
     manifest, source = digits()
     runtime = set_up(CONFIG)
-    model = efficientnet(CONFIG.variant, num_classes=10, dropout_layer=PerReplicaDropout, seed=CONFIG.seed)
+    model = efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout), seed=CONFIG.seed)
     state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals())
     stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False)
     trainer = Trainer(CONFIG, runtime, steps_per_epoch(len(manifest.indices("train")), 16), [], lambda: False)
@@ -119,7 +120,7 @@ def test_features_that_would_fill_the_memory_are_not_kept() -> None:
 
 def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
     manifest, source = digits()
-    runtime, model = set_up(CONFIG), efficientnet(CONFIG.variant, num_classes=10, dropout_layer=PerReplicaDropout)
+    runtime, model = set_up(CONFIG), efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout))
     state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals())
     stage = plan(CONFIG, 4)[0]
     stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: True)
@@ -131,7 +132,7 @@ def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_h
 
 def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_the_input() -> None:
     manifest, source = digits()
-    runtime, model = set_up(CONFIG), efficientnet(CONFIG.variant, num_classes=10, dropout_layer=PerReplicaDropout)
+    runtime, model = set_up(CONFIG), efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout))
     state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, Totals())
     model.get_layer("predictions").bias.assign(np.full(10, np.nan))
     with pytest.raises(TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"):

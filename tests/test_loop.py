@@ -14,10 +14,11 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeper, State
 from pipeline.training.hooks import Hook
+from pipeline.training.layers import PerReplicaDropout
 from pipeline.training.loop import Interrupted, Trainer, Work, check_new_layers, plan, set_trainable
 from pipeline.training.not_finite import MOST_ROLLBACKS, NotFinitePolicy, give_up
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, set_up
+from pipeline.training.runtime import set_up
 from pipeline.training.step import Totals, TrainStep
 
 STEPS = 5  # per epoch

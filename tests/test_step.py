@@ -13,10 +13,11 @@ import tensorflow as tf
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.model.efficientnet import efficientnet, plain_copy
+from pipeline.model.efficientnet import LayerTypes, efficientnet, plain_copy
 from pipeline.scaling import from_multipliers
+from pipeline.training.layers import PerReplicaDropout
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, Runtime, check_batch, set_up
+from pipeline.training.runtime import Runtime, check_batch, set_up
 from pipeline.training.step import Totals, TrainStep
 
 PROJECT = Path(__file__).parents[1]
@@ -191,7 +192,8 @@ from pipeline.config import Config
 from pipeline.model.efficientnet import efficientnet
 from pipeline.scaling import from_multipliers
 from pipeline.training.optimizer import MovingAverage, build_optimizer
-from pipeline.training.runtime import PerReplicaDropout, Runtime, check_batch, set_up
+from pipeline.training.layers import PerReplicaDropout
+from pipeline.training.runtime import Runtime, check_batch, set_up
 from pipeline.training.step import Totals, TrainStep
 config = Config.model_validate({"data": {"source": "digits"}, "model": {"weights": None}, "train": {"global_batch_size": 16},
                                 "runtime": {"strategy": "mirrored" if replicas > 1 else "one"}})
@@ -246,7 +248,7 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     runtime = set_up(config)
     assert runtime.dtype == "mixed_bfloat16"
     model = efficientnet(
-        from_multipliers(0.25, 0.3, 32), num_classes=CLASSES, survival=0.5, dropout_layer=PerReplicaDropout, dtype=runtime.dtype
+        from_multipliers(0.25, 0.3, 32), num_classes=CLASSES, survival=0.5, layer_types=LayerTypes(PerReplicaDropout), dtype=runtime.dtype
     )
     average, totals = MovingAverage(model.weights, 0.9), Totals()
     optimizer = build_optimizer(config.optimizer, model.trainable_variables)

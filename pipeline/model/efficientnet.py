@@ -61,6 +61,16 @@ CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of`
 TOP_DROPOUT = "top_dropout"
 
 
+class LayerTypes(NamedTuple):
+    """The classes of some layers: Keras's own, or subclasses that train better or faster. `plain_copy` puts Keras's own back."""
+
+    dropout: type[layers.Dropout] = layers.Dropout
+    norm: type[layers.BatchNormalization] = layers.BatchNormalization
+
+
+KERAS_LAYERS = LayerTypes()
+
+
 def stage_repeats(variant: Variant) -> list[int]:
     """The number of blocks in each of the seven stages of a variant."""
     unscaled = (0, len(STAGES) - 1) if variant.lite else ()
@@ -82,7 +92,7 @@ def efficientnet(
     survival: float = 0.8,
     batch_norm_momentum: float = 0.99,
     synchronized: bool = False,
-    dropout_layer: type[layers.Dropout] = layers.Dropout,
+    layer_types: LayerTypes = KERAS_LAYERS,
     dtype: str = "float32",
     seed: int = 0,
 ) -> keras.Model:
@@ -100,7 +110,7 @@ def efficientnet(
             0) is kept with `1 - (1 - survival) * i / N`, drawn per sample; only blocks with a residual connection are ever dropped.
         batch_norm_momentum: Of the moving statistics.
         synchronized: Whether batch normalisation takes its statistics over all replicas.
-        dropout_layer: Keras's Dropout, or a subclass for training; `plain_copy` puts Keras's back.
+        layer_types: Keras's, or subclasses for training.
         dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier stay float32.
         seed: Decides the initial weights and the dropout masks, by way of each layer's name.
 
@@ -127,7 +137,7 @@ def efficientnet(
         )(x)
 
     def norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-        return layers.BatchNormalization(
+        return layer_types.norm(
             momentum=batch_norm_momentum, epsilon=BATCH_NORM_EPSILON, synchronized=synchronized, dtype=dtype, name=name
         )(x)
 
@@ -154,7 +164,7 @@ def efficientnet(
         if stride == 1 and filters == filters_in:
             if drop_rate > 0:
                 drop = f"{name}_drop"
-                x = dropout_layer(drop_rate, noise_shape=(None, 1, 1, 1), seed=seed_of(drop), dtype=dtype, name=drop)(x)
+                x = layer_types.dropout(drop_rate, noise_shape=(None, 1, 1, 1), seed=seed_of(drop), dtype=dtype, name=drop)(x)
             x = layers.Add(dtype=dtype, name=f"{name}_add")([x, inputs])
         return x
 
@@ -190,7 +200,7 @@ def efficientnet(
         rate = variant.dropout if dropout is None else dropout
         x = layers.GlobalAveragePooling2D(dtype=dtype, name="avg_pool")(x)
         if rate > 0:
-            x = dropout_layer(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
+            x = layer_types.dropout(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
         # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of standard deviation 5 and
         # a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the pretrained layers before it has found a direction.
         bound = max(num_classes, 1000) ** -0.5

@@ -117,26 +117,3 @@ def _dtype(precision: str) -> str:
         capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus]
         precision = "bfloat16" if capabilities and min(capabilities) >= (8, 0) else "float32"
     return "mixed_bfloat16" if precision == "bfloat16" else "float32"
-
-
-_REPLICA_STRIDE = 1 << 32  # beyond the layers' own seeds, which are below it: no two replicas share a seed
-
-
-class PerReplicaDropout(keras.layers.Dropout):
-    """Dropout whose mask differs between replicas, and that a frozen layer does not apply.
-
-    Keras's own draws the same mask on every replica, and goes on drawing where `trainable` is False: a frozen block would be noisy.
-    Only for training: saved models hold Keras's layer, which computes the same at inference.
-    """
-
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Masks `inputs` of any shape and floating dtype while training; passes them on otherwise."""
-        if not training or not self.trainable or self.rate == 0:
-            return inputs
-        seed, counter = tf.unstack(tf.cast(self.seed_generator.next(), tf.int64))
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = tf.stack([seed + tf.cast(replica, tf.int64) * _REPLICA_STRIDE, counter])
-        noise_shape = None
-        if self.noise_shape is not None:
-            noise_shape = [tf.shape(inputs)[axis] if size is None else size for axis, size in enumerate(self.noise_shape)]
-        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed=seed, noise_shape=noise_shape)
