@@ -66,6 +66,7 @@ def main(screen: Screen) -> int:
 
 def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> int:
     """Takes a run from its data to its evaluation; returns the exit code. `allowed` are the keys in which a resumed run may differ."""
+    from pipeline.assembly import build_network, new_state
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
     from pipeline.data.stream import steps_per_epoch
@@ -188,47 +189,6 @@ def settle_recipe(config: Config, manifest: Any, new: Collection[str], before: C
         stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
         screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}")
     return settled
-
-
-def build_network(
-    config: Config, runtime: Any, class_names: tuple[str, ...], screen: Screen, *, weights: str | None
-) -> tuple[Any, Collection[str]]:
-    """Builds the network under the strategy that will run it; returns it and the layers that the weights it starts from do not fit."""
-    from pipeline.model.efficientnet import efficientnet
-    from pipeline.model.weights import load_pretrained
-    from pipeline.training.layers import layer_types
-    from pipeline.training.loop import check_new_layers
-
-    new: Collection[str] = ()
-    with runtime.strategy.scope():
-        model = efficientnet(
-            config.variant,
-            num_classes=len(class_names),
-            survival=config.model.survival,
-            batch_norm_momentum=config.model.batch_norm_momentum,
-            synchronized=runtime.replicas > 1,
-            layer_types=layer_types(runtime),
-            dtype=runtime.dtype,
-            seed=config.seed,
-        )
-        if weights is not None:
-            report = load_pretrained(model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map)
-            screen.say(f"weights: {report}", details=report.details())
-            if config.recipe is None:  # which sees to that by itself
-                check_new_layers(model, report.new, config.train.stages)
-            new = report.new
-    return model, new
-
-
-def new_state(config: Config, runtime: Any, model: Any) -> Any:
-    """The network with the optimizer's slots, its moving average and the sums of the metrics."""
-    from pipeline.training.checkpoint import State
-    from pipeline.training.optimizer import MovingAverage, build_optimizer
-    from pipeline.training.step import Totals
-
-    with runtime.strategy.scope():
-        average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
-        return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
 
 
 def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], manifest: Any, screen: Screen, allowed: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pipeline.screen import Screen, run_program
 
 PROGRAMS = {
+    "bench": "how fast a config trains: step, stream and both; against plain Keras",
     "check": "what is wrong with a data set: bad files, duplicates, leakage, empty classes",
     "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
 }

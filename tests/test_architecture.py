@@ -23,6 +23,10 @@ ALLOWED = {  # part -> the parts that it may import
     "data": {"scaling", "config", "errors", "data_config"},
     "training": {"scaling", "config", "errors", "model", "data", "run_directory", "screen"},
     "evaluation": {"scaling", "config", "errors", "model", "data", "data_config"},
+    "assembly": {"config", "model", "screen", "training"},
+    "bench": {"assembly", "config", "data", "screen", "stages", "training"},
+    "keras_fit": {"model", "scaling"},
+    "rival": {"bench", "data", "errors", "keras_fit", "GIVEN_ENVIRONMENT"},
     "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {"screen"},  # the programs are imported once one is named

@@ -8,19 +8,37 @@ import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config
-from pipeline.data.preprocess import JPEG_METHOD, decode, fit_square, orientation_steps, preprocess, shrink_or_grow, turn_upright
+from pipeline.data.preprocess import JPEG_METHOD, decode, fit_square, orientation_steps, shrink_or_grow, turn_upright
 from pipeline.data_config import Transform
 from pipeline.errors import ConfigError
 
-Augmentation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
-
 CROP_ATTEMPTS = 10  # as torchvision's and albumentations' RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """From an encoded picture to the network's square, in two parts that can be timed.
+
+    Attributes:
+        decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8, seed: int64 (2,)) ->
+            uint8 (H, W, 3), upright: the picture, or no more of it than `transform` needs. The height and width given are those of the
+            stored picture, before it is turned upright.
+        transform: (that, seed) -> uint8 (R, R, 3).
+    """
+
+    decode: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+    transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+    def __call__(self, encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Both, one after the other."""
+        return self.transform(self.decode(encoded, height, width, orientation, seed), seed)
 
 
 def image_augmentation(config: Config) -> Augmentation:
@@ -30,8 +48,7 @@ def image_augmentation(config: Config) -> Augmentation:
         config: Its `augment.backend`, `augment.transforms`, `data.resize` and resolution R are used.
 
     Returns:
-        A function for a tf.data map: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to
-        8, seed: int64 (2,)) -> uint8 (R, R, 3). Height and width are those of the stored picture, before it is turned upright.
+        A function for a tf.data map.
 
     Raises:
         ConfigError: If a transform is given impossible values, does not end in a picture of R x R, or does not belong in front of the
@@ -44,6 +61,12 @@ def image_augmentation(config: Config) -> Augmentation:
 # --- native ------------------------------------------------------------------------------------------------------------------------
 
 
+def decode_whole(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The first part of an augmentation that needs the whole picture."""
+    del height, width, seed
+    return decode(encoded, orientation)
+
+
 def _native(config: Config) -> Augmentation:
     transforms = {transform.name: transform.args for transform in config.augment.transforms}
     if len(transforms) < len(config.augment.transforms):
@@ -51,21 +74,25 @@ def _native(config: Config) -> Augmentation:
     resolution, resize = config.variant.resolution, config.data.resize
     crop, flip = transforms.get("RandomResizedCrop"), transforms.get("HorizontalFlip")
 
-    def augment(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        draws = tf.random.stateless_uniform((5, CROP_ATTEMPTS), seed)
+    def draw(seed: tf.Tensor) -> tf.Tensor:
+        return tf.random.stateless_uniform((5, CROP_ATTEMPTS), seed)
+
+    def decode_crop(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         if crop is None:
-            image = preprocess(encoded, orientation, resolution=resolution, resize=resize)
-        else:
-            scale, ratio = crop.get("scale", (0.08, 1.0)), crop.get("ratio", (3 / 4, 4 / 3))
-            transpose, _, _ = orientation_steps(orientation)
-            upright = tf.where(transpose, tf.stack([width, height]), tf.stack([height, width]))
-            window = random_window(upright, scale, ratio, draws[:4])
-            image = shrink_or_grow(decode_window(encoded, window, upright, orientation, resolution), resolution)
+            return decode_whole(encoded, height, width, orientation, seed)
+        scale, ratio = crop.get("scale", (0.08, 1.0)), crop.get("ratio", (3 / 4, 4 / 3))
+        transpose, _, _ = orientation_steps(orientation)
+        upright = tf.where(transpose, tf.stack([width, height]), tf.stack([height, width]))
+        window = random_window(upright, scale, ratio, draw(seed)[:4])
+        return decode_window(encoded, window, upright, orientation, resolution)
+
+    def transform(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        image = fit_square(image, resolution, resize) if crop is None else shrink_or_grow(image, resolution)
         if flip is not None:
-            image = tf.cond(draws[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
+            image = tf.cond(draw(seed)[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
-    return augment
+    return Augmentation(decode_crop, transform)
 
 
 def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[float], draws: tf.Tensor) -> tf.Tensor:
@@ -173,15 +200,14 @@ def _albumentations(config: Config) -> Augmentation:
     apply = AlbumentationsTransforms(transforms, resolution)
     apply.try_out(whole)
 
-    def augment(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        image = decode(encoded, orientation)
+    def transform(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         if not whole:
             image = fit_square(image, resolution, resize)
         number = tf.random.stateless_uniform((), seed, minval=0, maxval=tf.int64.max, dtype=tf.int64)
         image = tf.numpy_function(apply, [image, number], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
-    return augment
+    return Augmentation(decode_whole, transform)
 
 
 class AlbumentationsTransforms:

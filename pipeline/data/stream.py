@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config
-from pipeline.data.augment import Augmentation, image_augmentation
+from pipeline.data.augment import Augmentation, decode_whole, image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixing import group_mixing, mixing_group
-from pipeline.data.preprocess import preprocess
+from pipeline.data.preprocess import fit_square, preprocess
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
@@ -158,12 +158,7 @@ def evaluation_stream(manifest: Manifest, source: Source, config: Config, split:
 
 def _unchanged(config: Config) -> Augmentation:
     """What evaluation does to a picture, in the form of an augmentation."""
-
-    def prepare(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        del height, width, seed
-        return preprocess(encoded, orientation, resolution=config.variant.resolution, resize=config.data.resize)
-
-    return prepare
+    return Augmentation(decode_whole, lambda image, seed: fit_square(image, config.variant.resolution, config.data.resize))
 
 
 def _order(rows: np.ndarray, seed: int, start: int) -> tf.data.Dataset:
