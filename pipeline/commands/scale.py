@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +159,7 @@ def solve(arguments: argparse.Namespace, screen: Screen) -> None:
     import tensorflow as tf
 
     from pipeline.model.search import Budget, best_fit, largest_within, latency_of, nearest_published, once_per_architecture, size_of
+    from pipeline.training.runtime import processor
 
     size = once_per_architecture(lambda variant: size_of(variant, num_classes=arguments.classes, batch_size=arguments.batch_size))
     latency = once_per_architecture(lambda variant: latency_of(variant, num_classes=arguments.classes))
@@ -193,17 +192,6 @@ def solve(arguments: argparse.Namespace, screen: Screen) -> None:
     screen.say("\n".join(lines))
     if arguments.write is not None:
         write_config(arguments, "\n".join(lines), solution, best_fit(variant), screen)
-
-
-def processor() -> str:
-    """What the machine computes with, for the record beside a latency."""
-    import tensorflow as tf
-
-    for gpu in tf.config.list_physical_devices("GPU"):
-        return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
-    return f"{names[0] if names else platform.machine()} ({len(os.sched_getaffinity(0))} logical cores)"
 
 
 def check_writable(path: Path) -> None:

@@ -1,10 +1,14 @@
 """The machine that a run uses: devices, precision, compilation and seeds."""
 
 import ctypes
+import os
+import platform
 import random
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -117,3 +121,12 @@ def _dtype(precision: str) -> str:
         capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus]
         precision = "bfloat16" if capabilities and min(capabilities) >= (8, 0) else "float32"
     return "mixed_bfloat16" if precision == "bfloat16" else "float32"
+
+
+def processor() -> str:
+    """What the machine computes with, for the record beside a time: the GPU's name, or the CPU's with the number of its cores."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    return f"{names[0] if names else platform.machine()} ({len(os.sched_getaffinity(0))} logical cores)"
