@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from pipeline.assembly import build_network, new_state
-from pipeline.config import Config, EarlyStoppingConfig
+from pipeline.config import Config
 from pipeline.data.augment import image_augmentation
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
@@ -28,20 +29,23 @@ from pipeline.training.loop import Interrupted, Stage, Trainer, Work, set_traina
 from pipeline.training.memory import fit_batch
 from pipeline.training.recipe import class_weights, settle
 from pipeline.training.runtime import Runtime, check_batch, set_up
+from pipeline.training.step import TrainStep
 
 ENDLESS = 10**6  # epochs, of the one stage that is measured
+ROUNDS = 3  # of every measurement, in turns: the machine's speed changes under it
 WARM_UP = 2  # steps or batches that are left out behind the first one, which is compiled
 TIMED_PICTURES = 256  # at most, for the time of each part of the stream
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a bench found. Rates are images per second over all replicas.
+    """What a bench found. Rates are images per second over all replicas, each the median of the rounds.
 
     Attributes:
         step: Of the training step on a batch that lies on the device.
         stream: Of the input stream, its batches brought to the device.
         training: Of the training loop, from files to weights.
+        share: What training reaches of the smaller one of the two, the median of the rounds.
         first_step_seconds: Tracing, compilation and the first step.
         first_batch_seconds: From opening the stream to its first batch.
         parts: Milliseconds for an image, on one thread, by part of the stream.
@@ -51,6 +55,7 @@ class Figures:
     step: float
     stream: float
     training: float
+    share: float
     first_step_seconds: float
     first_batch_seconds: float
     parts: Mapping[str, float]
@@ -61,22 +66,17 @@ class Figures:
         """Which of the two holds the other back: `step` or `stream`."""
         return "step" if self.step <= self.stream else "stream"
 
-    @property
-    def share(self) -> float:
-        """What training reaches of the smaller of the two."""
-        return self.training / min(self.step, self.stream)
-
 
 class Bench:
     """A stage of a config's training, ready to be timed. Weights are random: no figure depends on them."""
 
-    def __init__(self, config: Config, screen: Screen, *, stage: int = -1) -> None:
+    def __init__(self, config: Config, screen: Screen, *, stage: int | None = None) -> None:
         """Reads the data and builds what a run would.
 
         Args:
             config: Of the run.
             screen: Shows how far it is.
-            stage: The stage to be timed, by its place in `train.stages`; it trains on pictures even where a run would keep their features.
+            stage: The stage to be timed, from 1, None for the last; it trains on pictures even where a run would keep their features.
 
         Raises:
             UserError: Where the run would.
@@ -89,15 +89,14 @@ class Bench:
         model, _ = build_network(config, self.runtime, self.manifest.class_names, screen, weights=None)
         config = settle(fit_batch(config, self.runtime, model), self.manifest)
         check_batch(config, self.runtime)
-        endless = config.train.stages[stage].model_copy(update={"epochs": ENDLESS})
-        never: EarlyStoppingConfig | None = None
-        train = config.train.model_copy(update={"stages": (endless,), "early_stopping": never, "checkpoint_every_steps": None})
+        endless = config.train.stage(stage).model_copy(update={"epochs": ENDLESS})
+        train = config.train.model_copy(update={"stages": (endless,), "early_stopping": None, "checkpoint_every_steps": None})
         self.config = config.model_copy(update={"train": train})
         self.state: State = new_state(self.config, self.runtime, model)
         self.stages = Stages(self.config, self.runtime, self.manifest, self.source, self.state, screen, lambda: False)
         self.clock = Clock()
         counts = self.manifest.class_counts()["train"].tolist()
-        self._trainer = Trainer(
+        self._trainer = OneStepTrainer(
             self.config,
             self.runtime,
             steps_per_epoch(sum(counts), self.config.train.batch_size),
@@ -114,16 +113,21 @@ class Bench:
         return self.config.train.batch_size
 
     def measure(self, seconds: float) -> Figures:
-        """Times everything, each part for about so long, in this order: step, stream, both."""
-        first_step, step = self.time_step(seconds)
-        first_batch, stream = self.time_stream(seconds)
-        self._screen.say("timing both together ...")
-        training = self.train_for(seconds)
-        return Figures(step, stream, training, first_step, first_batch, self.time_parts(), peak_bytes())
+        """Times everything, each part for about so long over all rounds; in each round step, stream and both, in this order."""
+        firsts, rates = [], []
+        with self._screen.counting("timing step, stream and both") as count:
+            for number in range(ROUNDS):
+                first_step, step = self.time_step(seconds / ROUNDS)
+                first_batch, stream = self.time_stream(seconds / ROUNDS)
+                firsts.append((first_step, first_batch))
+                rates.append((step, stream, self.train_for(seconds / ROUNDS)))
+                count(number + 1, ROUNDS)
+        step, stream, training = np.median(rates, axis=0).tolist()
+        share = float(np.median([both / min(alone) for *alone, both in rates]))
+        return Figures(step, stream, training, share, *firsts[0], self.time_parts(), peak_bytes())
 
     def time_step(self, seconds: float) -> tuple[float, float]:
         """Seconds to the end of the first step, and images per second of those after it."""
-        self._screen.say("timing the step ...")
         batch = next(self._batches())
         train_step = self._trainer.step_of(self._stage, self.state, self.state.model)
 
@@ -141,7 +145,6 @@ class Bench:
 
     def time_stream(self, seconds: float) -> tuple[float, float]:
         """Seconds to the first batch, and images per second of those after it."""
-        self._screen.say("timing the stream ...")
         start = time.perf_counter()
         batches = self._batches()
         next(batches)
@@ -223,7 +226,18 @@ class Bench:
 
     def _repeated(self, step: int) -> tf.data.Dataset:
         batch = next(iter(self.stages.pictures(step)))
-        return tf.data.Dataset.from_tensors(batch).cache().repeat()
+        return tf.data.Dataset.from_tensors(batch).repeat()
+
+
+class OneStepTrainer(Trainer):
+    """A trainer of one stage that compiles its step once, however often it is run."""
+
+    _step: TrainStep | None = None
+
+    def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
+        """That step."""
+        self._step = self._step or super().step_of(stage, state, model)
+        return self._step
 
 
 class Clock(Hook):

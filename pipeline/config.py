@@ -9,7 +9,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.data_config import AugmentConfig, DataConfig, Section
-from pipeline.errors import nearest
+from pipeline.errors import ConfigError, nearest
 from pipeline.scaling import VARIANTS, Variant, from_multipliers, from_phi
 
 IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "lite1", "lite2")  # with weights to be had by name
@@ -177,6 +177,16 @@ class TrainConfig(Section):
         elif self.global_batch_size % self.accumulation:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of accumulation ({self.accumulation})")
         return self
+
+    def stage(self, number: int | None) -> StageConfig:
+        """The stage of a number that counts from 1; the last one for None.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if number is not None and not 1 <= number <= len(self.stages):
+            raise ConfigError(f"stage {number}: train.stages has the stages 1 to {len(self.stages)}")
+        return self.stages[-1 if number is None else number - 1]
 
     @property
     def batch_size(self) -> int:

@@ -18,7 +18,9 @@ from pipeline.errors import ConfigError, RunError
 Rival = Literal["keras-fit", "keras-step"]
 
 
-def against(bench: Bench, rival: Rival, *, seconds: float, pairs: int) -> list[tuple[float, float]]:
+def against(
+    bench: Bench, rival: Rival, *, seconds: float, pairs: int, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[float, float]]:
     """Times training and Keras in turns.
 
     Args:
@@ -26,6 +28,7 @@ def against(bench: Bench, rival: Rival, *, seconds: float, pairs: int) -> list[t
         rival: keras-fit: from files to weights, by `fit`; keras-step: Keras's `train_step` and the project's, each on one batch.
         seconds: About what a round takes here; Keras gets the same number of images.
         pairs: Rounds of each.
+        progress: Called behind each pair with the number of them and of all.
 
     Returns:
         Images per second here and of Keras, for each pair.
@@ -40,7 +43,13 @@ def against(bench: Bench, rival: Rival, *, seconds: float, pairs: int) -> list[t
     theirs: list[float] = []
     with _started(spec) as ask:
         ask()  # compiles it
-        bench.train_for(seconds, pause=lambda: theirs.append(ask()), rounds=pairs, alone=alone)
+
+        def their_turn() -> None:
+            theirs.append(ask())
+            if progress is not None:
+                progress(len(theirs), pairs)
+
+        bench.train_for(seconds, pause=their_turn, rounds=pairs, alone=alone)
     return list(zip(bench.clock.rates, theirs, strict=True))
 
 
@@ -70,11 +79,12 @@ def _files(bench: Bench) -> dict[str, Any]:
         raise ConfigError("--against keras-fit reads pictures from files: take a config whose data.source is folder or csv")
     transforms = {transform.name: transform.args for transform in settings.transforms}
     plain = not (settings.randaugment or settings.mixup or settings.cutmix) and bench.config.train.stages[0].augment
-    if not plain or not {"RandomResizedCrop"} <= set(transforms) <= {"RandomResizedCrop", "HorizontalFlip"}:
+    even = transforms.get("HorizontalFlip", {}).get("p", 0.5) == 0.5
+    if not (plain and even) or not {"RandomResizedCrop"} <= set(transforms) <= {"RandomResizedCrop", "HorizontalFlip"}:
         raise ConfigError(
-            "--against keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip, and nothing else; choose a "
-            "--stage that augments, and add 'augment.transforms=[{RandomResizedCrop: {}}, {HorizontalFlip: {}}]' augment.randaugment=null "
-            "augment.mixup=0 augment.cutmix=0"
+            "--against keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip at p = 0.5, and nothing else; "
+            "choose a --stage that augments, and add 'augment.transforms=[{RandomResizedCrop: {}}, {HorizontalFlip: {}}]' "
+            "augment.randaugment=null augment.mixup=0 augment.cutmix=0"
         )
     crop, table = transforms["RandomResizedCrop"], bench.manifest.table.iloc[bench.manifest.indices("train")]
     return {

@@ -13,6 +13,7 @@ from pipeline.commands.scale import BYTES, COUNT, SECONDS, quantity, steps
 from pipeline.config_file import load_config
 
 PROJECT = Path(__file__).parents[1]
+BENCH = ("bench", "--config", "configs/lite0_digits.yaml")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,21 +31,26 @@ def test_help_is_instant() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--latency", "50parsecs"], "write it like 50ms (units: us, ms, s)"),
-        (["--latency", "50"], "write it like 50ms"),
-        (["--memory", "4G"], "KiB, MiB, GiB"),
-        (["--params", "-8e6"], "--params"),
-        (["--params", "0"], "above 0"),
-        (["--params", "8e6", "--search"], "one at a time"),
-        (["--params", "8e6", "--write", "x.yaml"], "--data-path"),
-        (["--write", "x.yaml", "--data-path", "p"], "needs a budget"),
-        (["--search", "--alpha", "2:1:0.1"], "must rise"),
-        (["--params", "8e6", "--write", "pyproject.toml", "--data-path", "p"], "exists already"),
-        (["--params", "8e6", "--write", "none/x.yaml", "--data-path", "p"], "no folder none"),
+        (["scale", "--latency", "50parsecs"], "write it like 50ms (units: us, ms, s)"),
+        (["scale", "--latency", "50"], "write it like 50ms"),
+        (["scale", "--memory", "4G"], "KiB, MiB, GiB"),
+        (["scale", "--params", "-8e6"], "--params"),
+        (["scale", "--params", "0"], "above 0"),
+        (["scale", "--params", "8e6", "--search"], "one at a time"),
+        (["scale", "--params", "8e6", "--write", "x.yaml"], "--data-path"),
+        (["scale", "--write", "x.yaml", "--data-path", "p"], "needs a budget"),
+        (["scale", "--search", "--alpha", "2:1:0.1"], "must rise"),
+        (["scale", "--params", "8e6", "--write", "pyproject.toml", "--data-path", "p"], "exists already"),
+        (["scale", "--params", "8e6", "--write", "none/x.yaml", "--data-path", "p"], "no folder none"),
+        ([*BENCH, "--seconds", "0"], "--seconds must be above 0"),
+        ([*BENCH, "--pairs", "0"], "--pairs must be at least 1"),
+        ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
+        ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
+        ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(arguments: list[str], message: str) -> None:
-    result = run("scale", *arguments)
+    result = run(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

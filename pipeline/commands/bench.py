@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from pipeline import run_directory
-from pipeline.commands.scale import processor
 from pipeline.config_file import load_config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import UserError
 from pipeline.screen import Screen
 
 if TYPE_CHECKING:
-    from pipeline.bench import Bench, Figures
+    from pipeline.bench import Figures
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -29,7 +28,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/lite0_flowers17.yaml")
     parser.add_argument("--stage", type=int, metavar="N", help="the stage of the config to time, from 1 (default: the last)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for each measurement; with --against for each round (default: %(default)s)"
+    )
     parser.add_argument("--against", choices=["keras-fit", "keras-step"], help="time plain Keras in turns with this instead")
     parser.add_argument("--pairs", type=int, default=7, help="with --against: rounds of each (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -48,13 +49,14 @@ def main(words: Sequence[str], screen: Screen) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; make it first")
-    if arguments.stage is not None and not 1 <= arguments.stage <= len(config.train.stages):
-        raise ConfigError(f"--stage {arguments.stage}: the config has the stages 1 to {len(config.train.stages)}")
+    if config.recipe is None:
+        config.train.stage(arguments.stage)  # answers at once if there is none
     screen.divert_to(None)
 
     from pipeline.bench import Bench
+    from pipeline.training.memory import explained
 
-    bench = Bench(config, screen, stage=-1 if arguments.stage is None else arguments.stage - 1)
+    bench = Bench(config, screen, stage=arguments.stage)
     variant, trained = bench.config.variant, bench.config.train.stages[0].trainable
     title = (
         f"EfficientNet-{variant.name} at {variant.resolution} px on {bench.runtime.describe()}, {bench.batch_size} images per step, "
@@ -62,15 +64,17 @@ def main(words: Sequence[str], screen: Screen) -> int:
     )
     screen.say(title)
     figures: dict[str, Any] = {"what": title, "config": str(arguments.config), "overrides": arguments.overrides, **machine()}
+    screen.say("timing; let nothing else run beside it ...")
     if arguments.against is None:
-        measured = bench.measure(arguments.seconds)
-        show(measured, bench, screen)
-        figures |= asdict(measured) | {"bound": measured.bound, "share": measured.share}
+        with explained(bench.config, bench.runtime, bench.state.model):
+            measured = bench.measure(arguments.seconds)
+        show(measured, screen)
+        figures |= asdict(measured) | {"bound": measured.bound}
     else:
         from pipeline.rival import against
 
-        screen.say(f"in turns with {arguments.against} in a process of its own ...")
-        pairs = against(bench, arguments.against, seconds=arguments.seconds, pairs=arguments.pairs)
+        with explained(bench.config, bench.runtime, bench.state.model), screen.counting(f"in turns with {arguments.against}") as count:
+            pairs = against(bench, arguments.against, seconds=arguments.seconds, pairs=arguments.pairs, progress=count)
         ratios = show_pairs(pairs, arguments.against, screen)
         figures |= {"against": arguments.against, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
@@ -79,7 +83,7 @@ def main(words: Sequence[str], screen: Screen) -> int:
     return 0
 
 
-def show(figures: "Figures", bench: "Bench", screen: Screen) -> None:
+def show(figures: "Figures", screen: Screen) -> None:
     """Prints the rates, who holds whom back, and the parts of the stream."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("step alone", f"{figures.step:,.1f} images/s", f"first one after {figures.first_step_seconds:.1f} s, with compilation")
@@ -114,6 +118,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured with."""
     import keras
     import tensorflow as tf
+
+    from pipeline.training.runtime import processor
 
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
     return {"machine": processor(), "versions": versions}

@@ -139,7 +139,6 @@ class Trainer:
         self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
         self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
         self.stages = plan(config, steps_per_epoch)
-        self._steps: dict[tuple[int, keras.Model], TrainStep] = {}
 
     @property
     def total_steps(self) -> int:
@@ -176,20 +175,18 @@ class Trainer:
         return iter(batches)
 
     def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
-        """The step of a stage, what is trainable being settled; the same one if the run comes back to the stage: it is compiled already."""
-        if (stage.number, model) not in self._steps:
-            with self._runtime.strategy.scope():
-                self._steps[stage.number, model] = TrainStep(
-                    model,
-                    state.optimizer,
-                    state.average,
-                    state.totals,
-                    self._config,
-                    self._runtime,
-                    layer_decay=stage.config.layer_decay,
-                    class_weights=self._class_weights,
-                )
-        return self._steps[stage.number, model]
+        """A step of a stage, what is trainable being settled. It moves the averages of what is followed by the time that it is compiled."""
+        with self._runtime.strategy.scope():
+            return TrainStep(
+                model,
+                state.optimizer,
+                state.average,
+                state.totals,
+                self._config,
+                self._runtime,
+                layer_decay=stage.config.layer_decay,
+                class_weights=self._class_weights,
+            )
 
     def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
         train_step = self.step_of(stage, state, work.model)
