@@ -186,8 +186,8 @@ class Bench:
         cropped = settings.backend == "native" and any(transform.name == "RandomResizedCrop" for transform in settings.transforms)
         parts: dict[str, Callable[..., tf.Tensor]] = {
             "read": lambda key, *_: source.encoded(key),
-            "decode and crop" if cropped else "decode": augment.decode,
-            "resize and flip" if settings.backend == "native" else "transforms": lambda image, *rest: augment.transform(image, rest[-1]),
+            "decode and crop" if cropped else "decode": lambda encoded, *rest: augment.decode(encoded, *rest[:-1]),
+            "resize and flip" if settings.backend == "native" else "transforms": lambda image, *rest: augment.transform(image, rest[-2]),
         }
         if settings.randaugment:
             randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude)
@@ -195,9 +195,11 @@ class Bench:
 
         def prepared(number: int) -> tf.data.Dataset:
             @tf.autograph.experimental.do_not_convert
-            def load(value: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+            def load(value: tf.Tensor, *shape_and_seed: tf.Tensor) -> tf.Tensor:
+                *shape, seed = shape_and_seed
+                drawn = augment.draw(seed)
                 for part in list(parts.values())[:number]:
-                    value = part(value, *rest)
+                    value = part(value, *shape, drawn, seed)
                 return value
 
             return pictures.map(load)

@@ -27,18 +27,21 @@ class Augmentation:
     """From an encoded picture to the network's square, in two parts that can be timed.
 
     Attributes:
-        decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8, seed: int64 (2,)) ->
+        draw: int64 (2,), the picture's seed -> all that is left to chance, for both parts.
+        decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8, what was drawn) ->
             uint8 (H, W, 3), upright: the picture, or no more of it than `transform` needs. The height and width given are those of the
             stored picture, before it is turned upright.
-        transform: (that, seed) -> uint8 (R, R, 3).
+        transform: (that, what was drawn) -> uint8 (R, R, 3).
     """
 
+    draw: Callable[[tf.Tensor], tf.Tensor]
     decode: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
     transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
     def __call__(self, encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Both, one after the other."""
-        return self.transform(self.decode(encoded, height, width, orientation, seed), seed)
+        drawn = self.draw(seed)
+        return self.transform(self.decode(encoded, height, width, orientation, drawn), drawn)
 
 
 def image_augmentation(config: Config) -> Augmentation:
@@ -61,9 +64,9 @@ def image_augmentation(config: Config) -> Augmentation:
 # --- native ------------------------------------------------------------------------------------------------------------------------
 
 
-def decode_whole(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def decode_whole(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
     """The first part of an augmentation that needs the whole picture."""
-    del height, width, seed
+    del height, width, drawn
     return decode(encoded, orientation)
 
 
@@ -77,22 +80,22 @@ def _native(config: Config) -> Augmentation:
     def draw(seed: tf.Tensor) -> tf.Tensor:
         return tf.random.stateless_uniform((5, CROP_ATTEMPTS), seed)
 
-    def decode_crop(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def decode_crop(encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         if crop is None:
-            return decode_whole(encoded, height, width, orientation, seed)
+            return decode_whole(encoded, height, width, orientation, drawn)
         scale, ratio = crop.get("scale", (0.08, 1.0)), crop.get("ratio", (3 / 4, 4 / 3))
         transpose, _, _ = orientation_steps(orientation)
         upright = tf.where(transpose, tf.stack([width, height]), tf.stack([height, width]))
-        window = random_window(upright, scale, ratio, draw(seed)[:4])
+        window = random_window(upright, scale, ratio, drawn[:4])
         return decode_window(encoded, window, upright, orientation, resolution)
 
-    def transform(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         image = fit_square(image, resolution, resize) if crop is None else shrink_or_grow(image, resolution)
         if flip is not None:
-            image = tf.cond(draw(seed)[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
+            image = tf.cond(drawn[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
-    return Augmentation(decode_crop, transform)
+    return Augmentation(draw, decode_crop, transform)
 
 
 def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[float], draws: tf.Tensor) -> tf.Tensor:
@@ -200,14 +203,16 @@ def _albumentations(config: Config) -> Augmentation:
     apply = AlbumentationsTransforms(transforms, resolution)
     apply.try_out(whole)
 
-    def transform(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def draw(seed: tf.Tensor) -> tf.Tensor:
+        return tf.random.stateless_uniform((), seed, minval=0, maxval=tf.int64.max, dtype=tf.int64)
+
+    def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         if not whole:
             image = fit_square(image, resolution, resize)
-        number = tf.random.stateless_uniform((), seed, minval=0, maxval=tf.int64.max, dtype=tf.int64)
-        image = tf.numpy_function(apply, [image, number], tf.uint8, stateful=False)
+        image = tf.numpy_function(apply, [image, drawn], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
-    return Augmentation(decode_whole, transform)
+    return Augmentation(draw, decode_whole, transform)
 
 
 class AlbumentationsTransforms:

@@ -158,7 +158,12 @@ def evaluation_stream(manifest: Manifest, source: Source, config: Config, split:
 
 def _unchanged(config: Config) -> Augmentation:
     """What evaluation does to a picture, in the form of an augmentation."""
-    return Augmentation(decode_whole, lambda image, seed: fit_square(image, config.variant.resolution, config.data.resize))
+
+    def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
+        del drawn
+        return fit_square(image, config.variant.resolution, config.data.resize)
+
+    return Augmentation(lambda seed: seed, decode_whole, transform)
 
 
 def _order(rows: np.ndarray, seed: int, start: int) -> tf.data.Dataset:
