@@ -19,7 +19,7 @@ from pipeline.data_config import DataConfig
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.run_directory import RunDirectory
 from pipeline.scaling import VARIANTS
-from pipeline.screen import Screen, run_program
+from pipeline.screen import Screen, run_program, this_python
 
 if TYPE_CHECKING:
     import keras
@@ -71,7 +71,7 @@ def main(screen: Screen) -> int:
         run = run_directory.find(arguments.run)
         if not run.model.exists():
             raise RunError(
-                f"{run.path}: has no model.keras yet; finish it with: python train.py --config ... --run-dir {run.path} --resume"
+                f"{run.path}: has no model.keras yet; finish it with: {this_python()} train.py --config ... --run-dir {run.path} --resume"
             )
         screen.divert_to(run.log)
         network = trained(run)

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import RunError, TrainingError, UserError
 from pipeline.run_directory import RunDirectory
-from pipeline.screen import Screen, run_program
+from pipeline.screen import Screen, run_program, this_python
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def main(screen: Screen) -> int:
         run = run_directory.create(arguments.run_dir, config.tracking.experiment)
     with run.alone():
         if run.model.exists():
-            screen.say(f"{run.path} is finished already; measure it with: python evaluate.py --run {run.path}")
+            screen.say(f"{run.path} is finished already; measure it with: {this_python()} evaluate.py --run {run.path}")
             return 0
         resume = run.has_checkpoints()
         if not run.config.exists():
@@ -158,7 +158,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
 
     screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
     screen.say(f"figures          {run.evaluation(split)}")
-    screen.say(f"label a picture  python evaluate.py --run {run.path} PICTURE")
+    screen.say(f"label a picture  {this_python()} evaluate.py --run {run.path} PICTURE")
     screen.say(f"compare runs     {tracker.how_to_open()}")
     return 0
 

@@ -10,7 +10,7 @@ from pipeline.data.sources import NotFetchedError, open_source
 from pipeline.data.stream import steps_per_epoch
 from pipeline.model.cost import cost
 from pipeline.model.efficientnet import efficientnet
-from pipeline.screen import Screen
+from pipeline.screen import Screen, this_python
 from pipeline.training.loop import plan
 from pipeline.training.memory import fit_batch, step_memory
 from pipeline.training.recipe import class_weights, settle
@@ -49,7 +49,7 @@ def show(config: Config, screen: Screen) -> None:
         for note in manifest.notes:
             screen.say(f"note: {note}")
         if manifest.left_out:
-            screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; python -m pipeline check lists them")
+            screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used; {this_python()} -m pipeline check lists them")
 
     variant, size = config.variant, cost(model)
     share = config.train.batch_size // runtime.replicas // config.train.accumulation

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -65,6 +66,12 @@ class Screen:
         print(text, file=self._err, flush=True)
         if self.log is not None:
             logging.getLogger("pipeline").error("%s", text)
+
+
+def this_python() -> str:
+    """The interpreter that runs this, as a word of a command to be typed in the current folder."""
+    here = Path(sys.executable)
+    return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
 def run_program(program: Callable[[Screen], int]) -> int:

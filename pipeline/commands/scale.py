@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.scaling import ALPHA, BETA, GAMMA, VARIANTS, phi_of
-from pipeline.screen import Screen
+from pipeline.screen import Screen, this_python
 
 if TYPE_CHECKING:
     from pipeline.model.search import Fit, Solution
@@ -212,4 +212,4 @@ def write_config(arguments: argparse.Namespace, header: str, solution: "Solution
             file.write(text)
     except OSError as error:
         raise UserError(f"{arguments.write}: cannot be written ({error.strerror}); give --write another name") from None
-    screen.say(f"\nwritten: {arguments.write}; train with: python train.py --config {arguments.write}")
+    screen.say(f"\nwritten: {arguments.write}; train with: {this_python()} train.py --config {arguments.write}")

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.screen import this_python
 from pipeline.training.hooks import Hook
 from pipeline.training.mlflow_store import (
     alone_with,
@@ -136,9 +136,8 @@ class Tracker(Hook):
         """The command that opens MLflow's pages on the run's database, for this machine only; for a server, its address."""
         if database_of(self._uri) is None:
             return without_credentials(self._uri)
-        python = Path(os.path.relpath(sys.executable)) if Path(sys.executable).is_relative_to(Path.cwd()) else Path(sys.executable)
         uri = "sqlite:///mlflow.db" if database_of(self._uri) == Path("mlflow.db").resolve() else self._uri
-        return f"{python} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
+        return f"{this_python()} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
         """Notes what the run is trained on. Does nothing when a run is gone on with that has it already.
