@@ -9,9 +9,9 @@ python evaluate.py --weights imagenet --variant lite0 a.jpg
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import run_directory
 from pipeline.config import Config, ModelConfig
@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="PATH", help="labelled pictures to measure on: a folder, or a CSV file")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="with --data: YAML of lines `data's class: model's class`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --data: write figures and predictions into this new folder")
+    parser.add_argument("--views", choices=["flip", "5-crop", "10-crop"], help="with --run: average over several views of each picture")
+    parser.add_argument("--corruptions", action="store_true", help="with --run: measure on corrupted pictures, too (40 more passes)")
     parser.add_argument("--split", choices=["train", "val", "test"], help="the split to measure (default: a run's test; all of --data)")
     parser.add_argument("images", nargs="*", type=Path, help="pictures to label instead")
     arguments = parser.parse_intermixed_args()
@@ -51,6 +53,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--weights needs pictures to label, or labelled ones by --data")
     if arguments.images and (arguments.split or arguments.data):
         parser.error("--split and --data are for measuring; leave them out to label pictures")
+    if (arguments.views or arguments.corruptions) and (arguments.images or arguments.data):
+        parser.error("--views and --corruptions are for measuring a run on its own data")
     if (arguments.class_map or arguments.out) and not arguments.data:
         parser.error("--class-map and --out belong to --data")
     return arguments
@@ -79,7 +83,7 @@ def main(screen: Screen) -> int:
         return label(network, arguments.images, screen)
     if arguments.data:
         return measure_on(network, arguments, screen)
-    return measure(network, run, arguments.split, screen)
+    return measure(network, run, arguments, screen)
 
 
 class Network(NamedTuple):
@@ -92,15 +96,20 @@ class Network(NamedTuple):
     """Its `variant`, `data.resize` and `runtime` matter here."""
     runtime: "Runtime"
 
-    def predict(self, manifest: "Manifest", source: "Source", split: str, screen: Screen) -> "Predictions":
-        """Its outputs on a split, by the preprocessing of training's validation."""
+    def predictor(self, manifest: "Manifest", source: "Source", screen: Screen) -> Callable[..., "Predictions"]:
+        """A function from a split to its outputs, by the preprocessing of training's validation or what its further arguments say."""
         from pipeline.data.stream import evaluation_stream
         from pipeline.evaluation.metrics import Predictor
 
         batch_size = self.runtime.whole_batch(self.config.train.micro_batch_size)
-        dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size)
-        with screen.counting(f"measuring {split}") as count:
-            return Predictor(self.model, self.runtime.strategy)(dataset, progress=count)
+        forward = Predictor(self.model, self.runtime.strategy)
+
+        def predict(split: str, **how: Any) -> "Predictions":
+            dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size, **how)
+            with screen.counting(f"measuring {split}") as count:
+                return forward(dataset, progress=count)
+
+        return predict
 
 
 def trained(run: RunDirectory) -> Network:
@@ -135,26 +144,35 @@ def published(weights: str, name: str, screen: Screen) -> Network:
     return Network(model, (synsets, names), config, runtime)
 
 
-def measure(network: Network, run: RunDirectory, split: str | None, screen: Screen) -> int:
+def measure(network: Network, run: RunDirectory, arguments: argparse.Namespace, screen: Screen) -> int:
     """Evaluates a run on a split of its own data, for its directory and MLflow; returns the exit code."""
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources import open_source
     from pipeline.evaluation.metrics import evaluate_predictions
-    from pipeline.evaluation.report import table, write_evaluation
+    from pipeline.evaluation.report import table
+    from pipeline.measure import Subject
     from pipeline.training.tracking import log_evaluation
 
-    manifest = Manifest.load(run.manifest)
-    if split is None:
-        split = "test" if len(manifest.indices("test")) else "val"
+    manifest, source = Manifest.load(run.manifest), open_source(network.config.data)
+    subject = Subject(network.model, network.config, run, manifest, source, network.predictor(manifest, source, screen))
+    split = arguments.split or subject.split
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
-    predictions = network.predict(manifest, open_source(network.config.data), split, screen)
-    evaluation = evaluate_predictions(predictions, manifest.class_names, split)
-    write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
-    screen.say(table(evaluation))
-    screen.say(f"written to {run.evaluation(split)}")
+    if arguments.views:
+        predictions, evaluation = subject.seen_in(split, arguments.views)
+    else:
+        predictions = subject.predict(split)
+        evaluation = evaluate_predictions(predictions, manifest.class_names, split)
+    results = subject.with_batch_norm_gap(subject.judge(predictions, evaluation, subject.temperature()))
+    if arguments.corruptions:
+        results = subject.with_corruptions(results, split)
+    subject.write(results)
+    screen.say(table(results))
+    folder, page = run.evaluation(evaluation.split), subject.page(evaluation.split)
+    screen.say(f"report   {page}")
+    screen.say(f"figures  {folder}")
     if (tracked := run.mlflow_run()) is not None:
-        log_evaluation(network.config, tracked, evaluation.headline(), run.evaluation(split))
+        log_evaluation(network.config, tracked, results.headline(), folder, page)
         screen.say(f"logged to the run {tracked[1]} in MLflow")
     return 0
 
@@ -163,17 +181,19 @@ def measure_on(network: Network, arguments: argparse.Namespace, screen: Screen) 
     """Evaluates a network on labelled data that it was not made for, among all of its own classes; returns the exit code."""
     from pipeline.evaluation.labelled import SPLIT, align, open_labelled, scan_labelled
     from pipeline.evaluation.metrics import evaluate_predictions
-    from pipeline.evaluation.report import table, write_evaluation
+    from pipeline.evaluation.report import table, write_results
+    from pipeline.evaluation.results import judge
 
     source = open_labelled(arguments.data, arguments.split)
     alignment = align(source.class_names, network.class_lists, arguments.class_map)
     with screen.counting("reading the data") as count:
         manifest = scan_labelled(source, count)
-    predictions = alignment(network.predict(manifest, source, SPLIT, screen))
+    predictions = alignment(network.predictor(manifest, source, screen)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, arguments.data.name)
-    screen.say(table(evaluation))
+    results = judge(predictions, evaluation, manifest.table["key"].tolist(), manifest.table["group"].to_numpy(), None)
+    screen.say(table(results))
     if arguments.out is not None:
-        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), arguments.out)
+        write_results(results, arguments.out)
         screen.say(f"written to {arguments.out}")
     return 0
 

@@ -70,7 +70,9 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
     from pipeline.data.stream import steps_per_epoch
-    from pipeline.evaluation.report import table, write_evaluation, write_training_curves
+    from pipeline.evaluation.figures import batch_figure, training_figure
+    from pipeline.evaluation.report import save, table
+    from pipeline.measure import Subject
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
@@ -134,30 +136,29 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
                 raise SystemExit(128 + stop.signal) from None
 
         # The end: the best epoch's network and the final one (averaged); the run's on the split that nothing was selected on.
-        split = "test" if len(manifest.indices("test")) else "val"
+        save(training_figure(history), run.report / "training_curves.png")
+        images, labels, *_ = next(stages.pictures(0).as_numpy_iterator())
+        save(batch_figure(images, labels, manifest.class_names), run.report / "first_batch.png")
+        subject = Subject(model, config, run, manifest, source, stages.predict)
         final_step = state.step
         if not config.train.restore_best or state.best is None:
-            with state.averaged():
-                predictions, evaluation = stages.evaluate(split)
-                save_plain(model, run.final)
+            results = conclude(subject, stages, state)
         if state.best is not None:
             checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
             with state.averaged():
                 save_plain(model, run.best)
-                if config.train.restore_best:
-                    predictions, evaluation = stages.evaluate(split)
-                    save_plain(model, run.final)
-        write_evaluation(evaluation, predictions, manifest.table["key"].tolist(), run.evaluation(split))
-        write_training_curves(history, run.report / "training_curves.png")
+            if config.train.restore_best:
+                results = conclude(subject, stages, state)
         screen.say()
-        screen.say(table(evaluation))
-        if split == "val":
+        screen.say(table(results))
+        if subject.split == "val":
             screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
-        send_results(tracker, evaluation, run, split, final_step)
+        send_results(tracker, results, run, subject.split, final_step)
         run.final.replace(run.model)  # from here on the run counts as finished
 
     screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
-    screen.say(f"figures          {run.evaluation(split)}")
+    screen.say(f"report           {run.page}")
+    screen.say(f"figures          {run.evaluation(subject.split)}")
     screen.say(f"label a picture  {this_python()} evaluate.py --run {run.path} PICTURE")
     screen.say(f"compare runs     {tracker.how_to_open()}")
     return 0
@@ -210,11 +211,21 @@ def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], mani
     screen.say(f"resumed behind step {state.step:,} from {newest}")
 
 
-def send_results(tracker: Any, evaluation: Any, run: RunDirectory, split: str, step: int) -> None:
+def conclude(subject: Any, stages: Any, state: Any) -> Any:
+    """Makes the network as it is now, averaged, the run's: saves it, measures it, and writes its report; returns the results."""
+    with state.averaged():
+        predictions, evaluation = stages.evaluate(subject.split)
+        save_plain(state.model, subject.run.final)
+        results = subject.judge(predictions, evaluation, subject.fit_temperature())
+        subject.write(results)
+    return results
+
+
+def send_results(tracker: Any, results: Any, run: RunDirectory, split: str, step: int) -> None:
     """Gives MLflow the figures, the files and the final network of a run that is complete."""
-    tracker.log_metrics(evaluation.headline(), step)
+    tracker.log_metrics(results.headline(), step)
     try:
-        for path in (run.config, run.classes, run.manifest, run.report, run.evaluation(split), run.best):
+        for path in (run.config, run.classes, run.manifest, run.calibration, run.report, run.evaluation(split), run.best):
             if path.exists():
                 folder = path if path.is_dir() else path.parent
                 tracker.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)

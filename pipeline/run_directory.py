@@ -68,6 +68,16 @@ class RunDirectory:
         return self.path / "report"
 
     @property
+    def page(self) -> Path:
+        """The report itself, to be opened in a browser."""
+        return self.report / "index.html"
+
+    @property
+    def calibration(self) -> Path:
+        """The temperature that was fitted on the validation split."""
+        return self.path / "calibration.json"
+
+    @property
     def left_out(self) -> Path:
         """The samples that cannot be used; only where there are any."""
         return self.report / "left_out.csv"
@@ -121,6 +131,10 @@ class RunDirectory:
     def load_config(self) -> Config:
         """The config that the run was made from."""
         return load_config(self.config)
+
+    def temperature(self) -> float | None:
+        """What the logits are divided by for probabilities that may be believed; None where none was fitted or none could be settled."""
+        return json.loads(self.calibration.read_text())["temperature"] if self.calibration.exists() else None
 
     def mlflow_run(self) -> tuple[str, str] | None:
         """Where MLflow keeps the run and its id there, once they are known."""

@@ -1,6 +1,7 @@
 """What the stages of a run train on, and how the network is measured between their epochs and at the end."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -56,9 +57,13 @@ class Stages:
         stage = next(stage for stage in self._plan if step < stage.stop)
         return training_stream(self._manifest, self._source, self._config, start_step=step, augmented=stage.config.augment)
 
+    def predict(self, split: str, **how: Any) -> Predictions:
+        """What the network as it is now says of every image of a split; `how` goes to the stream."""
+        return self._predictor(self._evaluated(split, **how))
+
     def evaluate(self, split: str) -> tuple[Predictions, Evaluation]:
         """Measures the network as it is now on every image of a split."""
-        predictions = self._predictor(self._evaluated(split))
+        predictions = self.predict(split)
         return predictions, self._figures(predictions, split)
 
     def _figures(self, predictions: Predictions, split: str) -> Evaluation:
@@ -77,8 +82,8 @@ class Stages:
         predictions = Predictions(rows, self._manifest.table["label"].to_numpy()[rows], self._features.logits("val"))
         return self._figures(predictions, "val").headline()
 
-    def _evaluated(self, split: str) -> tf.data.Dataset:
-        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=self._config.train.micro_batch_size)
+    def _evaluated(self, split: str, **how: Any) -> tf.data.Dataset:
+        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=self._config.train.micro_batch_size, **how)
 
     def _compute_features(self, split: str) -> np.ndarray:
         with self._screen.counting(f"computing the features of {split}, once") as count:

@@ -27,6 +27,7 @@ ALLOWED = {  # part -> the parts that it may import
     "bench": {"assembly", "config", "data", "screen", "stages", "training"},
     "keras_fit": {"model", "scaling"},
     "rival": {"bench", "data", "errors", "keras_fit", "GIVEN_ENVIRONMENT"},
+    "measure": {"config", "data", "evaluation", "run_directory"},
     "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {"screen"},  # the programs are imported once one is named

@@ -235,11 +235,13 @@ def test_an_evaluation_is_added_to_a_run_that_has_ended(config: Config, client: 
     results = tmp_path / "evaluation" / "test"
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
-    log_evaluation(config, (tracker.uri, tracker.run_id), {"test/accuracy": 0.6}, results)
+    (tmp_path / "index.html").write_text("<!doctype html>")
+    log_evaluation(config, (tracker.uri, tracker.run_id), {"test/accuracy": 0.6}, results, tmp_path / "index.html")
     run = client.get_run(tracker.run_id)
     assert run.info.status == "KILLED"
     assert run.data.metrics["test/accuracy"] == 0.6
     assert [file.path for file in client.list_artifacts(tracker.run_id, "evaluation/test")] == ["evaluation/test/metrics.json"]
+    assert [file.path for file in client.list_artifacts(tracker.run_id, "report")] == ["report/index.html"]
 
 
 def test_the_uri_comes_from_the_config_then_the_environment_then_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from pipeline import run_directory
 from pipeline.config_file import load_config
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
+from pipeline.evaluation import corruptions
 from pipeline.screen import Screen
 
 PROJECT = Path(__file__).parents[1]
@@ -94,10 +95,11 @@ def test_a_run_leaves_everything_that_it_is(finished):
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and "checkpoints" not in path.parts}
     assert names == {
         *("config.yaml", "manifest.parquet", "classes.txt", "model.keras", "best/model.keras", "log.txt", "mlflow.json", ".lock"),
-        "report/training_curves.png",
+        *("calibration.json", "report/index.html", "report/training_curves.png", "report/first_batch.png"),
         *(f"evaluation/test/{name}" for name in ("metrics.json", "per_class.csv", "confusion_matrix.csv", "confusion_matrix.png")),
-        "evaluation/test/predictions.parquet",
+        *(f"evaluation/test/{name}" for name in ("reliability.csv", "reliability.png", "label_suspects.csv", "predictions.parquet")),
     }
+    assert json.loads((directory / "calibration.json").read_text()).items() >= {"split": "val", "num_images": 6}.items()
     assert (directory / "classes.txt").read_text().splitlines() == ["class 0", "class 1", "class 2"]
     splits = pd.read_parquet(directory / "manifest.parquet")["split"].value_counts()
     assert splits.to_dict() == {"train": 51, "test": 15, "val": 6}
@@ -131,7 +133,7 @@ def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished,
     metrics = json.loads((directory / "evaluation/test/metrics.json").read_text())
     assert logged.data.metrics["test/accuracy"] == pytest.approx(metrics["accuracy"])
     artifacts = {artifact.path for artifact in client.list_artifacts(logged.info.run_id)}
-    assert artifacts == {"config.yaml", "classes.txt", "manifest.parquet", "report", "evaluation", "best"}
+    assert artifacts == {"config.yaml", "classes.txt", "manifest.parquet", "calibration.json", "report", "evaluation", "best"}
     best = client.download_artifacts(logged.info.run_id, "best/model.keras", str(tmp_path))
     assert weights(Path(best)) == weights(directory / "best/model.keras")
     [model] = client.search_logged_models([logged.info.experiment_id])
@@ -158,6 +160,21 @@ def test_evaluate_in_a_new_process_gives_the_figures_of_the_end_of_training(fini
     assert again["index"].is_unique
     assert len(again) == 15
     assert again["predicted_class"].tolist() == rows["predicted_class"].tolist()
+
+
+def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, monkeypatch):
+    directory, _, _ = finished
+    plain = json.loads((directory / "evaluation/test/metrics.json").read_text())
+    monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
+    said = call(monkeypatch, directory.parent, evaluate, "--run", "whole", "--views", "10-crop", "--corruptions")
+    assert "test-10-crop: 15 images" in said
+    folder = directory / "evaluation/test-10-crop"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["loss"] != plain["loss"]
+    table = pd.read_csv(folder / "corruptions.csv", index_col="corruption")
+    assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
+    assert "Corrupted pictures" in (directory / "report/test-10-crop.html").read_text()
+    assert json.loads((directory / "evaluation/test/metrics.json").read_text()) == plain
 
 
 def test_evaluate_labels_pictures_as_it_measured_them(finished):
@@ -189,6 +206,12 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     after = json.loads((tmp_path / "figures/metrics.json").read_text())
     assert after.pop("split") == "list.csv"
     assert before.pop("split") == "test"
+    assert before.pop("batch_norm") is not None  # of the run's own data, by evaluate.py
+    assert after.pop("batch_norm") is None
+    for parts in ("calibration", "intervals", "temperature_scaled"):
+        one, other = before.pop(parts), after.pop(parts)
+        for name in one or ():
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
     assert after == pytest.approx(before, rel=1e-5)
     with pytest.raises(UserError, match="figures: exists already and nothing in it is overwritten"):
         call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")

@@ -171,6 +171,30 @@ def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
     return tf.ensure_shape(square, (resolution, resolution, 3))
 
 
+def partial_view(image: tf.Tensor, resolution: int, resize: Resize, place: tuple[float, float]) -> tf.Tensor:
+    """One of several overlapping views of a picture, each R / (R + 32) of its sides (of the shorter one under `resize` crop).
+
+    Args:
+        image: uint8 (H, W, 3).
+        resolution: Side R of the square, in pixels.
+        resize: crop or squash; under letterbox there is nothing that a crop could leave out.
+        place: How far down and to the right, from 0 (the edge) over 0.5 (the centre) to 1.
+
+    Returns:
+        uint8 (R, R, 3), resampled bicubically.
+    """
+    sides = tf.unstack(tf.shape(image)[:2])
+    wholes = [tf.minimum(*sides)] * 2 if resize == "crop" else sides
+    padded = resolution + CROP_PADDING
+    height, width = (tf.maximum((whole * resolution + padded // 2) // padded, 1) for whole in wholes)
+    top, left = (
+        tf.cast(tf.math.ceil(tf.cast(side - part, tf.float32) * share), tf.int32)
+        for side, part, share in zip(sides, (height, width), place, strict=True)
+    )
+    square = resample(tf.image.crop_to_bounding_box(image, top, left, height, width), resolution, resolution)
+    return tf.ensure_shape(square, (resolution, resolution, 3))
+
+
 def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, resize: Resize) -> tf.Tensor:
     """Evaluation preprocessing: decodes, turns upright, makes a square.
 

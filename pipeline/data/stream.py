@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data.augment import Augmentation, decode_whole, image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixing import group_mixing, mixing_group
-from pipeline.data.preprocess import fit_square, preprocess
+from pipeline.data.preprocess import decode, fit_square
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
@@ -24,6 +24,7 @@ PREFETCHED = 2  # batches that wait ready; more would only take memory
 PASS_BITS = 40  # an image's index takes so many bits of its seed, the pass the others
 
 Row = Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
+Square = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -117,7 +118,16 @@ def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, 
     return _finish(dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _workers(config))
 
 
-def evaluation_stream(manifest: Manifest, source: Source, config: Config, split: str, *, batch_size: int) -> tf.data.Dataset:
+def evaluation_stream(
+    manifest: Manifest,
+    source: Source,
+    config: Config,
+    split: str,
+    *,
+    batch_size: int,
+    rows: np.ndarray | None = None,
+    square: Square | None = None,
+) -> tf.data.Dataset:
     """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
 
     Args:
@@ -126,6 +136,8 @@ def evaluation_stream(manifest: Manifest, source: Source, config: Config, split:
         config: Its resolution R, `data.resize` and `runtime.input_workers` are used.
         split: train, val or test.
         batch_size: Images per batch, B.
+        rows: Only these images of the manifest, int64 (N,), in this order.
+        square: Makes of an upright picture, uint8 (H, W, 3), and its index the network's uint8 (R, R, 3); None for `fit_square`.
 
     Returns:
         A finite dataset of batches as those of `training_stream`, all of B. The last is filled up with black images of weight 0, index -1
@@ -134,14 +146,15 @@ def evaluation_stream(manifest: Manifest, source: Source, config: Config, split:
     Raises:
         DataError: If the split is empty.
     """
-    rows = _rows(manifest, split)
+    rows = _rows(manifest, split) if rows is None else rows
     row, classes = _lookup(manifest), len(manifest.class_names)
     resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
     filling = -len(rows) % batch_size
 
     def picture(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         key, label, _, _, orientation = row(index)
-        image = preprocess(source.encoded(key), orientation, resolution=resolution, resize=resize)
+        image = decode(source.encoded(key), orientation)
+        image = fit_square(image, resolution, resize) if square is None else square(image, index)
         return image, tf.one_hot(label, classes), tf.ones(())
 
     def nothing() -> tuple[tf.Tensor, ...]:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.errors import RunError
@@ -156,7 +157,7 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
     classes = np.arange(len(class_names))
     predicted = logits.argmax(axis=1)
     precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=np.nan)
-    rank = _rank_of_label(logits, labels)
+    rank = rank_of_label(logits, labels)
     return Evaluation(
         split=split,
         num_images=len(labels),
@@ -170,7 +171,7 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
     )
 
 
-def _rank_of_label(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def rank_of_label(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The number of classes that rank above the true one: int64 (N,) in [0, K)."""
     true = np.take_along_axis(logits, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1]) < labels[:, None]
@@ -179,6 +180,4 @@ def _rank_of_label(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """-log softmax(logits)[label] in nats: float64 (N,)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    true = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
-    return np.log(np.exp(shifted).sum(axis=1, dtype=np.float64)) - true
+    return -np.take_along_axis(log_softmax(logits.astype(np.float64), axis=1), labels[:, None], axis=1)[:, 0]

@@ -244,7 +244,7 @@ class Tracker(Hook):
         return info.model_uri
 
 
-def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path) -> None:
+def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path) -> None:
     """Adds an evaluation to a run that has ended, leaving its status as it is.
 
     Args:
@@ -252,6 +252,7 @@ def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[st
         tracked: The URI and the run's id that were noted when it was tracked.
         metrics: Figures by name, logged at the run's last step.
         directory: With the result files; goes to the artifacts as evaluation/<its name>.
+        page: The report of them; goes to the artifacts as report/<its name>.
 
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
@@ -266,6 +267,7 @@ def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[st
         step = max(last_steps(client, run_id).values(), default=0)
         client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
         client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
+        client.log_artifact(run_id, str(page), "report")
 
 
 def _status(error: BaseException | None) -> str:

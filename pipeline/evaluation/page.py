@@ -1,0 +1,63 @@
+"""The page of a report: one HTML file that needs nothing else, not even a network."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.evaluation.gallery import Card
+from pipeline.evaluation.report import figure_rows, remarks, whole
+from pipeline.evaluation.results import Results
+
+SUSPECTS = 50  # that the page lists; the file has all
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills one of the package's templates; everything is escaped."""
+    pages = Environment(loader=PackageLoader("pipeline.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return pages.get_template(template).render(**values, data_uri=data_uri)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A picture as an address that holds it; `kind` is png or jpeg."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def write_page(
+    path: Path,
+    title: str,
+    results: Results,
+    figures: Mapping[str, Path],
+    galleries: Mapping[str, Sequence[Card]],
+    config: str,
+) -> None:
+    """Writes it, whole or not at all.
+
+    Args:
+        path: The file; its folder is made if missing.
+        title: What the page is of.
+        results: Of one split.
+        figures: PNG files by title; those that do not exist are left out.
+        galleries: Pictures by title.
+        config: The run's config as YAML.
+    """
+    per_class = results.evaluation.per_class.astype(object)
+    page = render(
+        "report.html",
+        title=title,
+        evaluation=results.evaluation,
+        figure_rows=figure_rows(results),
+        remarks=remarks(results),
+        figures={name: figure.read_bytes() for name, figure in figures.items() if figure.exists()},
+        galleries=galleries,
+        classes=per_class.where(per_class.notna(), None).to_dict("records"),
+        corruptions=results.corruptions,
+        suspects=results.suspects.head(SUSPECTS).to_dict("records"),
+        num_suspects=len(results.suspects),
+        config=config,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as aside:
+        aside.write_text(page, encoding="utf-8")
