@@ -265,6 +265,19 @@ def test_every_transform_is_a_function_of_its_seed() -> None:
         np.testing.assert_array_equal(again(picture, 11), before, name)
 
 
+def test_transforms_are_built_once_for_a_thread_not_for_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    real = AlbumentationsTransforms._build
+    monkeypatch.setattr(AlbumentationsTransforms, "_build", lambda self: built.append(1) or real(self))
+    apply = AlbumentationsTransforms([Transform(name="HorizontalFlip", args={})], 8)
+    pictures = tf.data.Dataset.from_tensors(tf.zeros((8, 8, 3), tf.uint8)).repeat(300).enumerate()
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 2
+    flipped = pictures.map(lambda i, x: tf.numpy_function(apply, (x, i), tf.uint8), num_parallel_calls=2).with_options(options)
+    assert sum(1 for _ in flipped) == 300
+    assert 1 <= len(built) <= 3
+
+
 def test_transforms_of_one_p_do_not_coincide() -> None:
     apply = AlbumentationsTransforms(tuple(Transform(name=name, args={"p": 0.5}) for name in ("HorizontalFlip", "VerticalFlip")), SIDE)
     picture = smooth(SIDE, SIDE)

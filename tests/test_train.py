@@ -208,10 +208,10 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     assert before.pop("split") == "test"
     assert before.pop("batch_norm") is not None  # of the run's own data, by evaluate.py
     assert after.pop("batch_norm") is None
-    for parts in ("calibration", "intervals", "temperature_scaled"):
-        one, other = before.pop(parts), after.pop(parts)
-        for name in one or ():
-            assert other[name] == pytest.approx(one[name], rel=1e-5)
+    assert after.pop("temperature_scaled") is None  # its temperature is fitted on the run's own data
+    assert after.pop("intervals").keys() == before.pop("intervals").keys()  # near-duplicates are drawn together in the run's own
+    assert after.pop("calibration") == pytest.approx(before.pop("calibration"), rel=1e-5)
+    del before["temperature_scaled"]
     assert after == pytest.approx(before, rel=1e-5)
     with pytest.raises(UserError, match="figures: exists already and nothing in it is overwritten"):
         call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
@@ -391,7 +391,7 @@ def test_published_weights_are_measured_on_labelled_pictures(tmp_path, monkeypat
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (50, 40), (10, 20, 30 + len(name))).save(tmp_path / "photos" / name / "a.png")
     said = call(monkeypatch, tmp_path, evaluate, "--weights", "imagenet", "--variant", "lite0", "--data", "photos")
-    assert "photos: 2 images, accuracy 0.00%, top 5 0.00%" in said
+    assert "photos: 2 images, accuracy 0.00%" in said
     assert "n02510455 giant panda" in said
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 

@@ -237,7 +237,7 @@ class AlbumentationsTransforms:
         cv2.setNumThreads(0)  # the threads are tf.data's
         self._transforms = transforms
         self._resolution = resolution
-        self._thread = threading.local()
+        self._composes: dict[int, Any] = {}
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
         """Transforms a picture.
@@ -249,9 +249,11 @@ class AlbumentationsTransforms:
         Returns:
             uint8 of the shape that the transforms leave, contiguous.
         """
-        compose = getattr(self._thread, "compose", None)
+        # By the thread's number: what threading.local keeps for a thread of TensorFlow's is gone with each call.
+        thread = threading.get_ident()
+        compose = self._composes.get(thread)
         if compose is None:
-            compose = self._thread.compose = self._build()
+            compose = self._composes[thread] = self._build()
         compose.set_random_state(np.random.default_rng(int(seed)), random.Random(int(seed)))
         return np.ascontiguousarray(compose(image=image)["image"])
 

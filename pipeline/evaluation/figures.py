@@ -114,12 +114,11 @@ def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
     columns = figure.subplots(2, len(calibrations), squeeze=False, sharex=True, height_ratios=[3, 1]).T
     for (title, found), (upper, lower) in zip(calibrations.items(), columns, strict=True):
         bins, width = found.bins, found.bins["upper"] - found.bins["lower"]
-        upper.plot([0, 1], [0, 1], "--", color="0.6", linewidth=1, label="as sure as right")
         upper.bar(bins["lower"], bins["accuracy"].fillna(0), width, align="edge", color=COLOURS["train"], edgecolor="white", label="right")
-        upper.plot(bins["confidence"], bins["accuracy"], "o", color=COLOURS["val"], markersize=4, label="mean confidence, accuracy")
+        upper.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="as sure as right")
+        upper.plot(bins["confidence"], bins["accuracy"], "o", color=COLOURS["val"], markersize=4, label="mean confidence")
         upper.set(ylim=(0, 1), ylabel="share of the images right")
         upper.set_title(f"{title}\ncalibration error {found.ece:.1%}, loss {found.loss:.3f}")
-        upper.legend(frameon=False, loc="upper left", fontsize=8)
         lower.bar(bins["lower"], bins["images"], width, align="edge", color="0.6", edgecolor="white")
         lower.set(xlim=(0, 1), xlabel="confidence: probability of the predicted class", ylabel="images")
         lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
@@ -127,6 +126,7 @@ def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.spines[["top", "right"]].set_visible(False)
         upper.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
