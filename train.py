@@ -153,7 +153,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
         screen.say(table(results))
         if subject.split == "val":
             screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
-        send_results(tracker, results, run, subject.split, final_step)
+        send_results(tracker, results, run, subject.split, final_step, config.tracking.register, screen)
         run.final.replace(run.model)  # from here on the run counts as finished
 
     screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
@@ -221,15 +221,19 @@ def conclude(subject: Any, stages: Any, state: Any) -> Any:
     return results
 
 
-def send_results(tracker: Any, results: Any, run: RunDirectory, split: str, step: int) -> None:
-    """Gives MLflow the figures, the files and the final network of a run that is complete."""
-    tracker.log_metrics(results.headline(), step)
+def send_results(tracker: Any, results: Any, run: RunDirectory, split: str, step: int, name: str | None, screen: Screen) -> None:
+    """Gives MLflow the files, the final network and its figures of a run that is complete; registers the network where it has a name."""
+    from pipeline.champion import contend
+
     try:
         for path in (run.config, run.classes, run.manifest, run.calibration, run.report, run.evaluation(split), run.best):
             if path.exists():
                 folder = path if path.is_dir() else path.parent
                 tracker.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
-        tracker.log_model(run.final, "model", step=step)
+        model = tracker.log_model(run.final, "model", step=step)
+        if name is not None:
+            screen.say(contend(tracker.registry(name), model, run, split))
+        tracker.log_results(results.headline(), step)
     except UserError as error:
         raise TrainingError(
             f"{error}\nThe run is complete but for this: the same command with --run-dir {run.path} --resume ends it"

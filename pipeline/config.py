@@ -1,6 +1,7 @@
 """The schema of a config: every key, its type, bounds, default and meaning. `load_config` makes one from YAML."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ IMAGENET_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "lite0", "l
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MlflowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_length=100)]
 Schedule = Literal["exponential", "cosine", "constant"]
 Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
 Metric = Literal["accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "loss"]
@@ -213,13 +215,19 @@ class RuntimeConfig(Section):
     """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
 
 
+warnings.filterwarnings("ignore", 'Field name "register"')  # pydantic's, of ABCMeta.register, which every model has and none uses
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
-    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_length=100)] = "default"
+    experiment: MlflowName = "default"
     """Name of the experiment in MLflow and of the folder under runs/."""
     uri: str | None = None
     """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
+    register: MlflowName | None = None
+    """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion if none has it, or if
+    the paired test on the same images says that it beats the one that has it."""
 
     @field_validator("uri", mode="after")
     @classmethod

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,14 @@ class RunDirectory:
     def evaluation(self, split: str) -> Path:
         """The results on a split."""
         return self.path / "evaluation" / split
+
+    def predictions(self, split: str) -> Path:
+        """What the network said of each image of a split."""
+        return self.evaluation(split) / "predictions.parquet"
+
+    def comparison(self, others: Sequence[str]) -> Path:
+        """Where a comparison with other runs is kept, which go by name: it belongs to the run that is judged."""
+        return self.report / "compare" / "+".join(others)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ ALLOWED = {  # part -> the parts that it may import
     "bench": {"assembly", "config", "data", "screen", "stages", "training"},
     "keras_fit": {"model", "scaling"},
     "rival": {"bench", "data", "errors", "keras_fit", "GIVEN_ENVIRONMENT"},
+    "champion": {"errors", "evaluation", "run_directory", "training"},
     "measure": {"config", "data", "evaluation", "run_directory"},
     "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
@@ -62,9 +63,9 @@ def test_modules_are_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= 350
 
 
-def test_only_tracking_and_its_store_know_mlflow():
+def test_only_tracking_its_store_and_the_registry_know_mlflow():
     users = [path.stem for path in MODULES if any(name.split(".")[0] == "mlflow" for name in imports(path))]
-    assert users == ["mlflow_store", "tracking"]
+    assert users == ["mlflow_store", "registry", "tracking"]
 
 
 def test_the_light_modules_load_no_heavy_library():

@@ -73,31 +73,37 @@ def training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """
     figure = Figure(figsize=(12, 3.8), dpi=150, layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    _curve(loss, history, "train/loss", "training", COLOURS["train"], "o-")
-    _curve(loss, history, "val/loss", "validation", COLOURS["val"], "s--")
+    curve(loss, history, "train/loss", "training", COLOURS["train"], "o-")
+    curve(loss, history, "val/loss", "validation", COLOURS["val"], "s--")
     loss.set(ylabel="loss (nats)", title="Loss")
-    _curve(accuracy, history, "train/accuracy", "training", COLOURS["train"], "o-")
-    _curve(accuracy, history, "val/accuracy", "validation", COLOURS["val"], "s--")
-    _curve(accuracy, history, "val/top5_accuracy", "validation, top 5", COLOURS["top5"], "^:")
+    curve(accuracy, history, "train/accuracy", "training", COLOURS["train"], "o-")
+    curve(accuracy, history, "val/accuracy", "validation", COLOURS["val"], "s--")
+    curve(accuracy, history, "val/top5_accuracy", "validation, top 5", COLOURS["top5"], "^:")
     accuracy.set(ylabel="share of images right", title="Accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    _curve(rate, history, "learning_rate", "", COLOURS["rate"], "o-")
+    curve(rate, history, "learning_rate", "", COLOURS["rate"], "o-")
     rate.set(ylabel="learning rate at the end of the epoch", title="Learning rate")
     rate.set_ylim(0, 1.05 * rate.get_ylim()[1])
     rate.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        over_epochs(axes)
         if axes is not rate:
             axes.legend(frameon=False)
     return figure
 
 
-def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str, style: str) -> None:
+def over_epochs(axes: Axes) -> None:
+    """Dresses axes for curves over the epochs."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, label: str, colour: str, style: str) -> None:
+    """Draws a figure of the epochs' records, where they have it, with some fifteen markers at most."""
     points = [(record["epoch"], record[key]) for record in history if key in record]
     if points:
         every = max(1, len(points) // 15)

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -14,10 +13,11 @@ from pipeline.evaluation.results import Results
 SUSPECTS = 50  # that the page lists; the file has all
 
 
-def render(template: str, **values: Any) -> str:
-    """Fills one of the package's templates; everything is escaped."""
-    pages = Environment(loader=PackageLoader("pipeline.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return pages.get_template(template).render(**values, data_uri=data_uri)
+def environment() -> Environment:
+    """The package's templates; all that they are filled with is escaped."""
+    return Environment(
+        loader=PackageLoader("pipeline.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -44,19 +44,23 @@ def write_page(
         config: The run's config as YAML.
     """
     per_class = results.evaluation.per_class.astype(object)
-    page = render(
-        "report.html",
-        title=title,
-        evaluation=results.evaluation,
-        figure_rows=figure_rows(results),
-        remarks=remarks(results),
-        figures={name: figure.read_bytes() for name, figure in figures.items() if figure.exists()},
-        galleries=galleries,
-        classes=per_class.where(per_class.notna(), None).to_dict("records"),
-        corruptions=results.corruptions,
-        suspects=results.suspects.head(SUSPECTS).to_dict("records"),
-        num_suspects=len(results.suspects),
-        config=config,
+    page = (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            evaluation=results.evaluation,
+            figure_rows=figure_rows(results),
+            remarks=remarks(results),
+            figures={name: figure.read_bytes() for name, figure in figures.items() if figure.exists()},
+            galleries=galleries,
+            classes=per_class.where(per_class.notna(), None).to_dict("records"),
+            corruptions=results.corruptions,
+            suspects=results.suspects.head(SUSPECTS).to_dict("records"),
+            num_suspects=len(results.suspects),
+            config=config,
+            data_uri=data_uri,
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as aside:

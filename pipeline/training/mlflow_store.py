@@ -112,6 +112,16 @@ def knows(client: "MlflowClient", run_id: str) -> bool:
     return True
 
 
+def links(client: "MlflowClient", run_id: str) -> dict[str, str]:
+    """What ties a metric to the run's model and data set, of those that it has: `model_id`; `dataset_name` and `dataset_digest`."""
+    run = client.get_run(run_id)
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'", max_results=1)
+    data = [each.dataset for each in run.inputs.dataset_inputs] if run.inputs is not None else []
+    return ({"model_id": models[0].model_id} if models else {}) | (
+        {"dataset_name": data[0].name, "dataset_digest": data[0].digest} if data else {}
+    )
+
+
 def last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
     """The greatest step of each of the run's own metrics."""
     keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith("system/")]

@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,11 +27,14 @@ from pipeline.training.mlflow_store import (
     import_mlflow,
     knows,
     last_steps,
+    links,
     tracking_uri,
 )
 from pipeline.training.provenance import flatten, origin, without_credentials
+from pipeline.training.registry import Registry
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
@@ -157,7 +160,7 @@ class Tracker(Hook):
         with explained(self._uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int, **links: str) -> None:
         """Takes metrics to be sent with the next batch. A metric that has a value for this step or a later one keeps it."""
         from mlflow.entities import Metric
 
@@ -165,9 +168,24 @@ class Tracker(Hook):
         for key, value in metrics.items():
             if step > self._last_steps.get(key, -1):
                 self._last_steps[key] = step
-                self._buffer.append(Metric(key, float(value), now, step))
+                self._buffer.append(Metric(key, float(value), now, step, **links))
         if time.monotonic() >= self._next_flush:
             self.flush()
+
+    def log_results(self, metrics: Mapping[str, float], step: int) -> None:
+        """Sends the figures of the final network, linked to the model that `log_model` logged and to the data set.
+
+        Raises:
+            ConfigError: If MLflow cannot be reached.
+        """
+        with explained(self._uri):
+            found = links(self._client, self.run_id)
+        self.log_metrics(metrics, step, **found)
+        self.flush()
+
+    def registry(self, name: str) -> Registry:
+        """A name in the model registry beside the run."""
+        return Registry(self._client, self._uri, name)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""
@@ -245,7 +263,7 @@ class Tracker(Hook):
 
 
 def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path) -> None:
-    """Adds an evaluation to a run that has ended, leaving its status as it is.
+    """Adds an evaluation to a run that has ended, leaving its status as it is; linked to the run's model and data set.
 
     Args:
         config: The run's.
@@ -257,17 +275,43 @@ def log_evaluation(config: Config, tracked: tuple[str, str], metrics: Mapping[st
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
-    mlflow = import_mlflow()
-    from mlflow.entities import Metric
+    run_id, now = tracked[1], int(time.time() * 1000)
+    with _reached(config, tracked) as client:
+        from mlflow.entities import Metric
 
-    uri, run_id, now = tracking_uri(config, tracked[0]), tracked[1], int(time.time() * 1000)
+        step = max(last_steps(client, run_id).values(), default=0)
+        found = links(client, run_id)
+        client.log_batch(run_id, metrics=[Metric(key, value, now, step, **found) for key, value in metrics.items()])
+        client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
+        client.log_artifact(run_id, str(page), "report")
+
+
+def log_comparison(config: Config, tracked: tuple[str, str], sentences: Mapping[str, str], directory: Path) -> None:
+    """Adds a comparison to a run that has ended.
+
+    Args:
+        config: The run's.
+        tracked: The URI and the run's id that were noted when it was tracked.
+        sentences: What came of it, in words by the name of a tag.
+        directory: With its files; goes to the artifacts as report/compare/<its name>.
+
+    Raises:
+        ConfigError: If MLflow cannot be reached or does not know the run.
+    """
+    with _reached(config, tracked) as client:
+        for name, sentence in sentences.items():
+            client.set_tag(tracked[1], re.sub(NO_PARAM_NAME, "_", name), sentence[:MAX_TAG])
+        client.log_artifacts(tracked[1], str(directory), f"report/compare/{directory.name}")
+
+
+@contextmanager
+def _reached(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
+    """MLflow as it keeps a run that was tracked."""
+    mlflow, uri = import_mlflow(), tracking_uri(config, tracked[0])
     with explained(uri):
         with alone_with(uri):
             client = mlflow.MlflowClient(uri)
-        step = max(last_steps(client, run_id).values(), default=0)
-        client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
-        client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
-        client.log_artifact(run_id, str(page), "report")
+        yield client
 
 
 def _status(error: BaseException | None) -> str:
