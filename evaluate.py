@@ -5,18 +5,23 @@ python evaluate.py --run latest --data PHOTOS                   the same on othe
 python evaluate.py --weights imagenet --variant lite0 --data PHOTOS
 python evaluate.py --run latest a.jpg b.jpg                     the five most probable classes of each picture
 python evaluate.py --weights imagenet --variant lite0 a.jpg
+python evaluate.py --run latest PHOTOS --out labels.csv         of all pictures below a folder, one row each
+find PHOTOS -newer labels.csv | python evaluate.py --run latest --format jsonl - | jq .top[0].class
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from pipeline import run_directory
 from pipeline.config import Config, ModelConfig
 from pipeline.data_config import DataConfig
 from pipeline.errors import RunError, UserError, WeightsError
+from pipeline.evaluation.picture_paths import STDIN, picture_paths
 from pipeline.run_directory import RunDirectory
 from pipeline.scaling import VARIANTS
 from pipeline.screen import Screen, run_program, this_python
@@ -39,11 +44,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variant", choices=list(VARIANTS), help="the network that --weights belong to")
     parser.add_argument("--data", type=Path, metavar="PATH", help="labelled pictures to measure on: a folder, or a CSV file")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="with --data: YAML of lines `data's class: model's class`")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with --data: write figures and predictions into this new folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="with --data: write figures into this new folder; with pictures: rows into this new FILE.csv or .jsonl",
+    )
     parser.add_argument("--views", choices=["flip", "5-crop", "10-crop"], help="with --run: average over several views of each picture")
     parser.add_argument("--corruptions", action="store_true", help="with --run: measure on corrupted pictures, too (40 more passes)")
     parser.add_argument("--split", choices=["train", "val", "test"], help="the split to measure (default: a run's test; all of --data)")
-    parser.add_argument("images", nargs="*", type=Path, help="pictures to label instead")
+    parser.add_argument(
+        "images", nargs="*", help="pictures to label instead: files, folders, globs in quotes, or - for a list on standard input"
+    )
+    parser.add_argument("--format", choices=["table", "csv", "jsonl"], help="of the labels on standard output (default: table)")
+    parser.add_argument("--top", type=int, metavar="K", help="label with the K most probable classes (default: 5)")
     arguments = parser.parse_intermixed_args()
     if arguments.weights and not arguments.variant:
         parser.error("--weights needs --variant: the network that they belong to")
@@ -55,19 +69,32 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--split and --data are for measuring; leave them out to label pictures")
     if (arguments.views or arguments.corruptions) and (arguments.images or arguments.data):
         parser.error("--views and --corruptions are for measuring a run on its own data")
-    if (arguments.class_map or arguments.out) and not arguments.data:
-        parser.error("--class-map and --out belong to --data")
+    if arguments.class_map and not arguments.data:
+        parser.error("--class-map belongs to --data")
+    if arguments.out and not (arguments.images or arguments.data):
+        parser.error("--out belongs to --data or to pictures: a run's own figures are written into its directory")
+    if (arguments.format or arguments.top is not None) and not arguments.images:
+        parser.error("--format and --top belong to pictures")
+    if arguments.top is not None and arguments.top < 1:
+        parser.error(f"--top must be at least 1. Received: {arguments.top}")
+    if arguments.images and arguments.out:
+        if arguments.format:
+            parser.error("--format is of standard output; the ending of --out says the file's: .csv or .jsonl")
+        arguments.format = arguments.out.suffix.lower().removeprefix(".")
+        if arguments.format not in ("csv", "jsonl"):
+            parser.error(f"--out: labels are written into a new file that ends in .csv or .jsonl. Received: {arguments.out}")
     return arguments
 
 
 def main(screen: Screen) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments()
-    missing = [str(path) for path in arguments.images if not path.is_file()]
-    if missing:
-        raise UserError(f"{missing[0]}: there is no such file" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""))
     if arguments.out is not None and arguments.out.exists() and not (arguments.out.is_dir() and not any(arguments.out.iterdir())):
         raise UserError(f"{arguments.out}: exists already and nothing in it is overwritten; choose another --out")
+    if arguments.images and arguments.out is not None and not arguments.out.parent.is_dir():
+        raise UserError(f"{arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    pictures = picture_paths(arguments.images, sys.stdin.buffer if STDIN in arguments.images else ())
+    output = screen.give_output() if arguments.format in ("csv", "jsonl") and not arguments.out else None
     if arguments.weights:
         screen.divert_to(None)
         network = published(arguments.weights, arguments.variant, screen)
@@ -80,7 +107,7 @@ def main(screen: Screen) -> int:
         screen.divert_to(run.log)
         network = trained(run)
     if arguments.images:
-        return label(network, arguments.images, screen)
+        return label(network, pictures, arguments, output, screen)
     if arguments.data:
         return measure_on(network, arguments, screen)
     return measure(network, run, arguments, screen)
@@ -198,16 +225,37 @@ def measure_on(network: Network, arguments: argparse.Namespace, screen: Screen) 
     return 0
 
 
-def label(network: Network, images: list[Path], screen: Screen) -> int:
-    """Prints the most probable classes of each picture; the exit code is 1 if one could not be read."""
-    from pipeline.evaluation.predict import predict_files, prediction_table
+def label(network: Network, pictures: Iterable[Path], arguments: argparse.Namespace, output: TextIO | None, screen: Screen) -> int:
+    """Labels pictures with their most probable classes: on the screen, or in rows where there is an `output` or --out.
 
-    failed = 0
+    Returns:
+        The exit code: 1 if a picture could not be read, and that of a Unix filter if nobody reads the output any more.
+    """
+    from pipeline.evaluation.predict import csv_rows, json_rows, predict_files, prediction_table
+
     names = [" ".join(wordings) for wordings in zip(*network.class_lists, strict=True)]
-    config = network.config
-    for prediction in predict_files(network.model, names, images, resolution=config.variant.resolution, resize=config.data.resize):
-        screen.say(prediction_table(prediction))
-        failed += prediction.error is not None
+    k = min(arguments.top or 5, len(names))
+    resolution, resize = network.config.variant.resolution, network.config.data.resize
+    done = failed = 0
+    with ExitStack() as stack:
+        if arguments.out is not None:
+            output = stack.enter_context(arguments.out.open("x", encoding="utf-8", errors="backslashreplace", newline=""))
+        count = stack.enter_context(screen.counting("labelling"))
+        rows = None if output is None else csv_rows(output, k) if arguments.format == "csv" else json_rows(output)
+        try:
+            for prediction in predict_files(network.model, names, pictures, resolution=resolution, resize=resize, k=k):
+                if rows is None:
+                    screen.say(prediction_table(prediction))
+                else:
+                    rows(prediction)
+                    if prediction.error is not None:
+                        screen.error(f"{prediction.path}: {prediction.error}")
+                done += 1
+                failed += prediction.error is not None
+                count(done, None)
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+    screen.say(f"{done - failed:,} picture{'s' * (done - failed != 1)} labelled" + (f", {failed:,} could not be read" if failed else ""))
     return 1 if failed else 0
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from pipeline.errors import TrainingError, UserError
 
@@ -44,6 +45,11 @@ class Screen:
         logging.captureWarnings(True)
         warnings.simplefilter("default")
 
+    def give_output(self) -> TextIO:
+        """Gives standard output to rows for other programs. What is said from now on goes to standard error, and no bar is shown."""
+        self.console = Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
+        return self._out
+
     def say(self, text: Any = "", *, details: str | None = None) -> None:
         """Shows a line of text or one of rich's renderables; a line goes to the log, too, or its details in its place."""
         self.console.print(text, markup=False, emoji=False)
@@ -51,21 +57,29 @@ class Screen:
             logging.getLogger("pipeline").info("%s", details or text)
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows how far something has come; inside the block, call what is given with the number done and of all."""
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"))
-        with Progress(
-            *columns, TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
-            task = progress.add_task(what, total=1)
+    def counting(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Shows how far something has come; inside the block, call what is given with the number done and of all, None if not known."""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(what, total=None)
             yield lambda done, of: progress.update(task, completed=done, total=of)
 
     def error(self, text: str) -> None:
         """Shows an error."""
         self._out.flush()
-        print(text, file=self._err, flush=True)
+        if self.console.is_terminal and self._err.isatty():
+            self.console.print(text, markup=False, emoji=False)  # which of the two does not show on a terminal; this one knows of the bar
+        else:
+            print(text, file=self._err, flush=True)
         if self.log is not None:
             logging.getLogger("pipeline").error("%s", text)
+
+
+class _Count(ProgressColumn):
+    """The number done and of all; where that is not known, and no remaining time is to be had, how many come in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f}" + (f", {task.speed or 0:,.0f} a second" if task.total is None else f" of {task.total:,.0f}"))
 
 
 def this_python() -> str:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.data.preprocess import preprocess
+from pipeline.errors import RunError
 from pipeline.evaluation.predict import BATCH, FilePrediction, Label, predict_files, prediction_table, top_k
 
 RESOLUTION = 32
@@ -104,21 +106,49 @@ def test_unreadable_files_are_reported_and_the_others_predicted(colour_model: ke
     assert "directory" in reasons[tmp_path.name]
 
 
-def test_files_are_read_batch_by_batch(colour_model: keras.Model, tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", (250, 0, 0))
+def test_however_many_files_there_are_two_batches_are_held(colour_model: keras.Model) -> None:
     asked = 0
 
-    def endless() -> Iterator[Path]:
+    def paths() -> Iterator[str]:
         nonlocal asked
-        while True:
+        while asked < 100_000:
             asked += 1
-            yield path
+            yield f"none/{asked}.jpg"
 
-    results = predict_files(colour_model, NAMES, endless(), resolution=RESOLUTION, resize="crop")
-    for _ in range(BATCH + 1):
-        assert next(results).top
-    assert asked == 2 * BATCH
-    results.close()
+    for got, prediction in enumerate(predict_files(colour_model, NAMES, paths(), resolution=RESOLUTION, resize="crop"), start=1):
+        assert prediction.error
+        assert asked - got < 2 * BATCH
+    assert got == 100_000
+
+
+def test_the_next_batch_is_read_while_the_model_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / str(number) for number in range(2 * BATCH + 5)]
+    begun = {path: Event() for path in paths}
+
+    def read(_: object, path: Path) -> np.ndarray:
+        begun[path].set()
+        return np.full((RESOLUTION, RESOLUTION, 3), int(path.name), np.uint8)
+
+    def work(images: np.ndarray) -> np.ndarray:
+        first = int(images[0, 0, 0, 0])
+        ahead = paths[first + BATCH : first + 2 * BATCH]
+        assert all(begun[path].wait(20) for path in ahead)
+        return np.eye(len(paths), dtype=np.float32)[images[:, 0, 0, 0].astype(int)]
+
+    monkeypatch.setattr("pipeline.evaluation.predict._read", read)
+    results = predict_files(
+        lambda images, training: tf.numpy_function(work, [images], tf.float32),
+        [path.name for path in paths],
+        paths,
+        resolution=RESOLUTION,
+        resize="crop",
+    )
+    assert [(result.path.name, result.top[0].name) for result in results] == [(path.name, path.name) for path in paths]
+
+
+def test_an_output_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(RunError, match="weights have diverged"):
+        top_k(np.array([[0, np.nan]]), ["a", "b"])
 
 
 def test_top_k_sorts_by_probability_and_breaks_ties_by_class_order() -> None:

@@ -190,6 +190,17 @@ def test_evaluate_labels_pictures_as_it_measured_them(finished):
         assert row.predicted_class in out
 
 
+def test_labels_flow_through_a_pipe_until_nobody_reads_them(finished):
+    directory, _, _ = finished
+    endless = f"yes 'photos/class 0/0.png' | {sys.executable} {PROJECT}/evaluate.py --run whole --format jsonl - | head -n 40"
+    result = subprocess.run(
+        ["bash", "-c", f"{endless}; echo ${{PIPESTATUS[1]}}"], cwd=directory.parent, capture_output=True, text=True, check=True, timeout=200
+    )
+    *rows, code = result.stdout.splitlines()
+    assert (len(rows), code, result.stderr) == (40, "141", "")
+    assert {json.loads(row)["path"] for row in rows} == {"photos/class 0/0.png"}
+
+
 def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     before = json.loads((directory / "evaluation/test/metrics.json").read_text())

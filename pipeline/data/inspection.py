@@ -96,6 +96,12 @@ def read_header(data: bytes) -> Header | str:
     return Header(kind, height, width, orientation if orientation in range(1, 9) else 1, Trait(traits))
 
 
+def too_large(status: os.stat_result) -> str | None:
+    """Why a file of this size is not read at all, or None."""
+    size = status.st_size
+    return f"has {size / 2**30:.1f} GiB; at most {MOST_BYTES / 2**30:.0f} are read" if size > MOST_BYTES else None
+
+
 def inspect(data: bytes) -> np.ndarray | str:
     """Decodes a picture, and says what it is or why it cannot be used.
 
@@ -179,8 +185,8 @@ def inspect_all(
 def _look(source: Source, key: str, cache: ScanCache) -> np.ndarray | str:
     try:
         status = (source.root / key).stat() if source.root is not None else None
-        if status is not None and status.st_size > MOST_BYTES:
-            return f"has {status.st_size / 2**30:.1f} GiB; at most {MOST_BYTES / 2**30:.0f} are read"
+        if status is not None and (reason := too_large(status)):
+            return reason
         if status is not None and (known := cache.find(key, status)) is not None:
             return known
         found = inspect(source.read(key))

@@ -13,7 +13,7 @@ Every source yields encoded image files, so that one decoder serves all of them.
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -22,20 +22,12 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from pipeline.data.picture_files import is_hidden, is_picture, pictures_below
 from pipeline.data_config import DataConfig
 from pipeline.errors import DataError
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # as people write them
-# All that is meant as a picture, also what cannot be decoded: that is reported, not passed over.
-IMAGE_SUFFIXES = tuple(
-    f".{name}"
-    for names in (
-        "jpg jpeg jpe jfif png gif bmp dib webp",
-        "tif tiff heic heif avif jxl jp2 j2k ppm pgm pbm pnm tga ico psd dng cr2 nef arw raw",
-    )
-    for name in names.split()
-)
 
 
 class Sample(NamedTuple):
@@ -169,7 +161,7 @@ def open_folder(root: Path) -> FileSource:
             f"data.path: {root} is {'a file, not a folder' if root.exists() else 'missing'}; give a folder that holds <class>/<image>"
         )
     parents = _class_parents(root)
-    strays = [str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if _is_image(path)]
+    strays = [str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_picture(path)]
     if strays:
         raise DataError(
             f"{len(strays)} pictures lie in no class folder:\n{listing(strays)}\n"
@@ -181,7 +173,7 @@ def open_folder(root: Path) -> FileSource:
     rows = [
         Sample(path.relative_to(root).as_posix(), labels[folder.name], split)
         for split, folder in folders
-        for path in _images(folder, (folder.resolve(),))
+        for path in pictures_below(folder)
     ]
     if not rows:
         raise DataError(f"{root} holds no picture; expected <class>/<image> or {{train,val,test}}/<class>/<image>")
@@ -213,29 +205,7 @@ def _class_parents(root: Path) -> dict[Path, str | None]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
-
-
-def _images(folder: Path, trail: tuple[Path, ...]) -> Iterator[Path]:
-    """Pictures in a folder and below it, in order; a link back to a folder on the way is not followed."""
-    with os.scandir(folder) as listed:
-        entries = sorted(listed, key=lambda entry: entry.name)
-    for entry in entries:
-        path = folder / entry.name
-        if entry.is_dir():
-            real = path.resolve() if entry.is_symlink() else path
-            if not _is_hidden(entry.name) and real not in trail:
-                yield from _images(path, (*trail, real))
-        elif _is_image(path):
-            yield path
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name) and not path.is_dir()
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def _is_utf8(text: str) -> bool:

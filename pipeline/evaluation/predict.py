@@ -1,14 +1,15 @@
-"""Labels for picture files, through the same preprocessing as training's validation."""
+"""Labels for picture files, through the same preprocessing as training's validation, and how they are written down."""
 
+import csv
+import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import keras
 import numpy as np
@@ -17,10 +18,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.inspection import read_header
+from pipeline.data.inspection import read_header, too_large
 from pipeline.data.preprocess import Resize, preprocess
+from pipeline.errors import RunError
 
-BATCH = 32  # pictures; bounds the memory whatever the number of files
+BATCH = 32  # pictures; two batches bound the memory, whatever the number of files: one in the model, and the next one being read
 
 
 class Label(NamedTuple):
@@ -48,7 +50,7 @@ class FilePrediction:
 def predict_files(
     model: keras.Model, class_names: Sequence[str], paths: Iterable[str | Path], *, resolution: int, resize: Resize, k: int = 5
 ) -> Iterator[FilePrediction]:
-    """Predicts files one batch after the other, in constant memory.
+    """Predicts files one batch after the other, in constant memory. While the model works on one batch, the next is read.
 
     Args:
         model: float32 (B, R, R, 3) in [0, 255] to float32 logits (B, K).
@@ -60,6 +62,9 @@ def predict_files(
 
     Yields:
         A prediction per file, in the order of `paths`. A file that cannot be read yields its reason.
+
+    Raises:
+        RunError: If a logit is not finite.
     """
     scalar = [tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int32)]
     to_square = tf.function(partial(preprocess, resolution=resolution, resize=resize), input_signature=scalar)
@@ -70,22 +75,28 @@ def predict_files(
 
     remaining = map(Path, paths)
     with ThreadPoolExecutor(min(BATCH, os.cpu_count() or 1)) as pool:
-        while batch := list(islice(remaining, BATCH)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PIL's remarks on odd files; what cannot be read is reported
-                pictures = list(pool.map(partial(_read, to_square), batch))
-            readable = [picture for picture in pictures if not isinstance(picture, str)]
+
+        def start_reading() -> list[tuple[Path, Future[np.ndarray | str]]]:
+            return [(path, pool.submit(_read, to_square, path)) for path in islice(remaining, BATCH)]
+
+        ahead = start_reading()
+        while ahead:
+            batch = [(path, picture.result()) for path, picture in ahead]
+            ahead = start_reading()
+            readable = [picture for _, picture in batch if not isinstance(picture, str)]
             labels = iter(top_k(forward(np.stack(readable)).numpy(), class_names, k) if readable else ())
-            for path, picture in zip(batch, pictures, strict=True):
+            for path, picture in batch:
                 yield FilePrediction(path, error=picture) if isinstance(picture, str) else FilePrediction(path, next(labels))
 
 
 def _read(to_square: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
     """The file as uint8 (R, R, 3), or why it cannot be read."""
     try:
+        if reason := too_large(path.stat()):
+            return reason
         encoded = path.read_bytes()
-    except OSError as error:
-        return f"cannot be opened: {error.strerror}"
+    except (OSError, ValueError) as error:  # the latter of a path that holds a null byte
+        return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
     header = read_header(encoded)
     if isinstance(header, str):
         return header
@@ -106,7 +117,12 @@ def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tu
 
     Returns:
         For each row min(k, K) labels, the most probable first.
+
+    Raises:
+        RunError: If a logit is not finite.
     """
+    if not np.isfinite(logits).all():
+        raise RunError("the model's output is not finite: its weights have diverged; train it anew, with a lower optimizer.base_lr")
     left = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     total = np.exp(left).sum(axis=1)
     rows, ranked = np.arange(len(logits)), []
@@ -124,3 +140,27 @@ def prediction_table(prediction: FilePrediction) -> Group:
         table.add_row(f"  {label.probability:6.1%}", Text("█" * round(20 * label.probability), style="cyan"), Text(label.name))
     failure = [] if prediction.error is None else [Text(f"  {prediction.error}", style="red")]
     return Group(Text(str(prediction.path), style="bold"), *failure, table)
+
+
+def csv_rows(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
+    """Starts a CSV file with the columns path, error, class1, probability1, and so on to `k`; what is returned adds a row."""
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))])
+
+    def add(prediction: FilePrediction) -> None:
+        cells = [cell for label in prediction.top for cell in (label.name, f"{label.probability:.6g}")]
+        rows.writerow([prediction.path, prediction.error, *(cells or [""] * (2 * k))])
+        file.flush()
+
+    return add
+
+
+def json_rows(file: TextIO) -> Callable[[FilePrediction], None]:
+    """What is returned adds a line {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}."""
+
+    def add(prediction: FilePrediction) -> None:
+        top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]
+        file.write(json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n")
+        file.flush()
+
+    return add
