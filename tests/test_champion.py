@@ -17,7 +17,8 @@ from pipeline.config_file import load_config
 from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
-from pipeline.evaluation.report import write_evaluation
+from pipeline.evaluation.report import write_results
+from pipeline.evaluation.results import judge
 from pipeline.run_directory import RunDirectory
 from pipeline.training.tracking import Tracker, log_comparison, log_evaluation
 
@@ -53,7 +54,8 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
     Manifest(CLASSES, table.assign(height=8, width=8, orientation=1)[list(COLUMNS)].astype(COLUMNS)).save(run.manifest)
     said = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
     predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[said])
-    write_evaluation(evaluate_predictions(predictions, CLASSES, "test"), predictions, table["key"].tolist(), run.evaluation("test"))
+    evaluation = evaluate_predictions(predictions, CLASSES, "test")
+    write_results(judge(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test"))
     return run
 
 
@@ -122,7 +124,7 @@ def test_results_are_linked_to_the_model_and_the_data_set(config: Config, home: 
         tracker.log_metrics({"train/loss": 0.5}, 5)
         model = tracker.log_model(home / "final.keras", "model", step=5)
         tracker.log_results({"test/accuracy": 0.95}, 5)
-    log_evaluation(config, (tracker.uri, tracker.run_id), {"val/accuracy": 0.9}, run.evaluation("test"))
+    log_evaluation(config, (tracker.uri, tracker.run_id), {"val/accuracy": 0.9}, run.evaluation("test"), run.manifest)
     logged = client.get_logged_model(model.removeprefix("models:/"))
     found = {metric.key: (metric.value, metric.step, metric.dataset_name, metric.dataset_digest) for metric in logged.metrics}
     digest = ("abcd" * 16)[:36]
