@@ -48,7 +48,8 @@ def _beats(registry: Registry, champion: Version, new: Version, run: RunDirector
                 ]
             )
         except (RunError, DataError) as error:
-            return False, f"version {champion.number} stays the champion, as the two cannot be compared. {error}"
+            reason = str(error).partition("\n")[0]
+            return False, f"version {champion.number} stays the champion, as the test cannot be made: {reason}"
     if pair.verdict == "better":
         return True, f"it is the champion in the place of version {champion.number}. {pair.sentence}"
     return False, f"version {champion.number} stays the champion. {pair.sentence}"

@@ -363,7 +363,7 @@ def test_of_many_images_the_first_are_shown_and_all_are_named(tmp_path: Path) ->
     page = comparison_page([a, b], compare([a, b]), settings=[], histories={}, source=FileSource(tmp_path, CLASSES, ()))
     assert len(pictures_in(page)) == THUMBNAILS
     assert all(f"<th>{key}</th>" in page for key in a.images.table["key"])
-    assert "the configs are the same" in page
+    assert "config, data and libraries are the same" in page
 
 
 def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_path: Path, photos: Path) -> None:

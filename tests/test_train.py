@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> tuple[Path, str, str]:
     """A run from beginning to end: its directory and what the screen showed."""
-    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", "whole")
+    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.register=colours")
     assert code == 0, out + err
     return folder / "whole", out, err
 
@@ -110,6 +110,7 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
     assert err == ""
     lines = out.splitlines()
     assert len([line for line in lines if line.startswith("epoch ")]) == 4
+    assert "registered as colours version 1: it is the champion, as there was none" in out
     assert f"the model        {directory.name}/model.keras" in out
     assert "mlflow ui" in out
     for noise in ("WARNING", "I0000", "oneDNN", "INFO", "retracing", "Deprecat"):
@@ -137,6 +138,9 @@ def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished,
     best = client.download_artifacts(logged.info.run_id, "best/model.keras", str(tmp_path))
     assert weights(Path(best)) == weights(directory / "best/model.keras")
     [model] = client.search_logged_models([logged.info.experiment_id])
+    linked = {metric.key: metric.dataset_digest for metric in model.metrics}
+    assert linked["test/accuracy"] == logged.inputs.dataset_inputs[0].dataset.digest
+    assert client.get_model_version_by_alias("colours", "champion").source == model.model_uri
     mlflow.set_tracking_uri(f"sqlite:///{directory.parent / 'mlflow.db'}")
     loaded = mlflow.keras.load_model(model.model_uri)
     images = np.random.default_rng(1).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)

@@ -208,7 +208,7 @@ def _check_same_images(first: Measured, other: Measured) -> None:
     if found := differences(a, b):
         raise RunError(
             f"{first.name} ({len(a.table):,} {first.split} images) and {other.name} ({len(b.table):,}) cannot be compared: they were not "
-            f"measured on the same images. From the first to the second\n{found}\n"
+            f"measured on the same images\nFrom the first to the second:\n{found}\n"
             "Where the data bring no splits, seed and data.splits choose the images: train both runs with the same, or give the data "
             "splits of their own (see data/README.md)."
         )
