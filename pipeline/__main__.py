@@ -10,6 +10,7 @@ PROGRAMS = {
     "bench": "how fast a config trains: step, stream and both; against plain Keras",
     "check": "what is wrong with a data set: bad files, duplicates, leakage, empty classes",
     "compare": "whether a run is better than another on the same images, and how sure that is",
+    "export": "a run's network as SavedModel, LiteRT, int8 LiteRT and ONNX, each proven equal to it",
     "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
 }
 

@@ -109,6 +109,11 @@ class RunDirectory:
         """Where a comparison with other runs is kept, which go by name: it belongs to the run that is judged."""
         return self.report / "compare" / "+".join(others)
 
+    @property
+    def export(self) -> Path:
+        """The network for other runtimes."""
+        return self.path / "export"
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """A block in which no other process can enter the same run's. It is free again however this process ends.

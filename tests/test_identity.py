@@ -4,9 +4,18 @@ import json
 
 import pytest
 
+from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.identity import check_identity
+
+
+def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
+    config = Config.model_validate({"data": {"source": "digits"}}).model_dump(mode="json")
+    before_there_were_any = {key: value for key, value in config.items() if key != "export"}
+    (tmp_path / MANIFEST).write_text(json.dumps({"step": 3, "identity": {"config": before_there_were_any}}))
+    for export in (config["export"], {"min_agreement": 0.5}):
+        assert check_identity(tmp_path, {"config": {**before_there_were_any, "export": export}}) == []
 
 
 def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):

@@ -20,12 +20,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
-def test_help_is_instant() -> None:
+@pytest.mark.parametrize(("program", "option"), [("scale", "--latency"), ("export", "--formats")])
+def test_help_is_instant(program: str, option: str) -> None:
     start = time.monotonic()
-    result = run("scale", "--help")
+    result = run(program, "--help")
     assert time.monotonic() - start < 2
     assert result.returncode == 0
-    assert "--latency" in result.stdout
+    assert option in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,9 @@ def test_help_is_instant() -> None:
         ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
         ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
         ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
+        (["export", "--run", "tests", "--formats", "onnx,litret"], "there is no format 'litret'; did you mean 'litert'?"),
+        (["export", "--run", "tests", "data.resize=squash"], "only keys of export can be changed here"),
+        (["export", "--run", "tests"], "tests: is not a run's directory"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(arguments: list[str], message: str) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 import evaluate
 import train
 from pipeline import run_directory
+from pipeline.commands import export
 from pipeline.config_file import load_config
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
@@ -179,6 +180,18 @@ def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, 
     assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
     assert "Corrupted pictures" in (directory / "report/test-10-crop.html").read_text()
     assert json.loads((directory / "evaluation/test/metrics.json").read_text()) == plain
+
+
+def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(finished, tmp_path, monkeypatch):
+    directory, _, _ = finished
+    at_the_end = json.loads((directory / "evaluation/test/metrics.json").read_text())["accuracy"]
+    call(monkeypatch, directory.parent, evaluate, "--run", "whole")
+    assert json.loads((directory / "evaluation/test/metrics.json").read_text())["accuracy"] == at_the_end
+    assert export.main(["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)], FakeScreen()) == 0
+    proofs = [entry["proof"] for entry in json.loads((tmp_path / "metadata.json").read_text())["formats"].values()]
+    assert [proof["accuracy"] for proof in proofs] == [at_the_end] * 3
+    assert [proof["model_accuracy"] for proof in proofs] == [at_the_end] * 3
+    assert [proof["images"] for proof in proofs] == [15] * 3
 
 
 def test_evaluate_labels_pictures_as_it_measured_them(finished):

@@ -211,3 +211,30 @@ def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, r
         tf.errors.InvalidArgumentError: When run on something that `decode` cannot read.
     """
     return fit_square(decode(encoded, orientation), resolution, resize)
+
+
+def describe(resolution: int, resize: Resize) -> list[str]:
+    """What `preprocess` does, in sentences from which it can be written anew where TensorFlow is not."""
+    r, padded = resolution, resolution + CROP_PADDING
+    bicubically = "bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow's BICUBIC does"
+    square = {
+        "squash": [f"resize the whole picture to {r} x {r} pixels, whatever its shape, {bicubically}"],
+        "crop": [
+            f"cut out a square of side = max(1, floor((min(H, W) * {r} + {padded // 2}) / {padded})) pixels, "
+            "its top at floor((H - side + 1) / 2), its left at floor((W - side + 1) / 2)",
+            f"resize it to {r} x {r} pixels, {bicubically}",
+        ],
+        "letterbox": [
+            f"resize the picture to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / max(H, W))), "
+            f"{bicubically}",
+            f"put it into a square of {r} x {r} pixels of the value {PADDING_GREY} in every channel, "
+            f"its top at floor(({r} - h) / 2), its left at floor(({r} - w) / 2)",
+        ],
+    }[resize]
+    return [
+        "decode to 8 bits a channel, RGB: grey becomes three equal channels, transparency is dropped, an animation gives its first frame",
+        "turn the picture upright by its EXIF orientation; H and W are its height and width from here on",
+        *square,
+        "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; nothing is divided or subtracted, "
+        "normalisation is inside the network",
+    ]

@@ -78,18 +78,27 @@ class Predictor:
             batches.append([part.numpy() for part in self._step(images, labels, index)])
             if progress is not None:
                 progress(len(batches), total)
-        if not batches:
-            raise RuntimeError("the data set to be predicted yields no images")
-        index, labels, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-        rows = np.flatnonzero(index >= 0)
-        rows = rows[np.argsort(index[rows], kind="stable")]
-        index, labels, logits = index[rows], labels[rows], logits[rows]
-        repeated = np.unique(index[1:][index[1:] == index[:-1]])
-        if len(repeated):
-            raise RuntimeError(f"{len(repeated)} images were predicted more than once, the first of them row {repeated[0]} of the manifest")
-        if not len(index):
-            raise RuntimeError("the data set to be predicted yields nothing but padding")
-        return Predictions(index, labels, logits)
+        return join_batches(batches)
+
+
+def join_batches(batches: Sequence[Sequence[np.ndarray]]) -> Predictions:
+    """Makes one of the predictions of a data set's batches: index, labels and logits of each; rows of index -1 are left out.
+
+    Raises:
+        RuntimeError: If an image was predicted more than once, or none at all.
+    """
+    if not batches:
+        raise RuntimeError("the data set to be predicted yields no images")
+    index, labels, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    rows = np.flatnonzero(index >= 0)
+    rows = rows[np.argsort(index[rows], kind="stable")]
+    index, labels, logits = index[rows], labels[rows], logits[rows]
+    repeated = np.unique(index[1:][index[1:] == index[:-1]])
+    if len(repeated):
+        raise RuntimeError(f"{len(repeated)} images were predicted more than once, the first of them row {repeated[0]} of the manifest")
+    if not len(index):
+        raise RuntimeError("the data set to be predicted yields nothing but padding")
+    return Predictions(index, labels, logits)
 
 
 @dataclass(frozen=True)

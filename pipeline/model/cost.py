@@ -1,13 +1,16 @@
-"""What a network costs: parameters, multiply-adds, and about how much memory training takes."""
+"""What a network costs: parameters, multiply-adds, time for an image, and about how much memory training takes."""
 
 import math
-from collections.abc import Iterable
+import statistics
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import keras
 from keras import layers
 
 FLOAT32_BYTES = 4
+WARM_UP_RUNS, LEAST_RUNS, MOST_RUNS, TIMING_SECONDS = 3, 5, 50, 1.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ def estimated_memory(model: keras.Model, batch_size: int, *, optimizer_slots: in
     per_trainable = 1 + optimizer_slots + accumulation
     kept = (1 + ema) * size.parameters + per_trainable * size.trainable_parameters
     return FLOAT32_BYTES * kept + batch_size * sum(map(_activation_bytes, model.layers))
+
+
+def latency(infer: Callable[[], object]) -> float:
+    """Seconds that an inference takes: the median of warm ones, of which it times about a second, at least 5 and at most 50."""
+    for _ in range(WARM_UP_RUNS):
+        infer()
+    taken: list[float] = []
+    while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and sum(taken) < TIMING_SECONDS):
+        start = time.perf_counter()
+        infer()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def _activation_bytes(layer: layers.Layer) -> int:

@@ -4,8 +4,6 @@ Every figure is that of a network that was built, never of a formula; where no w
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,13 +16,12 @@ import yaml
 
 from pipeline.config import IMAGENET_VARIANTS
 from pipeline.errors import UserError
-from pipeline.model.cost import cost, estimated_memory
+from pipeline.model.cost import cost, estimated_memory, latency
 from pipeline.model.efficientnet import CLASSIFIER, STAGES, STEM_FILTERS, TOP_FILTERS, efficientnet, stage_repeats
 from pipeline.scaling import VARIANTS, Variant, from_multipliers, from_phi, round_filters
 
 STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
 SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
-WARM_UP_RUNS, LEAST_RUNS, MOST_RUNS, TIMING_SECONDS = 3, 5, 50, 1.0
 
 T = TypeVar("T")
 
@@ -138,22 +135,13 @@ def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) 
 
 
 def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
-    """Seconds that the network takes for one image: the median of warm inferences of a tf.function on TensorFlow's default device.
-
-    It times about a second of them, at least 5 and at most 50; the result's way back to the host is part of it.
-    """
+    """Seconds that the network takes for one image, as a tf.function on TensorFlow's default device, the result's way back included."""
     model = efficientnet(variant, num_classes=num_classes)
     infer = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
     images = tf.zeros((1, variant.resolution, variant.resolution, 3))
-    for _ in range(WARM_UP_RUNS):
-        infer(images).numpy()
-    taken: list[float] = []
-    while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and sum(taken) < TIMING_SECONDS):
-        start = time.perf_counter()
-        infer(images).numpy()
-        taken.append(time.perf_counter() - start)
+    taken = latency(lambda: infer(images).numpy())
     keras.utils.clear_session(free_memory=False)
-    return statistics.median(taken)
+    return taken
 
 
 def compound(alpha: float, beta: float, gamma: float) -> float:

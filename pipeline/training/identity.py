@@ -11,6 +11,7 @@ from pipeline.training.checkpoint import read_manifest
 
 FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
     "tracking",
+    "export",
     "runtime.input_workers",
     "train.keep_checkpoints",
     "train.checkpoint_every_steps",

@@ -125,7 +125,7 @@ def _dtype(precision: str) -> str:
 
 def processor() -> str:
     """What the machine computes with, for the record beside a time: the GPU's name, or the CPU's with the number of its cores."""
-    for gpu in tf.config.list_physical_devices("GPU"):
+    for gpu in tf.config.get_visible_devices("GPU"):
         return str(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
