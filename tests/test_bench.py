@@ -97,6 +97,7 @@ def test_the_command_times_step_stream_and_both_and_writes_them_down(photos: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "figures.json"], "nothing else is written"
 
 
+@pytest.mark.slow
 def test_training_and_keras_are_timed_in_turns(photos: Path) -> None:
     pairs = rival.against(Bench(config(photos), Quiet()), "keras-fit", seconds=0.3, pairs=2)
     assert len(pairs) == 2

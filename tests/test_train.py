@@ -245,9 +245,8 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
         call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGTERM, id="terminated"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, id="terminated"), pytest.param(signal.SIGKILL, id="killed")])
 def test_a_run_that_is_ended_in_an_epoch_goes_on_bit_identically(folder, finished, how):
     name = f"ended-{how}"
     process = start(folder, "train.py", "--config", "config.yaml", "--run-dir", name)
