@@ -76,6 +76,7 @@ def test_the_slower_one_holds_training_back(step: float, stream: float, bound: s
     assert Figures(step, stream, 10.0, 1.0, 1.0, 1.0, {}, 0).bound == bound
 
 
+@pytest.mark.slow
 def test_the_command_times_step_stream_and_both_and_writes_them_down(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         f"model: {{variant: {TINY}, weights: null}}\ndata: {{source: folder, path: {photos}}}\n"

@@ -63,6 +63,7 @@ def train() -> tuple[State, list[dict[str, float]]]:
     return state, trainer.run(state, stages.work)
 
 
+@pytest.mark.slow
 def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout's masks, slots, averages and the order of the images are the same; a stage that follows finds nothing different."""
     state, history = train()

@@ -13,7 +13,6 @@ from nbformat import NotebookNode
 
 PROJECT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-TRAINING = {"digits_end_to_end", "transfer_learning"}
 KNOWN = {"pipeline", "keras", "matplotlib", "numpy", "pandas", "PIL", "sklearn", "IPython"} | sys.stdlib_module_names
 PROMISED = "exits-with-"  # a cell's tag: the exit code of the program that it calls, where that is not 0
 
@@ -45,13 +44,9 @@ def test_a_notebook_calls_the_project_and_well_known_libraries_only(path: Path) 
             assert {name.split(".")[0] for name in names} <= KNOWN
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] if path.stem in TRAINING else [])
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_to_its_end(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").mkdir()
     for name, value in {"PYTHONPATH": PROJECT, "TMPDIR": tmp_path / "home", "IPYTHONDIR": tmp_path / "ipython"}.items():

@@ -182,6 +182,7 @@ def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, 
     assert json.loads((directory / "evaluation/test/metrics.json").read_text()) == plain
 
 
+@pytest.mark.slow
 def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     at_the_end = json.loads((directory / "evaluation/test/metrics.json").read_text())["accuracy"]
@@ -239,6 +240,7 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     assert after.pop("temperature_scaled") is None  # its temperature is fitted on the run's own data
     assert after.pop("intervals").keys() == before.pop("intervals").keys()  # near-duplicates are drawn together in the run's own
     assert after.pop("calibration") == pytest.approx(before.pop("calibration"), rel=1e-5)
+    assert after.pop("corruption_accuracy") is before.pop("corruption_accuracy") is None
     del before["temperature_scaled"]
     assert after == pytest.approx(before, rel=1e-5)
     with pytest.raises(UserError, match="figures: exists already and nothing in it is overwritten"):

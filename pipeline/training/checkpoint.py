@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +131,29 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         TrainingError: If the disk does not take it.
     """
     aside = final.with_name(f".{final.name}")
-    files = {f"{name}.npz": _pack(variables) for name, variables in state.groups().items()} | dict(beside or {})
-    manifest = {
-        **{name: getattr(state, name) for name in PLAIN_FIELDS},
-        "identity": dict(identity),
-        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
-        "sha256": {name: _hash(content) for name, content in files.items()},
-    }
-    packed = json.dumps(manifest, indent=1).encode()
+    files: dict[str, Callable[[], bytes]] = {f"{name}.npz": partial(_pack, group) for name, group in state.groups().items()}
+    files |= {name: partial(bytes, content) for name, content in (beside or {}).items()}
+
+    def put(name: str) -> str:
+        content = files[name]()
+        _write_synced(aside / name, content)
+        return _hash(content)
+
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
             shutil.rmtree(leftover)
         aside.mkdir()
-        for name, content in {**files, MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
+        with ThreadPoolExecutor(len(files)) as side_by_side:  # while one file waits for the disk, another is packed or hashed
+            hashes = dict(zip(files, side_by_side.map(put, files), strict=True))
+        manifest = {
+            **{name: getattr(state, name) for name in PLAIN_FIELDS},
+            "identity": dict(identity),
+            "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
+            "sha256": hashes,
+        }
+        packed = json.dumps(manifest, indent=1).encode()
+        for name, content in {MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
             _write_synced(aside / name, content)
         _sync_folder(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
