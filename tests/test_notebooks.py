@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 
 PROJECT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-KNOWN = {"pipeline", "keras", "matplotlib", "numpy", "pandas", "PIL", "sklearn", "IPython"} | sys.stdlib_module_names
+KNOWN = {"pipeline", "keras", "tensorflow", "matplotlib", "numpy", "pandas", "PIL", "sklearn", "IPython"} | sys.stdlib_module_names
 PROMISED = "exits-with-"  # a cell's tag: the exit code of the program that it calls, where that is not 0
 
 
