@@ -67,5 +67,6 @@ def test_a_notebook_runs_to_its_end(path: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def listing(folder: Path) -> list[str]:
-    """What stands in a folder, and in its notebooks' and configs'."""
-    return sorted(entry.path for part in (folder, folder / "notebooks", folder / "configs") for entry in os.scandir(part))
+    """What stands in a folder, and in its notebooks' and configs', but for what tools hide there."""
+    parts = (folder, folder / "notebooks", folder / "configs")
+    return sorted(entry.path for part in parts for entry in os.scandir(part) if not entry.name.startswith((".", "__")))
