@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.data.manifest import Manifest, differences
 from pipeline.errors import RunError
-from pipeline.evaluation.significance import LEVEL, Interval, bootstrap, exact_bounds, holm, mcnemar
+from pipeline.evaluation.significance import LEVEL, Difference, bootstrap, exact_bounds, holm, mcnemar
 
 Verdict = Literal["better", "worse", "open"]
 
@@ -29,7 +29,7 @@ class Measured:
     Attributes:
         name: Of the run.
         split: Of its data.
-        predictions: As of `report.write_evaluation`, a row per image.
+        predictions: As of `report.write_results`, a row per image.
         images: The same images in the same order, by key.
     """
 
@@ -109,8 +109,8 @@ class Pair:
     only_b: int
     p_value: float
     num_pairs: int
-    accuracy: Interval
-    loss: Interval | None
+    accuracy: Difference
+    loss: Difference | None
     changed: pd.DataFrame
 
     @property
@@ -234,7 +234,7 @@ def _pair(first: Measured, other: Measured) -> Pair:
         only_b=only_b,
         p_value=mcnemar(only_a, only_b),
         num_pairs=1,
-        accuracy=Interval(drawn.value, min(drawn.low, low), max(drawn.high, high)),
+        accuracy=Difference(drawn.value, min(drawn.low, low), max(drawn.high, high)),
         loss=loss,
         changed=_changed(first, other),
     )

@@ -11,8 +11,8 @@ RESAMPLES, SEED = 10_000, 0
 DRAWS_AT_ONCE = 4_000_000  # bounds the bootstrap's memory, to some 100 MB
 
 
-class Interval(NamedTuple):
-    """A difference, B's figure minus A's, with the bounds of its 95 % interval."""
+class Difference(NamedTuple):
+    """B's figure minus A's, with the bounds of its 95 % interval."""
 
     value: float
     low: float
@@ -40,7 +40,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def bootstrap(values: np.ndarray, groups: np.ndarray) -> Interval:
+def bootstrap(values: np.ndarray, groups: np.ndarray) -> Difference:
     """The mean with its 95 % percentile interval over 10,000 resamples of whole groups (Efron 1979; Davison and Hinkley 1997, 3.8).
 
     Args:
@@ -54,7 +54,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray) -> Interval:
     sums, sizes = np.bincount(place, weights=values), np.bincount(place)
     mean = float(values.mean())
     if len(sums) == 1:
-        return Interval(mean, mean, mean)
+        return Difference(mean, mean, mean)
     found = stats.bootstrap(
         (sums, sizes),
         lambda drawn_sums, drawn_sizes, axis: drawn_sums.sum(axis) / drawn_sizes.sum(axis),
@@ -66,7 +66,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray) -> Interval:
         method="percentile",
         rng=np.random.default_rng(SEED),
     )
-    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return Difference(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def exact_bounds(only_a: int, only_b: int, num_images: int, num_groups: int) -> tuple[float, float]:
