@@ -9,30 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_screen import FakeScreen
 from PIL import Image
 
 from pipeline.commands import check
 from pipeline.errors import UserError
-from pipeline.screen import Screen
 
 PROJECT = Path(__file__).parents[1]
-
-
-class FakeScreen(Screen):
-    """Keeps what is said, and leaves the test's own output alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said = ""
-
-    def divert_to(self, log: Path | None) -> None:
-        """Nothing."""
-
-    def say(self, text: object = "", *, details: str | None = None) -> None:
-        """Keeps it."""
-        with self.console.capture() as capture:
-            self.console.print(text, markup=False, emoji=False)
-        self.said += capture.get()
 
 
 def picture(seed: int) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fake_screen import FakeScreen
 from PIL import Image
 
 from pipeline.commands import compare as program
@@ -23,7 +24,6 @@ from pipeline.evaluation.compare import Measured, Pair, compare, read_measured
 from pipeline.evaluation.comparison_page import THUMBNAILS, Setting, comparison_page
 from pipeline.evaluation.significance import bootstrap, exact_bounds, holm, mcnemar
 from pipeline.run_directory import RunDirectory
-from pipeline.screen import Screen
 
 PROJECT = Path(__file__).parents[1]
 CLASSES = ("ant", "<b>bee</b>")
@@ -264,23 +264,6 @@ def two(tmp_path: Path, photos: Path) -> tuple[Path, Path]:
     """Two runs."""
     wrong = np.arange(PHOTOS) < 20
     return make_run(tmp_path / "plain", photos, ~wrong, seed=1), make_run(tmp_path / "tuned", photos, np.ones(PHOTOS, bool), seed=2)
-
-
-class FakeScreen(Screen):
-    """Keeps what is said, and leaves the test's own output alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said = ""
-
-    def divert_to(self, log: Path | None) -> None:
-        """Nothing."""
-
-    def say(self, text: object = "", *, details: str | None = None) -> None:
-        """Keeps it."""
-        with self.console.capture() as capture:
-            self.console.print(text, markup=False, emoji=False)
-        self.said += capture.get()
 
 
 def run(*words: str | Path) -> str:

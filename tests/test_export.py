@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fake_screen import FakeScreen
 from PIL import Image
 from test_efficientnet import make_lively
 
@@ -32,7 +33,6 @@ from pipeline.evaluation.predict import predict_files
 from pipeline.evaluation.proof import Proof, prove, refer
 from pipeline.model.efficientnet import efficientnet
 from pipeline.run_directory import RunDirectory
-from pipeline.screen import Screen
 
 NAMES = ("giant panda", "Édith's cat", "llama", "猫")
 CONFIG = """
@@ -41,24 +41,6 @@ data: {source: csv, path: photos.csv, resize: letterbox, on_leak: ignore}
 train: {global_batch_size: 8}
 export: {min_agreement: 0.75, max_accuracy_loss: 0.25, calibration_images: 10}
 """
-
-
-class FakeScreen(Screen):
-    """Keeps what is said, and leaves the test's own output alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.console.width = 140
-        self.said = ""
-
-    def divert_to(self, log: Path | None) -> None:
-        """Nothing."""
-
-    def say(self, text: object = "", *, details: str | None = None) -> None:
-        """Keeps it."""
-        with self.console.capture() as capture:
-            self.console.print(text, markup=False, emoji=False)
-        self.said += capture.get()
 
 
 def export(run: RunDirectory, *words: str) -> tuple[int, str]:

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from fake_screen import FakeScreen
 from PIL import Image
 
 import evaluate
@@ -27,7 +28,6 @@ from pipeline.config_file import load_config
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.evaluation import corruptions
-from pipeline.screen import Screen
 
 PROJECT = Path(__file__).parents[1]
 CONFIG = """
@@ -301,30 +301,13 @@ def manifest_of(directory: Path) -> dict:
     return json.loads((directory / "checkpoints" / "step-00000024" / "manifest.json").read_text())
 
 
-class FakeScreen(Screen):
-    """A screen that leaves the test's own output alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def divert_to(self, log: Path | None) -> None:
-        """Nothing."""
-
-    def say(self, text: object = "", *, details: str | None = None) -> None:
-        """Keeps what is said."""
-        with self.console.capture() as capture:
-            self.console.print(text, markup=False, emoji=False)
-        self.said.append(capture.get())
-
-
 def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *arguments: str) -> str:
     """Runs a program in this process; returns what it said."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
     screen = FakeScreen()
     assert program.main(screen) == 0
-    return "".join(screen.said)
+    return screen.said
 
 
 @pytest.mark.parametrize(
@@ -393,7 +376,7 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
     listed = pd.read_csv(run.left_out)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
-    assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in "".join(screen.said)
+    assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in screen.said
     assert train.read_data(open_source(config.data), config, run, screen).digest() == first.digest()
 
 

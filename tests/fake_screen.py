@@ -1,0 +1,23 @@
+"""A screen for programs that run in the test's own process."""
+
+from pathlib import Path
+
+from pipeline.screen import Screen
+
+
+class FakeScreen(Screen):
+    """Keeps what is said, and leaves the test's own output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console.width = 140
+        self.said = ""
+
+    def divert_to(self, log: Path | None) -> None:
+        """Nothing."""
+
+    def say(self, text: object = "", *, details: str | None = None) -> None:
+        """Keeps it."""
+        with self.console.capture() as capture:
+            self.console.print(text, markup=False, emoji=False)
+        self.said += capture.get()
