@@ -69,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--split and --data are for measuring; leave them out to label pictures")
     if (arguments.views or arguments.corruptions) and (arguments.images or arguments.data):
         parser.error("--views and --corruptions are for measuring a run on its own data")
+    if arguments.views and arguments.corruptions:
+        parser.error("--views and --corruptions are measurements of their own; give one of them")
     if arguments.class_map and not arguments.data:
         parser.error("--class-map belongs to --data")
     if arguments.out and not (arguments.images or arguments.data):
@@ -175,6 +177,7 @@ def measure(network: Network, run: RunDirectory, arguments: argparse.Namespace, 
     """Evaluates a run on a split of its own data, for its directory and MLflow; returns the exit code."""
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources import open_source
+    from pipeline.evaluation.corruptions import PASSES
     from pipeline.evaluation.metrics import evaluate_predictions
     from pipeline.evaluation.report import table
     from pipeline.measure import Subject
@@ -186,16 +189,17 @@ def measure(network: Network, run: RunDirectory, arguments: argparse.Namespace, 
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
     if arguments.views:
-        predictions, evaluation = subject.seen_in(split, arguments.views)
+        results = subject.seen_in(split, arguments.views)
     else:
         predictions = subject.predict(split)
         evaluation = evaluate_predictions(predictions, manifest.class_names, split)
-    results = subject.with_batch_norm_gap(subject.judge(predictions, evaluation, subject.temperature()))
+        results = subject.with_batch_norm_gap(subject.judge(predictions, evaluation, subject.temperature()))
     if arguments.corruptions:
-        results = subject.with_corruptions(results, split)
+        screen.say(f"measuring {split} on corrupted pictures: {PASSES} more passes ...")
+        results = subject.with_corruptions(results)
     subject.write(results)
     screen.say(table(results))
-    folder, page = run.evaluation(evaluation.split), subject.page(evaluation.split)
+    folder, page = run.evaluation(results.evaluation.split), subject.page(results.evaluation.split)
     screen.say(f"report   {page}")
     screen.say(f"figures  {folder}")
     if (tracked := run.mlflow_run()) is not None:

@@ -73,17 +73,17 @@ class Subject:
         table = self.manifest.table
         return judge(predictions, evaluation, table["key"].tolist(), table["group"].to_numpy(), temperature)
 
-    def seen_in(self, split: str, name: str) -> tuple[Predictions, Evaluation]:
-        """Measures a split by test-time augmentation, `views.VIEWS[name]`; it goes by the name of both."""
+    def seen_in(self, split: str, name: str) -> Results:
+        """Measures a split by test-time augmentation, `views.VIEWS[name]`; it goes by the name of both. Means have no temperature."""
         squares = views.squares(name, self.config.variant.resolution, self.config.data.resize)
         predictions = views.averaged([self.predict(split, square=square) for square in squares])
-        return predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}")
+        return self.judge(predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}"), None)
 
-    def with_corruptions(self, results: Results, split: str) -> Results:
+    def with_corruptions(self, results: Results) -> Results:
         """Measures the split again with every kind of corruption at every severity."""
         accuracies = {}
         for kind, severity, square in corruptions(self.config.variant.resolution, self.config.data.resize):
-            predictions = self.predict(split, square=square)
+            predictions = self.predict(results.evaluation.split, square=square)
             accuracies[kind, severity] = float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
         return replace(results, corruptions=corruption_table(accuracies))
 
@@ -109,7 +109,7 @@ class Subject:
             "Training": self.run.report / "training_curves.png",
             "Confusion matrix": folder / "confusion_matrix.png",
             "Reliability": folder / "reliability.png",
-            "Corrupted pictures": folder / "corruptions.png",
+            **({} if results.corruptions is None else {"Corrupted pictures": folder / "corruptions.png"}),
             "A batch as it is fed to the network": self.run.report / "first_batch.png",
         }
         write_page(self.page(name), str(self.run.path), results, figures, galleries, self.config.to_yaml())

@@ -39,6 +39,8 @@ LITE0 = ("--weights", "imagenet", "--variant", "lite0")
         ([*LITE0, "photos", "--data", "photos"], "--split and --data are for measuring"),
         ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top belong to pictures"),
         (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to pictures"),
+        (["--run", "latest", "--views", "flip", "--corruptions"], "give one of them"),
+        (["--run", "latest", "--views", "flip", "photos"], "--views and --corruptions are for measuring a run on its own data"),
     ],
 )
 def test_a_wrong_request_is_refused_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:

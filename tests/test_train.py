@@ -175,15 +175,19 @@ def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, 
     (directory / "mlflow.json").unlink()
     plain = json.loads((directory / "evaluation/test/metrics.json").read_text())
     monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
-    said = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--views", "10-crop", "--corruptions")
+    said = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--views", "10-crop")
     assert "test-10-crop: 15 images" in said
-    folder = directory / "evaluation/test-10-crop"
-    figures = json.loads((folder / "metrics.json").read_text())
-    assert figures["loss"] != plain["loss"]
-    table = pd.read_csv(folder / "corruptions.csv", index_col="corruption")
-    assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
-    assert "Corrupted pictures" in (directory / "report/test-10-crop.html").read_text()
+    seen = json.loads((directory / "evaluation/test-10-crop/metrics.json").read_text())
+    assert seen["loss"] != plain["loss"]
+    assert (seen["batch_norm"], seen["temperature_scaled"]) == (None, None)
+    assert (directory / "report/test-10-crop.html").exists()
     assert json.loads((directory / "evaluation/test/metrics.json").read_text()) == plain
+    call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--corruptions")
+    figures = json.loads((directory / "evaluation/test/metrics.json").read_text())
+    table = pd.read_csv(directory / "evaluation/test/corruptions.csv", index_col="corruption")
+    assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
+    assert figures["accuracy"] == plain["accuracy"]
+    assert "Corrupted pictures" in (directory / "report/index.html").read_text()
 
 
 @pytest.mark.slow

@@ -49,6 +49,9 @@ KINDS: dict[str, Callable[[int, Callable[[float], int]], Transform]] = {
 }
 
 
+PASSES = len(KINDS) * len(SEVERITIES)
+
+
 def _transform(name: str, **args: Any) -> Transform:
     return Transform(name=name, args={**args, "p": 1.0})
 
