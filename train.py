@@ -140,6 +140,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
         images, labels, *_ = next(stages.pictures(0).as_numpy_iterator())
         save(batch_figure(images, labels, manifest.class_names), run.report / "first_batch.png")
         subject = Subject(model, config, run, manifest, source, stages.predict)
+        screen.say(f"measuring {subject.split} and writing the report ...")
         final_step = state.step
         if not config.train.restore_best or state.best is None:
             results = conclude(subject, stages, state)
