@@ -5,17 +5,20 @@ config is known to be good, so that a mistake in it is answered at once.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 from pipeline import run_directory
+from pipeline.cluster import Place, find_place
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import RunError, TrainingError, UserError
+from pipeline.errors import RunError
 from pipeline.run_directory import RunDirectory
 from pipeline.screen import Screen, run_program, this_python
+from pipeline.training.hooks import Hook
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +52,11 @@ def main(screen: Screen) -> int:
 
         show(config, screen)
         return 0
+    place = find_place(config.runtime.strategy)
+    if place is not None and arguments.run_dir is None:
+        raise RunError("a run of several processes needs one name: give each of them the same --run-dir")
+    if place is not None and not place.is_chief:
+        return take_part(config, RunDirectory(arguments.run_dir), screen, place)
     if arguments.resume:
         run = run_directory.find(str(arguments.run_dir))
     else:
@@ -61,194 +69,150 @@ def main(screen: Screen) -> int:
         if not run.config.exists():
             run_directory.write(run.config, config.to_yaml())
         screen.divert_to(run.log)
-        return train(config, run, screen, resume=resume, allowed=arguments.allow_change)
+        return train(config, run, screen, place, resume=resume, allowed=arguments.allow_change)
 
 
-def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, allowed: Sequence[str] = ()) -> int:
-    """Takes a run from its data to its evaluation; returns the exit code. `allowed` are the keys in which a resumed run may differ."""
+def take_part(config: Config, run: RunDirectory, screen: Screen, place: Place) -> int:
+    """Trains as one of several processes but the first, which writes the run; returns the exit code."""
+    if run.model.exists():
+        screen.say(f"{run.path} is finished already")
+        return 0
+    run.path.mkdir(parents=True, exist_ok=True)
+    screen.divert_to(run.log_of(place.number))
+    place.wait_for_chief(screen.say)
+    return train(config, run, screen, place)
+
+
+def train(
+    config: Config, run: RunDirectory, screen: Screen, place: Place | None, *, resume: bool = False, allowed: Sequence[str] = ()
+) -> int:
+    """Takes a run from its data to its evaluation.
+
+    Args:
+        config: As it is written.
+        run: Its directory; of several processes the first one's alone.
+        screen: Told of what happens.
+        place: Of this process among those of the run; None for this one alone.
+        resume: Whether there are checkpoints to go on from, as the first process sees it.
+        allowed: Keys in which a resumed run may differ.
+
+    Returns:
+        The exit code.
+    """
     from pipeline.assembly import build_network, new_state
+    from pipeline.conclusion import conclude, save_plain, send_results
     from pipeline.data.augment import image_augmentation
     from pipeline.data.sources import open_source
     from pipeline.data.stream import steps_per_epoch
     from pipeline.evaluation.figures import batch_figure, training_figure
     from pipeline.evaluation.report import save, table
     from pipeline.measure import Subject
+    from pipeline.settle import settle
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
-    from pipeline.training.memory import explained, fit_batch
+    from pipeline.training.memory import explained
     from pipeline.training.not_finite import NotFinitePolicy
     from pipeline.training.progress import ProgressLine
     from pipeline.training.recipe import class_weights
-    from pipeline.training.runtime import check_batch, set_up
+    from pipeline.training.resume import resume_newest
+    from pipeline.training.runtime import set_up
     from pipeline.training.stop_request import StopRequest
     from pipeline.training.tracking import Tracker
 
-    runtime = set_up(config)
-    image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
-    screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
-    source = open_source(config.data)
-    model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-    before = run.load_config() if resume else None
-    config = fit_batch(config, runtime, model, before=before.train if before else None)
-    check_batch(config, runtime)
-    manifest = read_data(source, config, run, screen)
-    config = settle_recipe(config, manifest, new, before, screen)
-    counts = manifest.class_counts()
-    weights = class_weights(config, manifest.class_names, counts["train"].tolist())
-    state = new_state(config, runtime, model)
-    identity = {
-        "config": config.model_dump(mode="json"),
-        "classes": list(manifest.class_names),
-        "data": manifest.digest(),
-        "replicas": runtime.replicas,
-    }
-    if resume:
-        restore_newest(state, run, identity, manifest, screen, allowed)
-        run_directory.write(run.config, config.to_yaml())
-    else:  # it is new, or was cut off in front of its first checkpoint: it begins anew
-        run.begin(config)
-    run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
-    manifest.save(run.manifest)
+    if place is not None:
+        screen.say(f"{place.name()} waits for the others: {place.others()}")
+    runtime = set_up(config, place)
+    processes, chief = runtime.processes, runtime.processes.is_chief
+    with processes.explained(), ExitStack() as while_it_runs:
+        image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
+        screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
+        resume = processes.any(resume)
+        source = open_source(config.data)
+        model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
+        config, manifest = settle(config, run, runtime, source, model, new, screen, resume=resume)
+        counts = manifest.class_counts()
+        weights = class_weights(config, manifest.class_names, counts["train"].tolist())
+        state = new_state(config, runtime, model)
+        identity = {
+            "config": config.model_dump(mode="json"),
+            "classes": list(manifest.class_names),
+            "data": manifest.digest(),
+            "replicas": runtime.replicas,
+        }
+        if resume:
+            resume_newest(state, run, identity, manifest, screen.say, allowed, processes)
+        processes.agree(lambda: {"config": config.of_every_process(), "classes": str(source.class_names), "weights": state.digest()})
+        if chief:
+            if resume:
+                run_directory.write(run.config, config.to_yaml())
+            else:  # it is new, or was cut off in front of its first checkpoint: it begins anew
+                run.begin(config)
+            run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
+            manifest.save(run.manifest)
 
-    batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
-    stop = StopRequest(screen.say)
-    stages = Stages(config, runtime, manifest, source, state, screen, stop)
-    not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say)
-    with Tracker(config, run.path, resumed=run.mlflow_run(), changes=state.describe_changes()) as tracker:
-        run.note_mlflow_run(tracker.uri, tracker.run_id)
-        by_split = {split: column.to_dict() for split, column in counts.items()}
-        tracker.log_dataset(
-            config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), by_split
-        )
-        line = ProgressLine(
-            screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
-        )
-        keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-        hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
+        batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
+        stop = StopRequest(screen.say)
+        stages = Stages(config, runtime, manifest, source, state, screen, stop)
+        not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say, processes)
+        hooks: list[Hook] = []
+        if chief:
+            tracker = Tracker(config, run.path, resumed=run.mlflow_run(), changes=state.describe_changes())
+            while_it_runs.enter_context(tracker)
+            run.note_mlflow_run(tracker.uri, tracker.run_id)
+            by_split = {str(split): {str(name): int(n) for name, n in column.items()} for split, column in counts.items()}
+            tracker.log_dataset(
+                config.data.name or config.data.source, manifest.digest(), str(config.data.path or config.data.source), by_split
+            )
+            line = ProgressLine(
+                screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
+            )
+            keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
+            hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
         trainer = Trainer(config, runtime, steps, hooks, stop, not_finite, class_weights=weights)
-        with line, stop.listening(), explained(config, runtime, model):
+        with line if chief else nullcontext(), stop.listening(), explained(config, runtime, model), processes.explained():
             try:
                 not_finite.prepare(state)
                 history = trainer.run(state, stages.work)
             except Interrupted:
                 screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
-                raise SystemExit(128 + stop.signal) from None
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM)) from None  # or another process was asked to
 
         # The end: the best epoch's network and the final one (averaged); the run's on the split that nothing was selected on.
-        save(training_figure(history), run.report / "training_curves.png")
-        images, labels, *_ = next(stages.pictures(0).as_numpy_iterator())
-        save(batch_figure(images, labels, manifest.class_names), run.report / "first_batch.png")
         subject = Subject(model, config, run, manifest, source, stages.predict)
-        screen.say(f"measuring {subject.split} and writing the report ...")
-        final_step = state.step
+        if chief:
+            save(training_figure(history), run.report / "training_curves.png")
+            images, labels, *_ = next(stages.pictures(0).as_numpy_iterator())
+            save(batch_figure(images, labels, manifest.class_names), run.report / "first_batch.png")
+            screen.say(f"measuring {subject.split} and writing the report ...")
+        final_step, results = state.step, None
         if not config.train.restore_best or state.best is None:
-            results = conclude(subject, stages, state)
+            results = conclude(subject, stages, state, writes=chief)
         if state.best is not None:
-            checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])))
-            with state.averaged():
-                save_plain(model, run.best)
+            checkpoint.restore(state, checkpoint.checkpoint_path(run.checkpoints, int(state.best["step"])), processes)
+            if chief:
+                with state.averaged():
+                    save_plain(model, run.best)
             if config.train.restore_best:
-                results = conclude(subject, stages, state)
-        screen.say()
-        screen.say(table(results))
-        if subject.split == "val":
-            screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
-        send_results(tracker, results, run, subject.split, final_step, config.tracking.register, screen)
-        run.final.replace(run.model)  # from here on the run counts as finished
+                results = conclude(subject, stages, state, writes=chief)
+        if results is not None:
+            screen.say()
+            screen.say(table(results))
+            if subject.split == "val":
+                screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
+            send_results(tracker, results, run, subject.split, final_step, config.tracking.register, screen)
+            run.final.replace(run.model)  # from here on the run counts as finished
+        processes.wait()
 
+    if not chief:
+        screen.say(f"finished; the results are with the first process, in {run.path}")
+        return 0
     screen.say(f"the model        {run.model}" + (f" (best epoch on validation: {run.best})" if state.best is not None else ""))
     screen.say(f"report           {run.page}")
     screen.say(f"figures          {run.evaluation(subject.split)}")
     screen.say(f"label a picture  {this_python()} evaluate.py --run {run.path} PICTURE")
     screen.say(f"compare runs     {tracker.how_to_open()}")
     return 0
-
-
-def read_data(source: Any, config: Config, run: RunDirectory, screen: Screen) -> Any:
-    """Scans the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
-    from pipeline.data.check import scan
-
-    with screen.counting("reading the data") as count:
-        manifest = scan(source, config.data, seed=config.seed, progress=count)
-    if manifest.left_out:
-        manifest.write_left_out(run.left_out)
-    sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
-    screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
-    for note in manifest.notes:
-        screen.say(f"note: {note}")
-    if manifest.left_out:
-        screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.left_out}")
-    return manifest
-
-
-def settle_recipe(config: Config, manifest: Any, new: Collection[str], before: Config | None, screen: Screen) -> Config:
-    """What the config comes to for these data."""
-    from pipeline.training.recipe import settle
-
-    settled = settle(config, manifest, new, before=before)
-    if settled != config:
-        stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in settled.train.stages)
-        screen.say(f"recipe: {stages}, moving average {settled.optimizer.ema}")
-    return settled
-
-
-def restore_newest(state: Any, run: RunDirectory, identity: dict[str, Any], manifest: Any, screen: Screen, allowed: Sequence[str]) -> None:
-    """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ."""
-    from pipeline.data.manifest import Manifest, differences
-    from pipeline.training import checkpoint
-    from pipeline.training.identity import check_identity
-
-    newest, problems = checkpoint.newest_verified(run.checkpoints)
-    for problem in problems:
-        screen.say(f"passed over {problem}")
-    if newest is None:
-        raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-    changes = check_identity(newest, identity, allowed, details={"data": differences(Manifest.load(run.manifest), manifest)})
-    checkpoint.restore(state, newest)
-    state.changes += changes
-    for change in state.describe_changes():
-        screen.say(f"changed: {change}")
-    screen.say(f"resumed behind step {state.step:,} from {newest}")
-
-
-def conclude(subject: Any, stages: Any, state: Any) -> Any:
-    """Makes the network as it is now, averaged, the run's: saves it, measures it, and writes its report; returns the results."""
-    with state.averaged():
-        predictions, evaluation = stages.evaluate(subject.split)
-        save_plain(state.model, subject.run.final)
-        results = subject.judge(predictions, evaluation, subject.fit_temperature())
-        subject.write(results)
-    return results
-
-
-def send_results(tracker: Any, results: Any, run: RunDirectory, split: str, step: int, name: str | None, screen: Screen) -> None:
-    """Gives MLflow the files, the final network and its figures of a run that is complete; registers the network where it has a name."""
-    from pipeline.champion import contend
-
-    try:
-        for path in (run.config, run.classes, run.manifest, run.calibration, run.report, run.evaluation(split), run.best):
-            if path.exists():
-                folder = path if path.is_dir() else path.parent
-                tracker.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
-        model = tracker.log_model(run.final, "model", step=step)
-        if name is not None:
-            screen.say(contend(tracker.registry(name), model, run, split))
-        tracker.log_results(results.headline(), step)
-    except UserError as error:
-        raise TrainingError(
-            f"{error}\nThe run is complete but for this: the same command with --run-dir {run.path} --resume ends it"
-        ) from None
-
-
-def save_plain(model: Any, path: Path) -> None:
-    """Saves the network as it is now, of plain Keras layers in float32, whole or not at all."""
-    from pipeline.model.efficientnet import plain_copy
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"new-{path.name}")
-    plain_copy(model).save(aside)
-    aside.replace(path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def build_network(
             num_classes=len(class_names),
             survival=config.model.survival,
             batch_norm_momentum=config.model.batch_norm_momentum,
-            synchronized=runtime.replicas > 1,
+            synchronized=runtime.sync_batch_norm,
             layer_types=layer_types(runtime),
             dtype=runtime.dtype,
             seed=config.seed,

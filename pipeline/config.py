@@ -205,8 +205,12 @@ class TrainConfig(Section):
 class RuntimeConfig(Section):
     """The machine."""
 
-    strategy: Literal["auto", "one", "mirrored"] = "auto"
-    """auto: MirroredStrategy when there is more than one GPU."""
+    strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
+    """one: one device; mirrored: MirroredStrategy over all GPUs of the machine; multi_worker: MultiWorkerMirroredStrategy over the GPUs of
+    all processes that TF_CONFIG names; auto: what there is, TF_CONFIG before several GPUs before one device."""
+    sync_batch_norm: bool = True
+    """Over several replicas, normalise by the statistics of the whole micro-batch. false: each replica by its own share of it, which spares
+    the replicas waiting for each other in every layer; the moving statistics are then the replicas' mean."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs that have it (compute capability 8.0), else float32. Weights are float32 either way."""
     xla: Literal["auto", True, False] = "auto"
@@ -320,6 +324,11 @@ class Config(Section):
             base.dropout if self.model.dropout is None else self.model.dropout,
             base.lite,
         )
+
+    def of_every_process(self) -> str:
+        """JSON of what has to be the same in every process of a run: all but where things are, and this machine's own business."""
+        runtime = {"input_workers", "data_service"}
+        return self.model_dump_json(exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": {"weights", "class_map"}})
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as a YAML that loads back equal. What auto is still to choose is left out."""

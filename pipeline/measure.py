@@ -54,11 +54,14 @@ class Subject:
         """The split that the run is to be judged by: test, or val where there is none."""
         return "test" if len(self.manifest.indices("test")) else "val"
 
-    def fit_temperature(self) -> float | None:
-        """Fits the temperature on the validation split and keeps it with the run; None where it cannot be settled."""
-        if not len(self.manifest.indices("val")):
+    def predict_validation(self) -> Predictions | None:
+        """What the network says of the validation split; None where there is none."""
+        return self.predict("val") if len(self.manifest.indices("val")) else None
+
+    def fit_temperature(self, predictions: Predictions | None) -> float | None:
+        """Fits the temperature on the validation split's predictions and keeps it with the run; None where it cannot be settled."""
+        if predictions is None:
             return None
-        predictions = self.predict("val")
         temperature = fit_temperature(predictions)
         fitted = {"temperature": temperature, "split": "val", "num_images": len(predictions.labels)}
         write(self.run.calibration, json.dumps(fitted, indent=1) + "\n")
@@ -66,7 +69,7 @@ class Subject:
 
     def temperature(self) -> float | None:
         """The one that is kept with the run; a run of an earlier version has it fitted now."""
-        return self.run.temperature() if self.run.calibration.exists() else self.fit_temperature()
+        return self.run.temperature() if self.run.calibration.exists() else self.fit_temperature(self.predict_validation())
 
     def judge(self, predictions: Predictions, evaluation: Evaluation, temperature: float | None) -> Results:
         """Adds to the figures of a split how sure they are."""

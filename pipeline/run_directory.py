@@ -14,6 +14,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import RunError
 
 RUNS = Path("runs")
+_OTHERS = "log-of-process-"
 _BEFORE_TRAINING = {"config.yaml", ".config.yaml.new", "log.txt", ".lock"}  # all that a run holds which failed before its data were read
 
 
@@ -86,6 +87,10 @@ class RunDirectory:
     def log(self) -> Path:
         """What the libraries had to say."""
         return self.path / "log.txt"
+
+    def log_of(self, process: int) -> Path:
+        """The same of another process of the run than the first; its number counts from 0."""
+        return self.path / f"{_OTHERS}{process + 1}.txt"
 
     @property
     def tracking(self) -> Path:
@@ -181,7 +186,7 @@ def create(path: Path | None, experiment: str) -> RunDirectory:
             except FileExistsError:
                 now += datetime.timedelta(seconds=1)
     run = RunDirectory(path)
-    if path.exists() and not (path.is_dir() and {item.name for item in path.iterdir()} <= _BEFORE_TRAINING):
+    if path.exists() and not (path.is_dir() and {i.name for i in path.iterdir() if not i.name.startswith(_OTHERS)} <= _BEFORE_TRAINING):
         if run.config.exists() and not run.model.exists():
             raise RunError(f"{path}: holds an unfinished run; go on with it by --resume, or choose another --run-dir")
         raise RunError(f"{path}: exists already and nothing in it is overwritten; choose another --run-dir")

@@ -9,7 +9,7 @@ import tensorflow as tf
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
-from pipeline.data.stream import evaluation_stream, feature_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import WHOLE, Share, evaluation_stream, feature_stream, steps_per_epoch, training_stream
 from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.screen import Screen
@@ -35,6 +35,7 @@ class Stages:
         """Takes all that a run is made from; reads nothing yet."""
         self._config, self._manifest, self._source, self._state = config, manifest, source, state
         self._screen, self._stop_requested = screen, stop_requested
+        self._processes, self._share = runtime.processes, runtime.share
         self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (Predictor(each, runtime.strategy) for each in (state.model, self._backbone))
@@ -48,14 +49,18 @@ class Stages:
         average = self._state.average
         if constant and (average is None or not average.follows_any(self._backbone.weights)):
             rows = self._features.of("train")
-            return Work(self._features.head, lambda step: feature_stream(manifest, config, rows, start_step=step), self._validate_head)
+            return Work(
+                self._features.head,
+                lambda step: feature_stream(manifest, config, rows, start_step=step, share=self._share),
+                self._validate_head,
+            )
         self._features.forget()
-        return Work(self._state.model, self.pictures, self._validate)
+        return Work(self._state.model, lambda step: self.pictures(step, self._share), self._validate)
 
-    def pictures(self, step: int) -> tf.data.Dataset:
+    def pictures(self, step: int, share: Share = WHOLE) -> tf.data.Dataset:
         """The stream from a step on, as the step's stage sees it."""
         stage = next(stage for stage in self._plan if step < stage.stop)
-        return training_stream(self._manifest, self._source, self._config, start_step=step, augmented=stage.config.augment)
+        return training_stream(self._manifest, self._source, self._config, start_step=step, augmented=stage.config.augment, share=share)
 
     def predict(self, split: str, **how: Any) -> Predictions:
         """What the network as it is now says of every image of a split; `how` goes to the stream."""
@@ -83,14 +88,15 @@ class Stages:
         return self._figures(predictions, "val").headline()
 
     def _evaluated(self, split: str, **how: Any) -> tf.data.Dataset:
-        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=self._config.train.micro_batch_size, **how)
+        size = self._config.train.micro_batch_size
+        return evaluation_stream(self._manifest, self._source, self._config, split, batch_size=size, share=self._share, **how)
 
     def _compute_features(self, split: str) -> np.ndarray:
         with self._screen.counting(f"computing the features of {split}, once") as count:
 
             def progress(done: int, of: int) -> None:
                 count(done, of)
-                if self._stop_requested():  # nothing is lost: a resume computes them anew in any case
+                if self._processes.any(self._stop_requested()):  # nothing is lost: a resume computes them anew in any case
                     raise Interrupted
 
             return self._feature_extractor(self._evaluated(split), progress=progress).logits

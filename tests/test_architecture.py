@@ -9,10 +9,11 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 MODULES = sorted((PROJECT / "pipeline").rglob("*.py"))
-LIGHT = {"errors", "scaling", "data_config", "config", "config_file", "run_directory", "export_directory", "screen"}
+LIGHT = {"cluster", "errors", "scaling", "data_config", "config", "config_file", "run_directory", "export_directory", "screen"}
 ALLOWED = {  # part -> the parts that it may import
     "errors": set(),
     "scaling": set(),
+    "cluster": {"errors"},
     "augmentations": {"errors"},
     "data_config": {"augmentations"},
     "config": {"data_config", "scaling", "errors"},
@@ -22,7 +23,7 @@ ALLOWED = {  # part -> the parts that it may import
     "screen": {"errors"},
     "model": {"scaling", "config", "errors"},
     "data": {"scaling", "config", "errors", "data_config"},
-    "training": {"scaling", "config", "errors", "model", "data", "run_directory", "screen"},
+    "training": {"scaling", "cluster", "config", "errors", "model", "data", "run_directory", "screen"},
     "evaluation": {"scaling", "config", "errors", "model", "data", "data_config"},
     "assembly": {"config", "model", "screen", "training"},
     "bench": {"assembly", "config", "data", "screen", "stages", "training"},
@@ -30,6 +31,8 @@ ALLOWED = {  # part -> the parts that it may import
     "rival": {"bench", "data", "errors", "keras_fit", "GIVEN_ENVIRONMENT"},
     "champion": {"errors", "evaluation", "run_directory", "training"},
     "measure": {"config", "data", "evaluation", "run_directory"},
+    "settle": {"config", "data", "run_directory", "screen", "training"},
+    "conclusion": {"champion", "errors", "evaluation", "measure", "model", "run_directory", "screen", "stages", "training"},
     "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},
     "__main__": {"screen"},  # the programs are imported once one is named

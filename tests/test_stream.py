@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocess import preprocess
-from pipeline.data.stream import _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import WHOLE, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
 from pipeline.errors import DataError
 
 SIDE = 32
@@ -171,7 +171,9 @@ def test_mixing_stays_inside_groups_of_the_batch() -> None:
 
 def test_orders_are_uniform() -> None:
     count, passes = 10, 500
-    index = np.fromiter((i for _, i in _order(np.arange(count), 1, 0).take(count * passes).as_numpy_iterator()), int).reshape(passes, count)
+    index = np.fromiter((i for _, i in _order(np.arange(count), 1, 0, 1, WHOLE).take(count * passes).as_numpy_iterator()), int).reshape(
+        passes, count
+    )
     counts = np.stack([np.bincount(index[:, place], minlength=count) for place in range(count)])
     chi_square = ((counts - passes / count) ** 2 / (passes / count)).sum()
     assert chi_square / (count - 1) ** 2 == pytest.approx(1, abs=0.5)
@@ -182,9 +184,9 @@ def test_orders_are_uniform() -> None:
 
 def test_order_starts_anywhere() -> None:
     rows = np.arange(7) * 10
-    whole = list(_order(rows, 1, 0).take(40).as_numpy_iterator())
+    whole = list(_order(rows, 1, 0, 1, WHOLE).take(40).as_numpy_iterator())
     for start in (0, 1, 6, 7, 8, 20, 21):
-        assert list(_order(rows, 1, start).take(40 - start).as_numpy_iterator()) == whole[start:]
+        assert list(_order(rows, 1, start, 1, WHOLE).take(40 - start).as_numpy_iterator()) == whole[start:]
 
 
 @pytest.mark.parametrize(("count", "batch"), [(21, 8), (16, 8), (3, 8), (1, 1)])

@@ -28,6 +28,7 @@ from pipeline.config_file import load_config
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.evaluation import corruptions
+from pipeline.settle import read_data
 
 PROJECT = Path(__file__).parents[1]
 CONFIG = """
@@ -375,13 +376,13 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
             (tmp_path / "photos" / label / path.name).write_bytes(path.read_bytes()[: 300 if path.name == "7.png" else None])
     config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad=skip"])
     run, screen = run_directory.create(tmp_path / "run", "test"), FakeScreen()
-    first = train.read_data(open_source(config.data), config, run, screen)
+    first = read_data(open_source(config.data), config, run, screen)
     assert len(first.table) == 46
     listed = pd.read_csv(run.left_out)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
     assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in screen.said
-    assert train.read_data(open_source(config.data), config, run, screen).digest() == first.digest()
+    assert read_data(open_source(config.data), config, run, screen).digest() == first.digest()
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,11 +77,17 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes a Parquet file, whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(self.to_bytes())
+        part.replace(path)
+
+    def to_bytes(self) -> bytes:
+        """The contents of that file."""
         rows = pa.Table.from_pandas(self.table, preserve_index=False)
         metadata = {name: json.dumps(getattr(self, name)) for name in ("class_names", "notes", "left_out")}
-        part = path.with_name(path.name + ".part")
-        pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata}), part)
-        part.replace(path)
+        content = io.BytesIO()
+        pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata}), content)
+        return content.getvalue()
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
@@ -90,12 +97,17 @@ class Manifest:
             DataError: The file is missing or is no manifest.
         """
         try:
-            rows = pq.read_table(path)
-            lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
-            left_out = tuple(LeftOut(*row) for row in lists["left_out"])
-            table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
+            return cls.from_bytes(path.read_bytes())
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not a readable manifest: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Manifest":
+        """The manifest that gave these bytes."""
+        rows = pq.read_table(io.BytesIO(content))
+        lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
+        left_out = tuple(LeftOut(*row) for row in lists["left_out"])
+        table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
         return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
 
     def write_left_out(self, path: Path) -> None:

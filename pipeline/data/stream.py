@@ -7,6 +7,8 @@ what lies before it.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,6 +29,22 @@ Row = Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
 Square = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that one of several processes takes: a contiguous one, all of the same size.
+
+    Attributes:
+        number: Of the process, from 0.
+        of: Number of processes, a divisor of the batch.
+    """
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
+
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Steps that count as one epoch: whole batches in the images, at least one.
 
@@ -42,7 +60,9 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     return max(1, num_images // global_batch_size)
 
 
-def training_stream(manifest: Manifest, source: Source, config: Config, *, start_step: int = 0, augmented: bool = True) -> tf.data.Dataset:
+def training_stream(
+    manifest: Manifest, source: Source, config: Config, *, start_step: int = 0, augmented: bool = True, share: Share = WHOLE
+) -> tf.data.Dataset:
     """Batches for training, without end.
 
     Args:
@@ -51,10 +71,11 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
         config: Everything that decides about the pixels, and `runtime.input_workers`, which does not.
         start_step: Steps to leave out, without decoding them.
         augmented: False prepares the pictures as for evaluation, in the same order.
+        share: Of each global batch, without reading the rest.
 
     Returns:
-        An infinite dataset of global batches: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding up to 1, weights float32
-        (B,) of ones, index int64 (B,) into the manifest (under MixUp and CutMix, of the image that was mixed into).
+        An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding
+        up to 1, weights float32 (B,) of ones, index int64 (B,) into the manifest (under MixUp and CutMix, of the image mixed into).
 
     Raises:
         ConfigError: If the augmentation cannot be built.
@@ -62,6 +83,7 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
     """
     rows = _rows(manifest, "train")
     batch_size, workers = config.train.batch_size, _workers(config)
+    part = batch_size // share.of
     row, classes, settings = _lookup(manifest), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
     randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude) if augmented and settings.randaugment else None
@@ -75,23 +97,27 @@ def training_stream(manifest: Manifest, source: Source, config: Config, *, start
             image = randomly(image, seed)
         return image, tf.one_hot(label, classes), tf.ones(()), index
 
-    dataset = _order(rows, config.seed, start_step * batch_size).map(load, num_parallel_calls=workers)
+    dataset = _order(rows, config.seed, start_step, batch_size, share).map(load, num_parallel_calls=workers)
     if augmented and (settings.mixup or settings.cutmix):
         size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
 
         def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
             images, labels, weights, index = group
+            step, place = number // (part // size), number % (part // size)
+            number = (start_step + step) * (batch_size // size) + share.number * (part // size) + place  # among all groups of the run
             return *mix(images, labels, number), weights, index
 
-        dataset = dataset.batch(size, drop_remainder=True).enumerate(start_step * batch_size // size)
-        dataset = dataset.map(mix_group, num_parallel_calls=workers).rebatch(batch_size, drop_remainder=True)
+        dataset = dataset.batch(size, drop_remainder=True).enumerate()
+        dataset = dataset.map(mix_group, num_parallel_calls=workers).rebatch(part, drop_remainder=True)
     else:
-        dataset = dataset.batch(batch_size, drop_remainder=True)
+        dataset = dataset.batch(part, drop_remainder=True)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _finish(dataset, workers)
 
 
-def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0) -> tf.data.Dataset:
+def feature_stream(
+    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, share: Share = WHOLE
+) -> tf.data.Dataset:
     """The batches of `training_stream` without augmentation, with what a frozen backbone makes of each image in place of the image.
 
     Args:
@@ -99,11 +125,14 @@ def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, 
         config: As of `training_stream`.
         features: float32 (n, C), of the n training images in the manifest's order.
         start_step: Steps to leave out.
+        share: Of each global batch.
 
     Returns:
-        An infinite dataset of global batches: features float32 (B, C), labels float32 (B, K), weights float32 (B,), index int64 (B,).
+        An infinite dataset of global batches, or of the share of each: features float32 (B, C), labels float32 (B, K), weights float32
+        (B,), index int64 (B,).
     """
     rows, batch_size = _rows(manifest, "train"), config.train.batch_size
+    part = batch_size // share.of
     place = np.zeros(len(manifest.table), np.int32)
     place[rows] = np.arange(len(rows))
     with tf.device("cpu"):
@@ -112,9 +141,9 @@ def feature_stream(manifest: Manifest, config: Config, features: np.ndarray, *, 
 
     def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         del passes
-        return tf.gather(table, tf.gather(places, index)), tf.one_hot(tf.gather(labels, index), classes), tf.ones((batch_size,)), index
+        return tf.gather(table, tf.gather(places, index)), tf.one_hot(tf.gather(labels, index), classes), tf.ones((part,)), index
 
-    dataset = _order(rows, config.seed, start_step * batch_size).batch(batch_size, drop_remainder=True).map(load)
+    dataset = _order(rows, config.seed, start_step, batch_size, share).batch(part, drop_remainder=True).map(load)
     return _finish(dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _workers(config))
 
 
@@ -127,6 +156,7 @@ def evaluation_stream(
     batch_size: int,
     rows: np.ndarray | None = None,
     square: Square | None = None,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
 
@@ -138,10 +168,11 @@ def evaluation_stream(
         batch_size: Images per batch, B.
         rows: Only these images of the manifest, int64 (N,), in this order.
         square: Makes of an upright picture, uint8 (H, W, 3), and its index the network's uint8 (R, R, 3); None for `fit_square`.
+        share: Of each batch, without reading the rest.
 
     Returns:
-        A finite dataset of batches as those of `training_stream`, all of B. The last is filled up with black images of weight 0, index -1
-        and labels of zeros.
+        A finite dataset of batches as those of `training_stream`, all of B, or of the share of each. The last is filled up with black
+        images of weight 0, index -1 and labels of zeros.
 
     Raises:
         DataError: If the split is empty.
@@ -164,9 +195,25 @@ def evaluation_stream(
         image, label, weight = tf.cond(index >= 0, lambda: picture(index), nothing)
         return tf.ensure_shape(image, (resolution, resolution, 3)), tf.ensure_shape(label, (classes,)), weight, index
 
-    indices = np.concatenate([rows, np.full(filling, -1, np.int64)])
+    part = batch_size // share.of
+    batches = np.concatenate([rows, np.full(filling, -1, np.int64)]).reshape(-1, batch_size)
+    indices = batches[:, share.number * part : (share.number + 1) * part].ravel()
     dataset = tf.data.Dataset.from_tensor_slices(indices).map(load, num_parallel_calls=workers)
-    return _finish(dataset.batch(batch_size, drop_remainder=True), workers)
+    return _finish(dataset.batch(part, drop_remainder=True), workers)
+
+
+def on_replicas(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
+    """Brings batches to the replicas of this process, each getting a contiguous part of every batch.
+
+    Args:
+        dataset: Of batches that are all of one size.
+        strategy: Of several replicas.
+
+    Returns:
+        An iterable of the batches' per-replica values.
+    """
+    part = dataset.element_spec[0].shape[0] // len(strategy.extended.worker_devices)
+    return strategy.distribute_datasets_from_function(lambda context: dataset.rebatch(part, drop_remainder=True))
 
 
 def _unchanged(config: Config) -> Augmentation:
@@ -179,20 +226,21 @@ def _unchanged(config: Config) -> Augmentation:
     return Augmentation(lambda seed: seed, decode_whole, transform)
 
 
-def _order(rows: np.ndarray, seed: int, start: int) -> tf.data.Dataset:
-    """(pass, index) of every position from `start` on, both scalar int64.
+def _order(rows: np.ndarray, seed: int, start_step: int, batch_size: int, share: Share) -> tf.data.Dataset:
+    """(pass, index) of every position from a step on that is in the share of its batch, both scalar int64.
 
     Sorting random numbers gives every order the same chance, at 0.2 s a pass for a million images. `tf.random.experimental.index_shuffle`
     would be free, but of the seed it uses 16 bits or fewer: over 2,000 consecutive passes it repeated 256 orders.
     """
-    count = len(rows)
+    count, start, part = len(rows), start_step * batch_size, batch_size // share.of
     with tf.device("cpu"):
         indices = tf.constant(rows, tf.int64)
 
     def one_pass(passes: tf.Tensor) -> tf.data.Dataset:
         draws = tf.random.stateless_uniform((count,), tf.stack([tf.constant(seed, tf.int64), passes]), None, None, tf.int64)
         order = tf.gather(indices, tf.argsort(draws, stable=True))
-        order = order[tf.where(tf.equal(passes, start // count), start % count, 0) :]
+        position = passes * count + tf.range(count, dtype=tf.int64)
+        order = tf.boolean_mask(order, (position >= start) & (position % batch_size // part == share.number))
         return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), passes), order))
 
     return tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(one_pass)

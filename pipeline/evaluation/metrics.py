@@ -10,6 +10,7 @@ import tensorflow as tf
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from pipeline.data.stream import on_replicas
 from pipeline.errors import RunError
 
 
@@ -59,7 +60,7 @@ class Predictor:
 
         Args:
             dataset: Finite; yields images uint8 (B, R, R, 3), labels float32 (B, K) one-hot, weights float32 (B,) and index int64 (B,),
-                B being the global batch size. Rows of weight 0 with index -1 are padding.
+                B being the global batch size, or this process's share of it. Rows of weight 0 with index -1 are padding.
             progress: Called with the number of batches done and of all.
 
         Returns:
@@ -69,12 +70,9 @@ class Predictor:
             RuntimeError: If the data set yields an image more than once, or none at all.
         """
         total = int(dataset.cardinality())
-        if self._strategy.num_replicas_in_sync > 1:
-            options = tf.data.Options()
-            options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-            dataset = self._strategy.experimental_distribute_dataset(dataset.with_options(options))
+        several = self._strategy.num_replicas_in_sync > 1
         batches = []
-        for images, labels, _, index in dataset:
+        for images, labels, _, index in on_replicas(dataset, self._strategy) if several else dataset:
             batches.append([part.numpy() for part in self._step(images, labels, index)])
             if progress is not None:
                 progress(len(batches), total)

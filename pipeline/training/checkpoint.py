@@ -20,6 +20,7 @@ import tensorflow as tf
 from pipeline.errors import RunError, TrainingError
 from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import MovingAverage
+from pipeline.training.process_group import ProcessGroup
 from pipeline.training.step import Totals
 
 MANIFEST = "manifest.json"  # with the hashes of all files but itself and the next
@@ -78,6 +79,14 @@ class State:
         if self.average is not None:
             groups["average"] = {f"{number:05d}/{v.name}": average for number, (v, average) in enumerate(self._averaged())}
         return groups
+
+    def digest(self) -> str:
+        """SHA-256 of every variable, hexadecimal."""
+        digest = hashlib.sha256()
+        for group in self.groups().values():
+            for variable in group.values():
+                digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+        return digest.hexdigest()
 
     def _averaged(self) -> Iterable[tuple[keras.Variable, tf.Variable]]:
         assert self.average is not None
@@ -206,17 +215,23 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-def restore(state: State, checkpoint: Path) -> None:
+def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
     """Puts a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
+
+    Args:
+        state: To be changed; of several processes, each its own.
+        checkpoint: Read by the chief, which need not share its disk with the others.
+        processes: Those of the run; None for this one alone.
 
     Raises:
         RunError: If the checkpoint's variables are not those of the state.
     """
+    contents = (processes or ProcessGroup()).from_chief(lambda: _read(checkpoint))
     advice = "resume with the program, network and optimizer that wrote it, or start a new run from its weights"
     for group, variables in state.groups().items():
-        if not (checkpoint / f"{group}.npz").exists():
+        if f"{group}.npz" not in contents:
             raise RunError(f"{checkpoint}: has no {group}, which this run wants; {advice}")
-        with np.load(checkpoint / f"{group}.npz", allow_pickle=False) as stored:
+        with np.load(io.BytesIO(contents[f"{group}.npz"]), allow_pickle=False) as stored:
             differing = sorted(set(stored.files) ^ set(variables)) or [
                 name for name, variable in variables.items() if tuple(stored[name].shape) != tuple(variable.shape)
             ]
@@ -226,11 +241,17 @@ def restore(state: State, checkpoint: Path) -> None:
                 variable.assign(stored[name])
     if state.average is not None:
         state.average.follow_those_apart()
+    for name, value in json.loads(contents["plain"]).items():
+        setattr(state, name, value)
+
+
+def _read(checkpoint: Path) -> dict[str, bytes]:
+    """The files of the groups by name, and the plain fields as JSON."""
     manifest = read_manifest(checkpoint)
-    for name in PLAIN_FIELDS:
-        setattr(state, name, manifest[name])
-    if state.best is not None and problem(checkpoint_path(checkpoint.parent, int(state.best["step"]))) is not None:
-        state.best = None  # its weights are lost; the best of the epochs to come takes its place
+    plain = {name: manifest[name] for name in PLAIN_FIELDS}
+    if plain["best"] is not None and problem(checkpoint_path(checkpoint.parent, int(plain["best"]["step"]))) is not None:
+        plain["best"] = None  # its weights are lost; the best of the epochs to come takes its place
+    return {file.name: file.read_bytes() for file in checkpoint.glob("*.npz")} | {"plain": json.dumps(plain).encode()}
 
 
 def _pack(variables: Mapping[str, keras.Variable | tf.Variable]) -> bytes:

@@ -21,6 +21,7 @@ from pipeline.training.step import TrainStep
 
 REPORTS_PER_EPOCH = 20
 SECONDS_PER_PROGRESS = 0.5
+STEPS_PER_DECISION = 10  # of several processes, which have to look at the same steps whether one is asked to stop
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Trainer:
             runtime: Where.
             steps_per_epoch: Steps between two validations.
             hooks: Told of progress, epochs and checkpoints.
-            stop_requested: Asked after every step; True ends the run there.
+            stop_requested: Asked after every step, by several processes after every tenth; True ends the run there.
             on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
                 run should go on, with the step among its `skipped` or at an earlier step.
             class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one each.
@@ -201,7 +202,7 @@ class Trainer:
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0
             save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
-            if not (report or save or self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS):
+            if not (report or save or self._looks_up(state.step, shown)):
                 continue  # without waiting for the device
             if bool(state.totals.halted.numpy()):
                 state.step = self._counted(state) + left_out  # steps behind one that is not finite changed nothing, like it
@@ -219,13 +220,20 @@ class Trainer:
                     hook.on_step(state.step, metrics)
             if epoch_ends:
                 self._end_epoch(state, metrics, work.validate)
-            if save or self._stop_requested():
+            stops = self._runtime.processes.any(self._stop_requested())
+            if save or stops:
                 for hook in self._hooks:
                     hook.on_checkpoint(state)
-                if self._stop_requested():
+                if stops or self._runtime.processes.any(self._stop_requested()):
                     raise Interrupted
             if epoch_ends and self._is_exhausted(stage, state.history):
                 return
+
+    def _looks_up(self, step: int, shown: float) -> bool:
+        """Whether to wait for the device behind a step: to show how far it is, or to stop."""
+        if self._runtime.processes.size > 1:
+            return step % STEPS_PER_DECISION == 0
+        return self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS
 
     def _means(self, state: State, rate: float) -> dict[str, float]:
         """The epoch's means so far."""

@@ -23,6 +23,7 @@ from pipeline.config import Config, Skip
 from pipeline.errors import TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
+from pipeline.training.process_group import ProcessGroup
 
 MOST_ROLLBACKS = 3
 ADVICE = "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
@@ -57,6 +58,7 @@ class NotFinitePolicy:
         identity: Mapping[str, Any],
         training_stream: Callable[[int], tf.data.Dataset],
         say: Callable[[str], None],
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Takes what it needs of the run.
 
@@ -67,13 +69,15 @@ class NotFinitePolicy:
             identity: As of `checkpoint.save`.
             training_stream: The stream of global batches from a step on.
             say: Tells the user.
+            processes: Those of the run, the chief of which writes; None for this one alone.
         """
+        self._processes = processes or ProcessGroup()
         self._policy, self._folder, self._checkpoints, self._identity = config.train.on_nan, folder, checkpoints, identity
         self._training_stream, self._say = training_stream, say
 
     def prepare(self, state: State) -> None:
         """Sees to it that there is something to go back to in the first epoch, too."""
-        if self._policy == "rollback" and state.step == 0:
+        if self._policy == "rollback" and state.step == 0 and self._processes.is_chief:
             checkpoint.write(state, checkpoint.checkpoint_path(self._checkpoints, 0), self._identity)
 
     def __call__(self, state: State) -> None:
@@ -99,17 +103,20 @@ class NotFinitePolicy:
     def _roll_back(self, state: State, where: str) -> None:
         finding, rollbacks, changes = _finding(state), state.rollbacks + 1, state.changes
         start = checkpoint.checkpoint_path(self._checkpoints, state.epoch_start)
-        problem = checkpoint.problem(start)
-        if problem is not None:
-            give_up(state, f"\n{where} The run cannot go back to {start}: {problem}.")
-        checkpoint.restore(state, start)
-        checkpoint.remove_behind(self._checkpoints, state.step)
+        problem = checkpoint.problem(start) if self._processes.is_chief else None
+        if self._processes.any(problem is not None):
+            give_up(state, f"\n{where} The run cannot go back to {start}: {problem or 'the first process says why'}.")
+        checkpoint.restore(state, start, self._processes)
+        if self._processes.is_chief:
+            checkpoint.remove_behind(self._checkpoints, state.step)
         state.rollbacks, state.changes = rollbacks, changes  # what the checkpoint is too old to know
         times = f"{rollbacks} of {MOST_ROLLBACKS} times at most"
         self._say(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
 
     def _save(self, state: State) -> str:
         """Saves the batch and the state; returns a sentence for the user."""
+        if not self._processes.is_chief:
+            return "The first process saves its batch and the state in front of it."
         batch = next(iter(self._training_stream(state.step).take(1)))
         content = io.BytesIO()
         np.savez_compressed(content, **dict(zip(("images", "labels", "weights", "index"), (part.numpy() for part in batch), strict=True)))

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.cluster import Place
 from pipeline.config import Config
 from pipeline.data.mixing import mixing_group
+from pipeline.data.stream import Share, on_replicas
 from pipeline.errors import ConfigError
+from pipeline.training.process_group import ProcessGroup
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -30,23 +33,30 @@ class Runtime:
         strategy: TensorFlow's distribution strategy; the default one on a single device.
         dtype: Keras's dtype policy of the network, `float32` or `mixed_bfloat16`.
         jit_compile: Whether the step is compiled by XLA.
+        processes: Those of the run; this one alone but on several machines.
+        sync_batch_norm: Whether batch normalisation takes its statistics over all replicas; False where there is one.
     """
 
     strategy: tf.distribute.Strategy
     dtype: str
     jit_compile: bool
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
+    sync_batch_norm: bool = False
 
     @property
     def replicas(self) -> int:
-        """Copies of the network that a global batch is shared among."""
+        """Copies of the network that a global batch is shared among, over all processes."""
         return self.strategy.num_replicas_in_sync
 
+    @property
+    def share(self) -> Share:
+        """What of a global batch the replicas of this process take."""
+        return Share(self.processes.number, self.processes.size)
+
     def feed(self, dataset: tf.data.Dataset) -> Iterable[Any]:
-        """Brings global batches to the devices ahead of their use, each replica getting a contiguous share of every batch."""
+        """Brings batches, this process's share of each, to the devices ahead of their use; every replica gets a contiguous part of it."""
         if self.replicas > 1:
-            options = tf.data.Options()
-            options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-            return self.strategy.experimental_distribute_dataset(dataset.with_options(options))
+            return on_replicas(dataset, self.strategy)
         if tf.config.list_logical_devices("GPU"):
             return dataset.apply(tf.data.experimental.prefetch_to_device("/gpu:0", buffer_size=2))
         return dataset
@@ -59,11 +69,20 @@ class Runtime:
         """One line for the screen: devices, precision, compilation."""
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
+        if self.processes.size > 1:
+            devices += f" over {self.processes.size} processes"
         return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {'on' if self.jit_compile else 'off'}"
 
 
-def set_up(config: Config) -> Runtime:
-    """Seeds every generator and settles devices, precision and compilation."""
+def set_up(config: Config, place: Place | None = None) -> Runtime:
+    """Seeds every generator and settles devices, precision and compilation.
+
+    Args:
+        config: Its seed and `runtime` are used.
+        place: Of this process among those of the run, which it waits for; None for a run of this process alone.
+    """
+    # Connecting comes first: TensorFlow wants it before it has looked at a device.
+    several = None if place is None else tf.distribute.MultiWorkerMirroredStrategy()
     random.seed(config.seed)
     np.random.seed(config.seed)
     keras.utils.set_random_seed(config.seed)
@@ -73,11 +92,15 @@ def set_up(config: Config) -> Runtime:
         _keep_freed_memory()
     choice = config.runtime.strategy
     mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
-    strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
+    if several is not None:
+        strategy: tf.distribute.Strategy = several
+    else:
+        strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
     jit_compile = config.runtime.xla
     if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
         jit_compile = len(gpus) > 0 and strategy.num_replicas_in_sync == 1
-    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
+    synchronised = config.runtime.sync_batch_norm and strategy.num_replicas_in_sync > 1
+    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile, ProcessGroup(place, several), synchronised)
 
 
 def _keep_freed_memory() -> None:

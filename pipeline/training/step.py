@@ -48,6 +48,12 @@ def moved_by_training(model: keras.Model) -> list[keras.Variable]:
     return [*model.trainable_variables, *(v for layer in model.layers if layer.trainable for v in layer.non_trainable_variables)]
 
 
+def batch_norm_statistics(model: keras.Model) -> list[keras.Variable]:
+    """The moving means and variances that a step moves."""
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
+    return [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+
+
 class TrainStep:
     """A compiled step for one set of trainable variables; a stage that changes the set makes a new one.
 
@@ -88,6 +94,7 @@ class TrainStep:
         self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
         self._class_weights = class_weights
         self._moving = moved_by_training(model)[len(self._trainable) :]
+        self._own_statistics = [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
         self._label_smoothing = config.train.label_smoothing
         self._accumulation = config.train.accumulation
         self._global_batch_size = config.train.batch_size
@@ -110,7 +117,7 @@ class TrainStep:
 
     def _step(self, batch: Batch, learning_rate: tf.Tensor) -> None:
         before = [tf.identity(variable.value) for variable in self._moving]
-        gradients, sums = self._strategy.run(self._gradients, args=batch)
+        gradients, sums, statistics = self._strategy.run(self._gradients, args=batch)
         first = self._strategy.experimental_local_results
         norm = tf.linalg.global_norm([first(gradient)[0] for gradient in gradients])
         sums = {name: first(value)[0] for name, value in sums.items()}
@@ -120,6 +127,8 @@ class TrainStep:
             if self._average is not None:
                 step = tf.identity(self._optimizer.iterations.value)
             self._update(gradients, learning_rate)
+            for variable, mean in zip(self._own_statistics, statistics, strict=True):
+                self._strategy.extended.update(variable.value, lambda v, m: v.assign(m), args=(mean,), group=False)
             if self._average is not None:
                 self._average.update(step, self._strategy)
             for name, value in {**sums, "gradient_norm": norm, "steps": 1.0}.items():
@@ -151,8 +160,8 @@ class TrainStep:
 
     def _gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, index: tf.Tensor
-    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
-        """One replica's share, the results summed over the replicas."""
+    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor], list[tf.Tensor]]:
+        """One replica's share, gradients and sums added up over the replicas, batch normalisation's own statistics averaged over them."""
         del index
         parts = zip(*(tf.split(tensor, self._accumulation) for tensor in (images, labels, weights)), strict=True)
         micro_batches = [self._micro_batch(*part) for part in parts]
@@ -163,7 +172,10 @@ class TrainStep:
         if not self._decoupled:  # the gradient of 1/2 * weight_decay * ||w||^2, which the official code adds to the loss
             pairs = zip(gradients, self._weight_decay, self._trainable, strict=True)
             gradients = [gradient + decay * variable.value if decay else gradient for gradient, decay, variable in pairs]
-        return gradients, sums
+        statistics = [variable.value / self._strategy.num_replicas_in_sync for variable in self._own_statistics]
+        if statistics:
+            statistics = context.all_reduce(tf.distribute.ReduceOp.SUM, statistics)
+        return gradients, sums, statistics
 
     def _micro_batch(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
         target = tf.argmax(labels, -1)

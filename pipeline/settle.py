@@ -1,0 +1,89 @@
+"""What a run settles before its first step: the size of its batches, its data, and what its recipe comes to.
+
+Of several processes the chief does so and tells the others: it alone reads all of the data.
+"""
+
+import json
+from collections.abc import Collection
+
+import keras
+
+from pipeline.config import Config, OptimizerConfig, TrainConfig
+from pipeline.data.check import scan
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources import Source
+from pipeline.run_directory import RunDirectory
+from pipeline.screen import Screen
+from pipeline.training.memory import fit_batch
+from pipeline.training.recipe import settle as settle_recipe
+from pipeline.training.runtime import Runtime, check_batch
+
+
+def settle(
+    config: Config,
+    run: RunDirectory,
+    runtime: Runtime,
+    source: Source,
+    model: keras.Model,
+    new: Collection[str],
+    screen: Screen,
+    *,
+    resume: bool,
+) -> tuple[Config, Manifest]:
+    """Settles it.
+
+    Args:
+        config: As it is written.
+        run: Its directory, which the chief reads and writes.
+        runtime: Where the run takes place.
+        source: Its data.
+        model: What is to be trained.
+        new: Its layers that no weights fit, by name.
+        screen: Told of it.
+        resume: Whether the run stays with what it settled before.
+
+    Returns:
+        The config with numbers in the place of auto, and the table of samples.
+
+    Raises:
+        UserError: The batch cannot be shared, or the data cannot be trained on.
+    """
+    settled: tuple[Config, Manifest] | None = None
+
+    def on_the_chief() -> dict[str, bytes]:
+        nonlocal settled
+        before = run.load_config() if resume else None
+        fitted = fit_batch(config, runtime, model, before=before.train if before else None)
+        check_batch(fitted, runtime)
+        manifest = read_data(source, fitted, run, screen)
+        fitted = settle_recipe(fitted, manifest, new, before=before)
+        if fitted != config and config.recipe is not None:
+            stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in fitted.train.stages)
+            screen.say(f"recipe: {stages}, moving average {fitted.optimizer.ema}")
+        settled = fitted, manifest
+        if runtime.processes.size == 1:
+            return {}
+        sections = {"train": fitted.train.model_dump(mode="json"), "optimizer": fitted.optimizer.model_dump(mode="json")}
+        return {"sections": json.dumps(sections).encode(), "manifest": manifest.to_bytes()}
+
+    told = runtime.processes.from_chief(on_the_chief)
+    if settled is None:
+        sections = json.loads(told["sections"])
+        train, optimizer = TrainConfig.model_validate(sections["train"]), OptimizerConfig.model_validate(sections["optimizer"])
+        settled = config.model_copy(update={"train": train, "optimizer": optimizer}), Manifest.from_bytes(told["manifest"])
+    return settled
+
+
+def read_data(source: Source, config: Config, run: RunDirectory, screen: Screen) -> Manifest:
+    """Scans the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
+    with screen.counting("reading the data") as count:
+        manifest = scan(source, config.data, seed=config.seed, progress=count)
+    if manifest.left_out:
+        manifest.write_left_out(run.left_out)
+    sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
+    screen.say(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    for note in manifest.notes:
+        screen.say(f"note: {note}")
+    if manifest.left_out:
+        screen.say(f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.left_out}")
+    return manifest
