@@ -13,6 +13,7 @@ is a line of JSON on standard input:
     poison      null, or {step: n} for a batch of the stream, counted from 0, whose loss is not a number; with {above: rate}, whose
                 loss is not a number at learning rates above that
     devices     logical CPU devices
+    tf_config   null, or the contents of TF_CONFIG
 
 The answer is a line with the exit code (negative: the signal) when the run's process has ended.
 """
@@ -145,6 +146,8 @@ def run(job: dict[str, Any]) -> None:
     from pipeline.screen import run_program
 
     os.chdir(job["folder"])
+    if job["tf_config"] is not None:
+        os.environ["TF_CONFIG"] = json.dumps(job["tf_config"])
     screen = os.open(job["screen"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(screen, descriptor)

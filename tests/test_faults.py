@@ -208,6 +208,7 @@ class Launcher:
             "traps": list(traps),
             "poison": poison,
             "devices": 2 if variant == "two devices" else 1,
+            "tf_config": None,
         }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocess import preprocess
-from pipeline.data.stream import WHOLE, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import WHOLE, Share, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
 from pipeline.errors import DataError
 
 SIDE = 32
@@ -112,6 +112,47 @@ def test_the_stream_is_a_function_of_the_step_whatever_the_workers(augment: dict
     whole = take(training_stream(*data, config(workers=1, **augment)), 7)
     for workers, start in ((4, 0), (2, 3)):
         assert_equal(take(training_stream(*data, config(workers=workers, **augment), start_step=start), 7 - start), whole[start:])
+
+
+@pytest.mark.parametrize(
+    "augment", [EVERYTHING, {"backend": "albumentations", "transforms": NOISY, "mixup": 0.4}], ids=["native", "albumentations"]
+)
+@pytest.mark.parametrize("shares", [2, 4])
+def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any], shares: int) -> None:
+    """Whatever process an image falls to, it looks the same, and so does the one that it is mixed with."""
+    data, settings = make(21), config(batch=32, **augment)
+    whole = take(training_stream(*data, settings), 4)
+    for start in (0, 3):
+        parts = [take(training_stream(*data, settings, start_step=start, share=Share(n, shares)), 4 - start) for n in range(shares)]
+        joined = [tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)]
+        assert_equal(joined, whole[start:])
+
+
+def test_a_share_reads_only_its_own_images() -> None:
+    manifest, source = make(64)
+    read: list[bytes] = []
+
+    def noted(key: bytes) -> bytes:
+        read.append(key)
+        return source.read(key.decode())
+
+    source.encoded = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
+    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, share=Share(1, 4)), 8)
+    seen = np.concatenate([index for *_, index in batches])
+    ahead = 3 * 2 + 2  # batches of two that may wait ready, and what is on its way
+    assert [int(key) for key in read[: len(seen)]] == seen.tolist()
+    assert len(read) <= len(seen) + ahead
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_shares_of_an_evaluation_hold_every_image_exactly_once(shares: int) -> None:
+    data = make(21, test=13)
+    whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
+    parts = [take(evaluation_stream(*data, config(), "test", batch_size=8, share=Share(n, shares)), 9) for n in range(shares)]
+    joined = [tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)]
+    assert_equal(joined, whole)
+    index = np.concatenate([batch[3] for part in parts for batch in part])
+    assert sorted(index[index >= 0]) == list(range(13))
 
 
 def test_every_image_comes_exactly_once_per_pass_in_ever_new_orders() -> None:
