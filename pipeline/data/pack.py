@@ -136,15 +136,15 @@ class PackSource:
     def __init__(self, folder: Path, description: Description, index: pa.Table) -> None:
         self.class_names = description.class_names
         self._paths = [folder / shard.name for shard in description.shards]
-        self._index = index.combine_chunks()
+        self._columns = {name: index[name].combine_chunks() for name in index.column_names}
         # Digests of the keys, sorted: a tenth of the memory of a dictionary.
-        names = np.fromiter(map(name_of, self._index["key"].to_pylist()), np.uint64, len(index))
+        names = np.fromiter(map(name_of, index["key"].to_pylist()), np.uint64, len(index))
         self._rows = np.argsort(names)
         self._names = names[self._rows]
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
 
     def samples(self) -> list[Sample]:
-        return list(map(Sample, *(self._index[name].to_pylist() for name in ("key", "label", "split"))))
+        return list(map(Sample, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
 
     def status(self, key: str) -> Status:
         size, sha256 = self._look_up(key, "bytes", "sha256")
@@ -159,14 +159,22 @@ class PackSource:
         return read_record(self._paths[shard], reader, position, sha256, key)
 
     def encoded(self, key: tf.Tensor) -> tf.Tensor:
-        file = tf.numpy_function(lambda key: self.read(key.decode()), [key], tf.string, stateful=False)
-        return tf.ensure_shape(file, ())
+        file, damage = tf.numpy_function(self._read_or_tell, [key], (tf.string, tf.string), stateful=False)
+        with tf.control_dependencies([tf.debugging.Assert(tf.equal(damage, ""), [damage])]):
+            return tf.ensure_shape(tf.identity(file), ())
+
+    def _read_or_tell(self, key: bytes) -> tuple[bytes, str]:
+        """The file and nothing, or nothing and what is wrong: an exception would come out of the graph with a traceback in its message."""
+        try:
+            return self.read(key.decode()), ""
+        except DamagedError as error:
+            return b"", str(error)
 
     def _look_up(self, key: str, *columns: str) -> list[Any]:
         name = name_of(key)
         for row in self._rows[np.searchsorted(self._names, name) : np.searchsorted(self._names, name, "right")].tolist():
-            if self._index["key"][row].as_py() == key:
-                return [self._index[column][row].as_py() for column in columns]
+            if self._columns["key"][row].as_py() == key:
+                return [self._columns[column][row].as_py() for column in columns]
         raise DataError(f"{self._paths[0].parent} holds no picture called {key}")
 
     def _open(self, shard: int) -> ArrayRecordReader:
