@@ -202,9 +202,9 @@ def test_a_pack_that_was_cut_off_goes_on_with_the_shards_that_are_whole(photos: 
     source = open_folder(photos)
     make(source, tmp_path / "whole", 3)
     folder = tmp_path / "pack"
-    stop_at = set[str]()
+    stop_at: list[str] = []
     for key in ("cat/08.jpg", "dog/07.jpg"):
-        stop_at.add(key)
+        stop_at[:] = [key]
         with pytest.raises(KeyboardInterrupt):
             make(Halting(source.root, source.class_names, source.rows), folder, 3)
         assert [path.name for path in folder.iterdir()] == [".packing"], "nothing is seen that is not finished"

@@ -46,11 +46,12 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, such as data.path=PHOTOS")
     arguments = parser.parse_intermixed_args(words)
     if (arguments.verify is None) != (arguments.out is not None):
-        parser.error("--out FOLDER says where the pack goes" if arguments.verify is None else "--verify writes nothing; leave --out away")
+        parser.error("--out says where the pack goes; it belongs to --config and to --tfrecord, not to --verify")
     if arguments.config is None and arguments.overrides:
         parser.error(f"{arguments.overrides[0]}: only a --config can be changed so")
-    if arguments.tfrecord is None and any(getattr(arguments, name) is not None for name in TFRECORD_ONLY):
-        parser.error(" and ".join(f"--{name.replace('_', '-')}" for name in TFRECORD_ONLY) + " belong to --tfrecord")
+    for name in TFRECORD_ONLY:
+        if arguments.tfrecord is None and getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} belongs to --tfrecord")
     if arguments.shard_images is not None and arguments.shard_images < 1:
         parser.error("--shard-images must be at least 1")
     return arguments

@@ -160,15 +160,15 @@ class PackSource:
 
     def encoded(self, key: tf.Tensor) -> tf.Tensor:
         file, damage = tf.numpy_function(self._read_or_tell, [key], (tf.string, tf.string), stateful=False)
-        with tf.control_dependencies([tf.debugging.Assert(tf.equal(damage, ""), [damage])]):
+        with tf.control_dependencies([tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]):  # tf.debugging's takes 60 us
             return tf.ensure_shape(tf.identity(file), ())
 
-    def _read_or_tell(self, key: bytes) -> tuple[bytes, str]:
+    def _read_or_tell(self, key: bytes) -> tuple[bytes, bytes]:
         """The file and nothing, or nothing and what is wrong: an exception would come out of the graph with a traceback in its message."""
         try:
-            return self.read(key.decode()), ""
+            return self.read(key.decode()), b""
         except DamagedError as error:
-            return b"", str(error)
+            return b"", str(error).encode()
 
     def _look_up(self, key: str, *columns: str) -> list[Any]:
         name = name_of(key)
