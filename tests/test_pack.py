@@ -279,7 +279,7 @@ def test_a_finished_pack_is_told_and_stays_as_it_is(config: Path, tmp_path: Path
         path.touch()
     code, said = run("--config", config, "--out", tmp_path / "pack")
     assert code == 0
-    assert "it was finished, and is whole" in said
+    assert "all of it was there, and is whole" in said
     assert files(tmp_path / "pack") == before
     assert run("--verify", tmp_path / "pack")[0] == 0
 

@@ -85,7 +85,7 @@ def main(words: Sequence[str], screen: Screen) -> int:
     elif packed.written:
         screen.say(f"written  {packed.written:,} pictures in {seconds:,.1f} s; the others were there, and all are whole")
     else:
-        screen.say(f"written  nothing: it was finished, and is whole (read in {seconds:,.1f} s)")
+        screen.say(f"written  nothing: all of it was there, and is whole (read in {seconds:,.1f} s)")
     path = shlex.quote(str(arguments.out))
     screen.say(f"train    {this_python()} train.py --config CONFIG data.source=pack data.path={path} data.name=null")
     return 0
