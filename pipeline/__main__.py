@@ -11,6 +11,7 @@ PROGRAMS = {
     "check": "what is wrong with a data set: bad files, duplicates, leakage, empty classes",
     "compare": "whether a run is better than another on the same images, and how sure that is",
     "export": "a run's network as SavedModel, LiteRT, int8 LiteRT and ONNX, each proven equal to it",
+    "pack": "a data set as a few large files that are read in any order; TFRecord files, too",
     "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
 }
 

@@ -34,10 +34,11 @@ class SplitsConfig(Section):
 class DataConfig(Section):
     """Where the pictures come from and how they are cut to the input's square."""
 
-    source: Literal["folder", "csv", "tfds", "digits"]
-    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; tfds; digits."""
+    source: Literal["folder", "csv", "pack", "tfds", "digits"]
+    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; pack: what `python -m pipeline
+    pack` wrote; tfds; digits."""
     path: Path | None = None
-    """The image folder, the CSV file, or where tensorflow-datasets keeps its data (null: data/tfds)."""
+    """The image folder, the CSV file, the pack's folder, or where tensorflow-datasets keeps its data (null: data/tfds)."""
     name: str | None = None
     """Name of the data set in tensorflow-datasets."""
     splits: SplitsConfig = SplitsConfig()
@@ -58,8 +59,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> "DataConfig":
-        if self.source in ("folder", "csv") and self.path is None:
-            raise ValueError(f"source {self.source} needs path: the {'image folder' if self.source == 'folder' else 'CSV file'}")
+        needed = {"folder": "image folder", "csv": "CSV file", "pack": "folder that python -m pipeline pack wrote"}.get(self.source)
+        if needed is not None and self.path is None:
+            raise ValueError(f"source {self.source} needs path: the {needed}")
         if self.source == "tfds" and not self.name:
             raise ValueError("source tfds needs name: a data set of tensorflow-datasets, such as tf_flowers")
         if self.source != "tfds" and self.name:

@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("program", "option"), [("scale", "--latency"), ("export", "--formats")])
+@pytest.mark.parametrize(("program", "option"), [("scale", "--latency"), ("export", "--formats"), ("pack", "--tfrecord")])
 def test_help_is_instant(program: str, option: str) -> None:
     start = time.monotonic()
     result = run(program, "--help")
@@ -48,6 +48,13 @@ def test_help_is_instant(program: str, option: str) -> None:
         ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
         ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
         ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
+        (["pack", "--config", "configs/lite0_digits.yaml"], "--out says where the pack goes"),
+        (["pack", "--verify", "tests", "--out", "x"], "--out says where the pack goes"),
+        (["pack", "--verify", "tests"], "tests holds no finished pack"),
+        (["pack", "--config", "configs/lite0_digits.yaml", "--out", "tests"], "tests exists and is no pack"),
+        (["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--first-label", "1"], "--first-label belongs to --tfrecord"),
+        (["pack", "--tfrecord", "train=none-*", "--out", "x"], "--tfrecord train=none-*: there is no such file"),
+        (["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--shard-size", "5"], "write it like 256MB"),
         (["export", "--run", "tests", "--formats", "onnx,litret"], "there is no format 'litret'; did you mean 'litert'?"),
         (["export", "--run", "tests", "data.resize=squash"], "only keys of export can be changed here"),
         (["export", "--run", "tests"], "tests: is not a run's directory"),

@@ -125,7 +125,7 @@ def examine(
     labelled = [sample for sample in samples if 0 <= sample.label < classes]
     if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
         return Examination(None, hopeless)
-    facts, problems = inspect_all(source, samples, ScanCache(config.path if source.root is not None else None), progress)
+    facts, problems = inspect_all(source, samples, ScanCache(config.path), progress)
     for i, sample in enumerate(samples):
         if not 0 <= sample.label < classes:
             problems[i] = f"has the label {sample.label}; valid are 0 to {classes - 1}"

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.preprocess import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
-from pipeline.data.sources import Sample, Source
+from pipeline.data.sources import DamagedError, Sample, Source
 from pipeline.data.splits import signature
 
 MOST_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
@@ -96,9 +96,8 @@ def read_header(data: bytes) -> Header | str:
     return Header(kind, height, width, orientation if orientation in range(1, 9) else 1, Trait(traits))
 
 
-def too_large(status: os.stat_result) -> str | None:
-    """Why a file of this size is not read at all, or None."""
-    size = status.st_size
+def too_large(size: int) -> str | None:
+    """Why a file of this size in bytes is not read at all, or None."""
     return f"has {size / 2**30:.1f} GiB; at most {MOST_BYTES / 2**30:.0f} are read" if size > MOST_BYTES else None
 
 
@@ -184,14 +183,16 @@ def inspect_all(
 
 def _look(source: Source, key: str, cache: ScanCache) -> np.ndarray | str:
     try:
-        status = (source.root / key).stat() if source.root is not None else None
-        if status is not None and (reason := too_large(status)):
+        status = source.status(key)
+        if status is not None and (reason := too_large(status.size)):
             return reason
         if status is not None and (known := cache.find(key, status)) is not None:
             return known
         found = inspect(source.read(key))
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"
+    except DamagedError as error:
+        return error.problem
     if status is not None and not isinstance(found, str):
         cache.sign(found, key, status)
     return found

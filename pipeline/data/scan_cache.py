@@ -13,6 +13,8 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
+from pipeline.data.sources import Status
+
 SEAL = 32  # bytes
 AT_ONCE = 65_536  # records
 SCAN = 1  # to be raised when the same file may come out otherwise
@@ -20,7 +22,7 @@ FACTS = np.dtype(
     [
         ("name", np.uint64),  # of a digest of the key
         ("size", np.int64),  # bytes
-        ("modified", np.int64),  # nanoseconds
+        ("modified", np.int64),  # Status.version
         ("sha256", "V32"),
         ("kind", np.uint8),  # position in FORMATS
         ("height", np.int32),  # pixels, as stored
@@ -49,19 +51,19 @@ class ScanCache:
         self._names = np.ascontiguousarray(self._facts["name"])
         self._news = False
 
-    def find(self, key: str, status: os.stat_result) -> np.ndarray | None:
-        """FACTS () of a file, if they are known of this size and time of change."""
-        name = _name(key)
+    def find(self, key: str, status: Status) -> np.ndarray | None:
+        """FACTS () of a file, if they are known of this size and version."""
+        name = name_of(key)
         place = int(np.searchsorted(self._names, name))
         if place == len(self._names) or self._names[place] != name:
             return None
         facts = self._facts[place]
-        return facts if (facts["size"], facts["modified"]) == (status.st_size, status.st_mtime_ns) else None
+        return facts if (facts["size"], facts["modified"]) == status else None
 
-    def sign(self, facts: np.ndarray, key: str, status: os.stat_result) -> None:
-        """Notes in FACTS () of which file, size and time of change they are. `status` must be from before the file was read."""
+    def sign(self, facts: np.ndarray, key: str, status: Status) -> None:
+        """Notes in FACTS () of which file, size and version they are. `status` must be from before the file was read."""
         self._news = True
-        facts["name"], facts["size"], facts["modified"] = _name(key), status.st_size, status.st_mtime_ns
+        facts["name"], facts["size"], facts["modified"] = name_of(key), *status
 
     def save(self, facts: np.ndarray, *, whole: bool) -> None:
         """Keeps the signed ones of FACTS (N,); where that cannot be done, nothing is kept.
@@ -116,5 +118,6 @@ def _seal(content: bytes) -> bytes:
     return hashlib.sha256(repr((SCAN, FACTS.descr, tf.__version__, PIL.__version__)).encode() + content).digest()
 
 
-def _name(key: str) -> np.uint64:
+def name_of(key: str) -> np.uint64:
+    """64 bits that stand for a key, never 0."""
     return np.uint64(int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest()) or 1)

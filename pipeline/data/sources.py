@@ -1,4 +1,4 @@
-"""Where samples come from: an image folder, a CSV file, tensorflow-datasets, or scikit-learn's digits.
+"""Where samples come from: an image folder, a CSV file, a pack, tensorflow-datasets, or scikit-learn's digits.
 
 Every source yields encoded image files, so that one decoder serves all of them.
 
@@ -6,6 +6,7 @@ Every source yields encoded image files, so that one decoder serves all of them.
 |--------|---------------------------------------------------|-----------------------------------|
 | folder | path relative to the folder                       | {train,val,test}/<class>/<image>  |
 | csv    | path relative to the CSV file's folder            | column `split`                    |
+| pack   | that of the data set that was packed              | those of the data set             |
 | tfds   | <split>/<position>                                | train, validation, test           |
 | digits | 0 to 1796                                         | none                              |
 """
@@ -40,6 +41,15 @@ class Sample(NamedTuple):
     """train, val or test where the data say so, else None. Either all samples of a source have one or none has."""
 
 
+class Status(NamedTuple):
+    """What a picture's file is known by without being read: where it has not changed, neither have the contents."""
+
+    size: int
+    """Bytes."""
+    version: int
+    """int64: of a file of its own the time of change in nanoseconds, of a packed one 64 bits of its SHA-256."""
+
+
 class Source(Protocol):
     """What the manifest and the stream need to know of a data set."""
 
@@ -47,12 +57,11 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels."""
 
-    @property
-    def root(self) -> Path | None:
-        """The folder that keys are paths in; None where the samples are no files of their own."""
-
     def samples(self) -> list[Sample]:
         """All samples, always in the same order."""
+
+    def status(self, key: str) -> Status | None:
+        """What tells whether a sample's file has changed; None where nothing does, short of reading it."""
 
     def read(self, key: str) -> bytes:
         """The encoded image file of a sample."""
@@ -73,6 +82,18 @@ class NotFetchedError(DataError):
         self.class_names = class_names
 
 
+class DamagedError(DataError):
+    """A packed picture is no longer what was packed.
+
+    Attributes:
+        problem: To be read behind the picture's key.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.problem = problem
+
+
 def open_source(config: DataConfig, *, fetch: bool = True) -> Source:
     """Opens the data set that the config names.
 
@@ -91,6 +112,10 @@ def open_source(config: DataConfig, *, fetch: bool = True) -> Source:
     if config.source == "digits":
         return DigitsSource()
     assert config.path is not None  # the schema sees to it
+    if config.source == "pack":
+        from pipeline.data.pack import open_pack
+
+        return open_pack(config.path)
     return open_folder(config.path) if config.source == "folder" else open_csv(config.path)
 
 
@@ -111,6 +136,10 @@ class FileSource:
     def samples(self) -> list[Sample]:
         return list(self.rows)
 
+    def status(self, key: str) -> Status:
+        status = (self.root / key).stat()
+        return Status(status.st_size, status.st_mtime_ns)
+
     def read(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
 
@@ -122,7 +151,6 @@ class DigitsSource:
     """Scikit-learn's 1,797 handwritten digits, 8x8 pixels, gray. No network, no files."""
 
     class_names = tuple("0123456789")
-    root = None
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -134,6 +162,9 @@ class DigitsSource:
 
     def samples(self) -> list[Sample]:
         return [Sample(str(i), label, None) for i, label in enumerate(self._labels)]
+
+    def status(self, key: str) -> None:
+        return None
 
     def read(self, key: str) -> bytes:
         return self._files[int(key)]

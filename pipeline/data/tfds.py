@@ -30,7 +30,6 @@ class TfdsSource:
     class_names: tuple[str, ...]
     records: Mapping[str, Sequence[Any]]
     """Per split as the data set names it: the examples, images still encoded."""
-    root: None = None
 
     def samples(self) -> list[Sample]:
         return [
@@ -38,6 +37,9 @@ class TfdsSource:
             for name, examples in self.records.items()
             for i, example in enumerate(examples)
         ]
+
+    def status(self, key: str) -> None:
+        return None
 
     def read(self, key: str) -> bytes:
         name, _, position = key.rpartition("/")

@@ -92,7 +92,7 @@ def predict_files(
 def _read(to_square: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
     """The file as uint8 (R, R, 3), or why it cannot be read."""
     try:
-        if reason := too_large(path.stat()):
+        if reason := too_large(path.stat().st_size):
             return reason
         encoded = path.read_bytes()
     except (OSError, ValueError) as error:  # the latter of a path that holds a null byte

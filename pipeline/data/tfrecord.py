@@ -1,0 +1,210 @@
+"""Data sets that exist as TFRecord files of tf.train.Example, to be packed: TFRecord can only be read from one end to the other."""
+
+import glob
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from pipeline.data.origins import Picture
+from pipeline.data.sources import SPLIT_NAMES, listing
+from pipeline.errors import DataError
+
+
+class Features(NamedTuple):
+    """What the parts of an Example are called."""
+
+    image: str
+    """The encoded file."""
+    label: str
+    """A number."""
+    class_name: str | None
+    """Text; None where there is none."""
+
+
+LAYOUTS = (Features("image/encoded", "image/class/label", "image/class/text"), Features("image", "label", None))  # the TPU's ImageNet, TFDS
+FILE_NAME = "image/filename"  # goes into the key where there is one
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A TFRecord file."""
+
+    path: Path
+    split: str | None
+
+    @property
+    def name(self) -> str:
+        """The beginning of its pictures' keys."""
+        return f"{self.split}/{self.path.name}" if self.split else self.path.name
+
+
+class TfrecordOrigin:
+    """Files of tf.train.Example, uncompressed. A picture's key: `<split>/<file>/<number of the record>/<its own name, if any>`."""
+
+    total = None
+
+    def __init__(
+        self, patterns: Sequence[str], features: Mapping[str, str], class_names: Sequence[str] | None, first_label: int | None
+    ) -> None:
+        """Finds the files and looks at the first record.
+
+        Args:
+            patterns: `train=FOLDER/train-*` or without the split, all with or all without.
+            features: Names of the Features that are called otherwise than in LAYOUTS.
+            class_names: In the order of the labels; None takes them from the records.
+            first_label: The label of the first class: 0, or 1 where 0 is left to a background class; None takes 0, and refuses data for
+                which that may be wrong.
+
+        Raises:
+            DataError: There is no such file, or its records are not understood.
+        """
+        self._files = _record_files(patterns)
+        self._names, self._first = class_names, first_label
+        file, record = next(((file, record) for file in self._files for record in self._records(file, 0)), (None, b""))
+        if file is None:
+            raise DataError(f"--tfrecord: all of the {len(self._files)} files are empty")
+        example = _parse(record)
+        layout = next((layout for layout in LAYOUTS if {layout.image, layout.label} <= set(example)), LAYOUTS[0])
+        self._features = layout._replace(**features)
+        self._picture(file, 0, example)
+        if class_names is None and self._features.class_name not in example:
+            raise DataError(
+                f"{file.path}: record 0 has no {self._features.class_name or 'text'} to call its class by (it has "
+                f"{', '.join(sorted(example))});\n"
+                "give --classes FILE with a name a line, such as the label.labels.txt of tensorflow-datasets, or --class-feature NAME"
+            )
+        self.identity = {file.name: f"{(s := file.path.stat()).st_size} bytes, changed at {s.st_mtime_ns} ns" for file in self._files}
+        self.identity["features"] = " ".join(filter(None, self._features))
+        self.settings = {
+            "first label": first_label or 0,
+            "digest of class names": hashlib.sha256("\n".join(class_names).encode()).hexdigest() if class_names else None,
+        }
+
+    def pictures(self, start: int, last: str | None) -> Iterator[Picture]:
+        del start
+        place, number = 0, 0
+        if last is not None:
+            place = next(i for i, file in enumerate(self._files) if last.startswith(file.name + "/"))
+            number = int(last.removeprefix(self._files[place].name + "/").partition("/")[0]) + 1
+        for file in self._files[place:]:
+            for record in self._records(file, number):
+                yield self._picture(file, number, _parse(record))
+                number += 1
+            number = 0
+
+    def changes(self, rows: pa.Table) -> list[str]:
+        """None: the files' sizes and times of change are part of the identity."""
+        del rows
+        return []
+
+    def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
+        labels = rows["label"].to_numpy()
+        if self._first is None and labels.min() > 0:
+            raise DataError(
+                f"The least label is {labels.min()}: do they count from 1? Say --first-label 1 if so, and --first-label 0 if the classes "
+                "in front of it have no pictures. What has been written is kept."
+            )
+        labels = labels - (self._first or 0)
+        names = tuple(self._names or _names_in(rows, labels, self._first or 0))
+        if labels.min() < 0 or labels.max() >= len(names):  # of pictures that were packed before the command line was changed
+            raise DataError(
+                f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which --first-label or "
+                f"the number of names in --classes ({len(names)}) does not fit. What has been written is kept."
+            )
+        return names, labels.astype(np.int32)
+
+    def _records(self, file: RecordFile, skip: int) -> Iterator[bytes]:
+        try:
+            yield from tf.data.TFRecordDataset(str(file.path)).skip(skip).as_numpy_iterator()
+        except tf.errors.OpError as error:
+            raise DataError(
+                f"{file.path} is damaged, or no uncompressed TFRecord file: {error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
+            ) from None
+
+    def _picture(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> Picture:
+        where, features = f"{file.path}: record {number}", self._features
+        image, labels = example.get(features.image), example.get(features.label)
+        if not image or not isinstance(image[0], bytes) or not labels or not isinstance(labels[0], int):
+            raise DataError(
+                f"{where} has no bytes {features.image} or no number {features.label}; it has {', '.join(sorted(example)) or 'nothing'}: "
+                "say what they are called by --image-feature and --label-feature"
+            )
+        if len(image) + len(labels) > 2:
+            raise DataError(f"{where} has {len(image)} pictures and {len(labels)} labels; needed is one of each")
+        first, classes = self._first or 0, len(self._names) if self._names else np.iinfo(np.int32).max
+        if not first <= labels[0] < first + classes:
+            hint = "; do they count from 1? Then say --first-label 1" if labels[0] == classes and self._first is None else ""
+            raise DataError(f"{where} has the label {labels[0]}; valid are {first} to {first + classes - 1}{hint}")
+        class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
+        return Picture(f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0])
+
+
+def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
+    files: list[RecordFile] = []
+    for word in patterns:
+        name, given, pattern = word.partition("=")
+        if given and name not in SPLIT_NAMES:
+            raise DataError(f"--tfrecord {word}: the split is {name!r}; valid are train, val and test")
+        matches = sorted(glob.glob(pattern if given else word))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [path for path in map(Path, matches) if path.is_file()]
+        if not found:
+            raise DataError(f"--tfrecord {word}: there is no such file")
+        files += [RecordFile(path, SPLIT_NAMES[name] if given else None) for path in found]
+    if len({file.split is None for file in files}) > 1:
+        raise DataError("--tfrecord: give the split of all files, as in train=FOLDER/train-*, or of none")
+    names = [file.name for file in files]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise DataError(f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{listing(doubled)}\nRename them.")
+    return files
+
+
+def _parse(record: bytes) -> dict[str, list[Any]]:
+    """The features of an Example by name; none where the record is something else."""
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except Exception:  # protobuf's own, of a package that is not among the dependencies
+        return {}
+    kinds = ((name, feature, feature.WhichOneof("kind")) for name, feature in features.items())
+    return {name: list(getattr(feature, kind).value) for name, feature, kind in kinds if kind}
+
+
+def _text(values: list[Any] | None, where: str) -> str | None:
+    if not values or not isinstance(values[0], bytes):
+        return None
+    try:
+        return values[0].decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{where} has a text that is not UTF-8: {values[0][:40]!r}") from None
+
+
+def _names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]:
+    """The name of each label, as its pictures give it."""
+    names: dict[int, str | None] = {}
+    problems: dict[str, None] = {}
+    for label, name in zip(labels.tolist(), rows["class_name"].to_pylist(), strict=True):
+        known = names.setdefault(label, name)
+        if not name:
+            problems[f"label {label + first}: a picture of it gives no name"] = None
+        elif known != name:
+            problems[f"label {label + first} is called {known!r} and {name!r}"] = None
+    for label in islice((label for label in range(max(names)) if label not in names), 21):
+        problems[f"label {label + first}: has no picture that would name it"] = None
+    taken: dict[str | None, int] = {}
+    for label, name in sorted(names.items()):
+        if taken.setdefault(name, label) != label:
+            problems[f"labels {taken[name] + first} and {label + first} are both called {name!r}"] = None
+    if problems:
+        raise DataError(
+            f"The names of the classes are not clear:\n{listing(list(problems))}\n"
+            "Give --classes FILE with a name a line, in the order of the labels: what has been written is kept. Or start anew in another "
+            "--out with another --class-feature."
+        )
+    return [str(names[label]) for label in sorted(names)]
