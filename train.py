@@ -75,12 +75,14 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     from pipeline.measure import Subject
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
+    from pipeline.training.compilation import settle_xla
     from pipeline.training.loop import Interrupted, Trainer, plan
     from pipeline.training.memory import explained, fit_batch
     from pipeline.training.not_finite import NotFinitePolicy
     from pipeline.training.progress import ProgressLine
     from pipeline.training.recipe import class_weights
     from pipeline.training.runtime import check_batch, set_up
+    from pipeline.training.step_times import StepTimes
     from pipeline.training.stop_request import StopRequest
     from pipeline.training.tracking import Tracker
 
@@ -94,6 +96,10 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     check_batch(config, runtime)
     manifest = read_data(source, config, run, screen)
     config = settle_recipe(config, manifest, new, before, screen)
+    batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
+    config, runtime, reason = settle_xla(config, runtime, model, plan(config, steps), before=before)
+    if reason:
+        screen.say(reason)
     counts = manifest.class_counts()
     weights = class_weights(config, manifest.class_names, counts["train"].tolist())
     state = new_state(config, runtime, model)
@@ -111,7 +117,6 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
     run_directory.write(run.classes, "\n".join(manifest.class_names) + "\n")
     manifest.save(run.manifest)
 
-    batch_size, steps = config.train.batch_size, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
     stop = StopRequest(screen.say)
     stages = Stages(config, runtime, manifest, source, state, screen, stop)
     not_finite = NotFinitePolicy(config, run.not_finite, run.checkpoints, identity, stages.pictures, screen.say)
@@ -125,7 +130,7 @@ def train(config: Config, run: RunDirectory, screen: Screen, *, resume: bool, al
             screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
         )
         keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-        hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
+        hooks = [tracker, keeper, line, StepTimes(config, runtime)]  # what is in a checkpoint is in MLflow, too
         trainer = Trainer(config, runtime, steps, hooks, stop, not_finite, class_weights=weights)
         with line, stop.listening(), explained(config, runtime, model):
             try:

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,22 @@ class Runtime:
     Attributes:
         strategy: TensorFlow's distribution strategy; the default one on a single device.
         dtype: Keras's dtype policy of the network, `float32` or `mixed_bfloat16`.
-        jit_compile: Whether the step is compiled by XLA.
+        jit_compile: Whether the step is compiled by XLA; None until `settle_xla` has weighed that.
     """
 
     strategy: tf.distribute.Strategy
     dtype: str
-    jit_compile: bool
+    jit_compile: bool | None
 
     @property
     def replicas(self) -> int:
         """Copies of the network that a global batch is shared among."""
         return self.strategy.num_replicas_in_sync
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """Where it depends on the run whether XLA is worth its compilation."""
+        return self.replicas == 1 and bool(tf.config.list_logical_devices("GPU"))
 
     def feed(self, dataset: tf.data.Dataset) -> Iterable[Any]:
         """Brings global batches to the devices ahead of their use, each replica getting a contiguous share of every batch."""
@@ -59,7 +64,8 @@ class Runtime:
         """One line for the screen: devices, precision, compilation."""
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
-        return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {'on' if self.jit_compile else 'off'}"
+        compiled = {True: "on", False: "off", None: "to be weighed"}[self.jit_compile]
+        return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {compiled}"
 
 
 def set_up(config: Config) -> Runtime:
@@ -74,10 +80,10 @@ def set_up(config: Config) -> Runtime:
     choice = config.runtime.strategy
     mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
-    jit_compile = config.runtime.xla
-    if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
-        jit_compile = len(gpus) > 0 and strategy.num_replicas_in_sync == 1
-    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile)
+    xla = config.runtime.xla
+    runtime = Runtime(strategy, _dtype(config.runtime.precision), xla is True)
+    # auto: measured to be slower on CPUs; failing on several logical CPU devices
+    return replace(runtime, jit_compile=None) if xla == "auto" and runtime.on_one_gpu else runtime
 
 
 def _keep_freed_memory() -> None:
