@@ -117,6 +117,7 @@ def train(
     from pipeline.training.recipe import class_weights
     from pipeline.training.resume import resume_newest
     from pipeline.training.runtime import set_up
+    from pipeline.training.step_times import StepTimes
     from pipeline.training.stop_request import StopRequest
     from pipeline.training.tracking import Tracker
 
@@ -130,7 +131,7 @@ def train(
         resume = processes.any(resume)
         source = open_source(config.data)
         model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
-        config, manifest = settle(config, run, runtime, source, model, new, screen, resume=resume)
+        config, runtime, manifest = settle(config, run, runtime, source, model, new, screen, resume=resume)
         counts = manifest.class_counts()
         weights = class_weights(config, manifest.class_names, counts["train"].tolist())
         state = new_state(config, runtime, model)
@@ -168,7 +169,7 @@ def train(
                 screen, first_step=state.step, total_steps=plan(config, steps)[-1].stop, steps_per_epoch=steps, global_batch_size=batch_size
             )
             keeper = checkpoint.Keeper(run.checkpoints, identity, keep=config.train.keep_checkpoints)
-            hooks = [tracker, keeper, line]  # what is in a checkpoint is in MLflow, too
+            hooks = [tracker, keeper, line, StepTimes(config, runtime)]  # what is in a checkpoint is in MLflow, too
         trainer = Trainer(config, runtime, steps, hooks, stop, not_finite, class_weights=weights)
         with line if chief else nullcontext(), stop.listening(), explained(config, runtime, model), processes.explained():
             try:

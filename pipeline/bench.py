@@ -24,8 +24,9 @@ from pipeline.data.stream import steps_per_epoch
 from pipeline.screen import Screen
 from pipeline.stages import Stages
 from pipeline.training.checkpoint import State
+from pipeline.training.compilation import settle_xla
 from pipeline.training.hooks import Hook
-from pipeline.training.loop import Interrupted, Stage, Trainer, Work, set_trainable
+from pipeline.training.loop import Interrupted, Stage, Trainer, Work, plan, set_trainable
 from pipeline.training.memory import fit_batch
 from pipeline.training.recipe import class_weights, settle
 from pipeline.training.runtime import Runtime, check_batch, set_up
@@ -89,17 +90,19 @@ class Bench:
         model, _ = build_network(config, self.runtime, self.manifest.class_names, screen, weights=None)
         config = settle(fit_batch(config, self.runtime, model), self.manifest)
         check_batch(config, self.runtime)
+        counts = self.manifest.class_counts()["train"].tolist()
+        steps = steps_per_epoch(sum(counts), config.train.batch_size)
+        config, self.runtime, _ = settle_xla(config, self.runtime, model, plan(config, steps))
         endless = config.train.stage(stage).model_copy(update={"epochs": ENDLESS})
         train = config.train.model_copy(update={"stages": (endless,), "early_stopping": None, "checkpoint_every_steps": None})
         self.config = config.model_copy(update={"train": train})
         self.state: State = new_state(self.config, self.runtime, model)
         self.stages = Stages(self.config, self.runtime, self.manifest, self.source, self.state, screen, lambda: False)
         self.clock = Clock()
-        counts = self.manifest.class_counts()["train"].tolist()
         self._trainer = OneStepTrainer(
             self.config,
             self.runtime,
-            steps_per_epoch(sum(counts), self.config.train.batch_size),
+            steps,
             [self.clock],
             self.clock.is_over,
             class_weights=class_weights(config, self.manifest.class_names, counts),

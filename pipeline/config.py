@@ -214,7 +214,9 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs that have it (compute capability 8.0), else float32. Weights are float32 either way."""
     xla: Literal["auto", True, False] = "auto"
-    """auto: on one GPU, off on the CPU and above one replica."""
+    """auto: on one GPU where the run is long enough to repay the compilation, by what both took there before or by estimate; off on the
+    CPU, which it slows down, and above one replica, as it fails on several logical CPU devices (for several GPUs say true). A run's
+    config.yaml has the choice, and a resume keeps to it."""
     input_workers: PositiveInt | None = None
     """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
 

@@ -11,6 +11,7 @@ from pipeline.data.stream import steps_per_epoch
 from pipeline.model.cost import cost
 from pipeline.model.efficientnet import efficientnet
 from pipeline.screen import Screen, this_python
+from pipeline.training.compilation import settle_xla
 from pipeline.training.loop import plan
 from pipeline.training.memory import fit_batch, step_memory
 from pipeline.training.recipe import class_weights, settle
@@ -40,6 +41,8 @@ def show(config: Config, screen: Screen) -> None:
         with screen.counting("reading the data") as count:
             manifest = scan(source, config.data, seed=config.seed, progress=count)
         config = settle(config, manifest)
+        steps = steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
+        config, runtime, reason = settle_xla(config, runtime, model, plan(config, steps))
         class_weights(config, class_names, manifest.class_counts()["train"].tolist())
     screen.say(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
@@ -60,7 +63,8 @@ def show(config: Config, screen: Screen) -> None:
     screen.say(f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {share} images per step and device")
     if manifest is not None:
         images = len(manifest.indices("train"))
-        steps = steps_per_epoch(images, config.train.batch_size)
+        if reason:
+            screen.say(f"  {reason}")
         screen.say(f"  steps per epoch       {steps:,} of {config.train.batch_size} images ({images:,} training images)")
         for number, stage in enumerate(plan(config, steps), 1):
             rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]

@@ -1,4 +1,4 @@
-"""What a run settles before its first step: the size of its batches, its data, and what its recipe comes to.
+"""What a run settles before its first step: the size of its batches, its data, what its recipe comes to, and whether XLA compiles it.
 
 Of several processes the chief does so and tells the others: it alone reads all of the data.
 """
@@ -8,12 +8,15 @@ from collections.abc import Collection
 
 import keras
 
-from pipeline.config import Config, OptimizerConfig, TrainConfig
+from pipeline.config import Config, OptimizerConfig, RuntimeConfig, TrainConfig
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
+from pipeline.data.stream import steps_per_epoch
 from pipeline.run_directory import RunDirectory
 from pipeline.screen import Screen
+from pipeline.training.compilation import settle_xla
+from pipeline.training.loop import plan
 from pipeline.training.memory import fit_batch
 from pipeline.training.recipe import settle as settle_recipe
 from pipeline.training.runtime import Runtime, check_batch
@@ -29,7 +32,7 @@ def settle(
     screen: Screen,
     *,
     resume: bool,
-) -> tuple[Config, Manifest]:
+) -> tuple[Config, Runtime, Manifest]:
     """Settles it.
 
     Args:
@@ -43,12 +46,12 @@ def settle(
         resume: Whether the run stays with what it settled before.
 
     Returns:
-        The config with numbers in the place of auto, and the table of samples.
+        The config with a decision in the place of auto, the runtime that it says, and the table of samples.
 
     Raises:
         UserError: The batch cannot be shared, or the data cannot be trained on.
     """
-    settled: tuple[Config, Manifest] | None = None
+    settled: tuple[Config, Runtime, Manifest] | None = None
 
     def on_the_chief() -> dict[str, bytes]:
         nonlocal settled
@@ -58,19 +61,26 @@ def settle(
         manifest = read_data(source, fitted, run, screen)
         fitted = settle_recipe(fitted, manifest, new, before=before)
         if fitted != config and config.recipe is not None:
-            stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in fitted.train.stages)
-            screen.say(f"recipe: {stages}, moving average {fitted.optimizer.ema}")
-        settled = fitted, manifest
+            words = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in fitted.train.stages)
+            screen.say(f"recipe: {words}, moving average {fitted.optimizer.ema}")
+        stages = plan(fitted, steps_per_epoch(len(manifest.indices("train")), fitted.train.batch_size))
+        fitted, compiled, reason = settle_xla(fitted, runtime, model, stages, before=before)
+        if reason:
+            screen.say(reason)
+        settled = fitted, compiled, manifest
         if runtime.processes.size == 1:
             return {}
-        sections = {"train": fitted.train.model_dump(mode="json"), "optimizer": fitted.optimizer.model_dump(mode="json")}
+        sections = {name: getattr(fitted, name).model_dump(mode="json") for name in ("train", "optimizer", "runtime")}
         return {"sections": json.dumps(sections).encode(), "manifest": manifest.to_bytes()}
 
     told = runtime.processes.from_chief(on_the_chief)
     if settled is None:
         sections = json.loads(told["sections"])
         train, optimizer = TrainConfig.model_validate(sections["train"]), OptimizerConfig.model_validate(sections["optimizer"])
-        settled = config.model_copy(update={"train": train, "optimizer": optimizer}), Manifest.from_bytes(told["manifest"])
+        config = config.model_copy(update={"recipe": None, "train": train, "optimizer": optimizer})
+        of_the_chief = config.model_copy(update={"runtime": RuntimeConfig.model_validate(sections["runtime"])})
+        config, runtime, _ = settle_xla(config, runtime, model, (), before=of_the_chief)
+        settled = config, runtime, Manifest.from_bytes(told["manifest"])
     return settled
 
 

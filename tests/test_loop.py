@@ -71,9 +71,14 @@ class Recorder(Hook):
         self.epochs: list[dict] = []
         self.kept: list[int] = []
         self.left_out: list[int] = []
+        self.first_steps: list[str] = []
 
     def on_progress(self, step: int, metrics: dict) -> None:
         assert set(metrics) == {"train/loss", "train/accuracy", "train/gradient_norm", "learning_rate"}
+
+    def on_first_step(self, stage: StageConfig, seconds: float) -> None:
+        assert seconds > 0
+        self.first_steps.append(stage.trainable)
 
     def on_step(self, step: int, metrics: dict) -> None:
         self.steps.append(step)
@@ -140,6 +145,7 @@ def test_a_run_keeps_history_best_epoch_and_checkpoints():
     assert [record["step"] for record in history] == [5, 10, 15, 20] == recorder.kept
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert recorder.steps == list(range(1, 21))
+    assert recorder.first_steps == ["head", "block6"]
     assert state.best == history[1], "the first of two equal ones"
     assert state.totals.read()["images"] == 0, "the sums begin anew with each epoch"
     assert all(np.isfinite(record["train/loss"]) for record in history)

@@ -113,6 +113,8 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
     assert err == ""
     lines = out.splitlines()
     assert len([line for line in lines if line.startswith("epoch ")]) == 4
+    assert len([line for line in lines if re.fullmatch(r"first step \d+ s, tracing and compilation included", line)]) == 2, "of each stage"
+    assert load_config(directory / "config.yaml").runtime.xla is False, "auto is settled"
     assert "registered as colours version 1: it is the champion, as there was none" in out
     assert f"the model        {directory.name}/model.keras" in out
     assert "mlflow ui" in out

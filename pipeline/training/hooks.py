@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.config import StageConfig
     from pipeline.training.checkpoint import State
 
 
 class Hook:
     """A listener that hears nothing. Each method is called between steps, for all hooks in the order of their list."""
+
+    def on_first_step(self, stage: "StageConfig", seconds: float) -> None:
+        """After the first step that this process takes of a stage, with its seconds: tracing, compilation and the step."""
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """About twice a second, with the means of the epoch so far."""

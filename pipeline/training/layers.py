@@ -37,9 +37,12 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     weights have the same names.
     """
 
+    fused = True
+
     def call(self, inputs: tf.Tensor, training: bool = False, mask: None = None) -> tf.Tensor:
         """Normalises (B, H, W, C) in the dtype of the computation, over all but the channels; a frozen layer by its moving statistics."""
-        del mask
+        if not self.fused:
+            return super().call(inputs, training=training, mask=mask)
         learns = bool(training) and self.trainable
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
             inputs,
@@ -63,3 +66,11 @@ def layer_types(runtime: Runtime) -> LayerTypes:
     if runtime.sync_batch_norm or runtime.jit_compile:
         return LayerTypes(dropout=PerReplicaDropout)
     return LayerTypes(dropout=PerReplicaDropout, norm=FusedBatchNormalization)
+
+
+def leave_to_xla(model: keras.Model) -> None:
+    """Has batch normalisation computed by Keras's operations in what is traced from here on: for a network that was built before it was
+    settled that XLA compiles its steps."""
+    for layer in model.layers:
+        if isinstance(layer, FusedBatchNormalization):
+            layer.fused = False

@@ -190,14 +190,20 @@ class Trainer:
             )
 
     def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
-        train_step = self.step_of(stage, state, work.model)
+        train_step, warm = self.step_of(stage, state, work.model), False
         left_out = state.step - self._counted(state)  # by early stopping of the stages before
         shown = time.monotonic()
         batches = self._batches(work, state.step)
         while state.step < stage.stop:
             batch, rate = next(batches), stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
             if state.step not in state.skipped:
+                began = time.monotonic()
                 train_step(batch, rate)
+                if not warm:
+                    state.totals.read()  # waits for the device
+                    seconds, warm = time.monotonic() - began, True
+                    for hook in self._hooks:
+                        hook.on_first_step(stage.config, seconds)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0

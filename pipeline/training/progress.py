@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.config import StageConfig
 from pipeline.screen import Screen
 from pipeline.training.hooks import Hook
 
@@ -45,6 +46,10 @@ class ProgressLine(Hook):
         figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
         self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, figures=figures)
 
+    def on_first_step(self, stage: StageConfig, seconds: float) -> None:
+        """Says what the run waited for."""
+        self._screen.say(f"first step {duration(seconds)}, tracing and compilation included")
+
     def on_epoch(self, record: Mapping[str, float]) -> None:
         """Leaves a line for the epoch."""
         step = int(record["step"])
@@ -53,7 +58,7 @@ class ProgressLine(Hook):
             text += f"  |  validation loss {record['val/loss']:.3f}  accuracy {record['val/accuracy']:.1%}"
         left = self._rate.seconds_left(self._total - step)
         if self._rate.mean:
-            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (f", {_duration(left)} left" if step < self._total else "")
+            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (f", {duration(left)} left" if step < self._total else "")
         self._screen.say(text)
         self._rate = Throughput()  # the next epoch may be another stage's, with another speed
 
@@ -85,7 +90,8 @@ class Throughput:
         return steps / self.mean if self.mean else 0.0
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words, to the second."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ class Runtime:
     Attributes:
         strategy: TensorFlow's distribution strategy; the default one on a single device.
         dtype: Keras's dtype policy of the network, `float32` or `mixed_bfloat16`.
-        jit_compile: Whether the step is compiled by XLA.
+        jit_compile: Whether the step is compiled by XLA; None until `settle_xla` has weighed that.
         processes: Those of the run; this one alone but on several machines.
         sync_batch_norm: Whether batch normalisation takes its statistics over all replicas; False where there is one.
     """
 
     strategy: tf.distribute.Strategy
     dtype: str
-    jit_compile: bool
+    jit_compile: bool | None
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     sync_batch_norm: bool = False
 
@@ -52,6 +52,11 @@ class Runtime:
     def share(self) -> Share:
         """What of a global batch the replicas of this process take."""
         return Share(self.processes.number, self.processes.size)
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """Where it depends on the run whether XLA is worth its compilation."""
+        return self.replicas == 1 and bool(tf.config.list_logical_devices("GPU"))
 
     def feed(self, dataset: tf.data.Dataset) -> Iterable[Any]:
         """Brings batches, this process's share of each, to the devices ahead of their use; every replica gets a contiguous part of it."""
@@ -71,7 +76,8 @@ class Runtime:
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
         if self.processes.size > 1:
             devices += f" over {self.processes.size} processes"
-        return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {'on' if self.jit_compile else 'off'}"
+        compiled = {True: "on", False: "off", None: "to be weighed"}[self.jit_compile]
+        return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {compiled}"
 
 
 def set_up(config: Config, place: Place | None = None) -> Runtime:
@@ -96,11 +102,10 @@ def set_up(config: Config, place: Place | None = None) -> Runtime:
         strategy: tf.distribute.Strategy = several
     else:
         strategy = tf.distribute.MirroredStrategy([device.name for device in devices]) if mirrored else tf.distribute.get_strategy()
-    jit_compile = config.runtime.xla
-    if jit_compile == "auto":  # measured: 7 times faster on one H100, slower on CPUs; failing on several logical CPU devices
-        jit_compile = len(gpus) > 0 and strategy.num_replicas_in_sync == 1
-    synchronised = config.runtime.sync_batch_norm and strategy.num_replicas_in_sync > 1
-    return Runtime(strategy, _dtype(config.runtime.precision), jit_compile, ProcessGroup(place, several), synchronised)
+    xla, synchronised = config.runtime.xla, config.runtime.sync_batch_norm and strategy.num_replicas_in_sync > 1
+    runtime = Runtime(strategy, _dtype(config.runtime.precision), xla is True, ProcessGroup(place, several), synchronised)
+    # auto: measured to be slower on CPUs; failing on several logical CPU devices
+    return replace(runtime, jit_compile=None) if xla == "auto" and runtime.on_one_gpu else runtime
 
 
 def _keep_freed_memory() -> None:
