@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.config import Config
 from pipeline.model.efficientnet import KERAS_LAYERS, LayerTypes, efficientnet, plain_copy
 from pipeline.scaling import from_multipliers
 from pipeline.training.layers import FusedBatchNormalization, layer_types
-from pipeline.training.runtime import Runtime, set_up
+from pipeline.training.runtime import Runtime
 
 
 def gradients(layer: keras.layers.Layer, x: np.ndarray, *, training: bool) -> dict[str, np.ndarray]:
@@ -69,10 +68,9 @@ def test_a_step_of_a_whole_network_is_the_same_with_it_and_what_is_saved_holds_k
     np.testing.assert_allclose(copy(x), fused(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("replicas", "compiled", "fused"), [(1, False, True), (1, True, False), (2, False, False)])
-def test_the_fused_operation_is_for_one_replica_without_xla(
-    monkeypatch: pytest.MonkeyPatch, replicas: int, compiled: bool, fused: bool
-) -> None:
-    runtime = set_up(Config.model_validate({"data": {"source": "digits"}, "runtime": {"xla": compiled}}))
-    monkeypatch.setattr(Runtime, "replicas", replicas)
+@pytest.mark.parametrize(
+    ("synchronised", "compiled", "fused"), [(False, False, True), (False, True, False), (True, False, False), (True, True, False)]
+)
+def test_the_fused_operation_is_for_each_replica_s_own_statistics_without_xla(synchronised: bool, compiled: bool, fused: bool) -> None:
+    runtime = Runtime(tf.distribute.get_strategy(), "float32", compiled, sync_batch_norm=synchronised)
     assert (layer_types(runtime).norm is FusedBatchNormalization) == fused
