@@ -13,6 +13,7 @@ PROGRAMS = {
     "export": "a run's network as SavedModel, LiteRT, int8 LiteRT and ONNX, each proven equal to it",
     "pack": "a data set as a few large files that are read in any order; TFRecord files, too",
     "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
+    "serve": "pictures decoded and augmented here for a run on another machine",
 }
 
 

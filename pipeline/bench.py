@@ -173,7 +173,7 @@ class Bench:
             Images per second, mean of the rounds; `clock.rates` has them one by one.
         """
         self.clock.begin(seconds, self.batch_size, rounds, pause)
-        stream = self._repeated if alone else self.stages.pictures
+        stream = self._repeated if alone else self.stages.stream
         with suppress(Interrupted):
             self._trainer.run(self.state, lambda stage: Work(self.state.model, stream, dict))
         return float(np.mean(self.clock.rates))
@@ -226,7 +226,7 @@ class Bench:
         return times
 
     def _batches(self) -> Iterator[Any]:
-        batches: Any = self.runtime.feed(self.stages.pictures(0))
+        batches: Any = self.runtime.feed(self.stages.stream(0))
         return iter(batches)
 
     def _repeated(self, step: int) -> tf.data.Dataset:

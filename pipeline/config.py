@@ -202,6 +202,10 @@ class TrainConfig(Section):
         return self.batch_size // self.accumulation
 
 
+Address = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+"""host:port"""
+
+
 class RuntimeConfig(Section):
     """The machine."""
 
@@ -219,6 +223,10 @@ class RuntimeConfig(Section):
     config.yaml has the choice, and a resume keeps to it."""
     input_workers: PositiveInt | None = None
     """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
+    data_service: Annotated[tuple[Address, ...], Field(min_length=1)] | None = None
+    """Servers that prepare the training pictures, [host1:5050, host2:5050], each started by python -m pipeline serve, for machines whose
+    processors cannot feed their GPUs; null prepares them here. The batches are the same. They come by TensorFlow's own operations alone,
+    from files that the servers see under the same path: augment.backend native, data.source folder, csv or digits."""
 
 
 class ExportConfig(Section):
@@ -300,6 +308,21 @@ class Config(Section):
                 raise ValueError(f"recipe: auto chooses optimizer and train.stages; leave {keys} out, or set recipe to null")
             if self.model.weights is None:
                 raise ValueError("recipe: auto fine-tunes; set model.weights, or set recipe to null and write the stages")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_need_no_python(self) -> "Config":
+        if self.runtime.data_service is not None:
+            if self.augment.backend != "native":
+                raise ValueError(
+                    f"runtime.data_service: {self.augment.backend} are Python functions, which do not travel to servers; set "
+                    "augment.backend to native, or data_service to null"
+                )
+            if self.data.source not in ("folder", "csv", "digits"):
+                raise ValueError(
+                    f"runtime.data_service: source {self.data.source} is read by Python functions, which do not travel to servers; take a "
+                    "folder or csv, or set data_service to null"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.data.service import check_servers, served
 from pipeline.data.sources import Source
-from pipeline.data.stream import WHOLE, Share, evaluation_stream, feature_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import evaluation_stream, feature_stream, steps_per_epoch, training_stream
 from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.screen import Screen
@@ -55,12 +56,23 @@ class Stages:
                 self._validate_head,
             )
         self._features.forget()
-        return Work(self._state.model, lambda step: self.pictures(step, self._share), self._validate)
+        return Work(self._state.model, self.stream, self._validate)
 
-    def pictures(self, step: int, share: Share = WHOLE) -> tf.data.Dataset:
-        """The stream from a step on, as the step's stage sees it."""
+    def stream(self, step: int) -> tf.data.Dataset:
+        """This process's share of the stream from a step on, prepared here or by the servers that the config names."""
+        addresses = self._config.runtime.data_service
+        if addresses is None:
+            return self.pictures(step, share=self._share)
+        check_servers(addresses)
+        return served(
+            lambda server, of: self.pictures(step, first=step + server, stride=of, share=self._share, workers=tf.data.AUTOTUNE), addresses
+        )
+
+    def pictures(self, step: int, *, first: int | None = None, **how: Any) -> tf.data.Dataset:
+        """The stream from a step on, or from a later `first` one, as the step's stage sees it, prepared here; `how` goes to the stream."""
         stage = next(stage for stage in self._plan if step < stage.stop)
-        return training_stream(self._manifest, self._source, self._config, start_step=step, augmented=stage.config.augment, share=share)
+        start = step if first is None else first
+        return training_stream(self._manifest, self._source, self._config, start_step=start, augmented=stage.config.augment, **how)
 
     def predict(self, split: str, **how: Any) -> Predictions:
         """What the network as it is now says of every image of a split; `how` goes to the stream."""

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocess import preprocess
-from pipeline.data.stream import WHOLE, Share, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import Share, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
 from pipeline.errors import DataError
 
 SIDE = 32
@@ -128,6 +128,15 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
         assert_equal(joined, whole[start:])
 
 
+@pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
+    data, settings = make(21), config(batch=16, **augment)
+    whole = take(training_stream(*data, settings), 8)
+    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, share=Share(1, 2)), 2) for n in range(3)]
+    for n, part in enumerate(parts):
+        assert_equal(part, [tuple(column[8:] for column in batch) for batch in whole[2 + n :: 3]])
+
+
 def test_a_share_reads_only_its_own_images() -> None:
     manifest, source = make(64)
     read: list[bytes] = []
@@ -212,7 +221,7 @@ def test_mixing_stays_inside_groups_of_the_batch() -> None:
 
 def test_orders_are_uniform() -> None:
     count, passes = 10, 500
-    index = np.fromiter((i for _, i in _order(np.arange(count), 1, 0, 1, WHOLE).take(count * passes).as_numpy_iterator()), int).reshape(
+    index = np.fromiter((i for _, i in _order(np.arange(count), 1, 0, 1).take(count * passes).as_numpy_iterator()), int).reshape(
         passes, count
     )
     counts = np.stack([np.bincount(index[:, place], minlength=count) for place in range(count)])
@@ -225,9 +234,9 @@ def test_orders_are_uniform() -> None:
 
 def test_order_starts_anywhere() -> None:
     rows = np.arange(7) * 10
-    whole = list(_order(rows, 1, 0, 1, WHOLE).take(40).as_numpy_iterator())
+    whole = list(_order(rows, 1, 0, 1).take(40).as_numpy_iterator())
     for start in (0, 1, 6, 7, 8, 20, 21):
-        assert list(_order(rows, 1, start, 1, WHOLE).take(40 - start).as_numpy_iterator()) == whole[start:]
+        assert list(_order(rows, 1, start, 1).take(40 - start).as_numpy_iterator()) == whole[start:]
 
 
 @pytest.mark.parametrize(("count", "batch"), [(21, 8), (16, 8), (3, 8), (1, 1)])

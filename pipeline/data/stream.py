@@ -61,7 +61,15 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
 
 
 def training_stream(
-    manifest: Manifest, source: Source, config: Config, *, start_step: int = 0, augmented: bool = True, share: Share = WHOLE
+    manifest: Manifest,
+    source: Source,
+    config: Config,
+    *,
+    start_step: int = 0,
+    stride: int = 1,
+    augmented: bool = True,
+    share: Share = WHOLE,
+    workers: int | None = None,
 ) -> tf.data.Dataset:
     """Batches for training, without end.
 
@@ -70,8 +78,10 @@ def training_stream(
         source: Where their files come from.
         config: Everything that decides about the pixels, and `runtime.input_workers`, which does not.
         start_step: Steps to leave out, without decoding them.
+        stride: 2 gives every second step from there on, 3 every third, without decoding the others.
         augmented: False prepares the pictures as for evaluation, in the same order.
         share: Of each global batch, without reading the rest.
+        workers: Images prepared in parallel; None for `runtime.input_workers`. The result does not depend on it.
 
     Returns:
         An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding
@@ -82,7 +92,7 @@ def training_stream(
         DataError: If the split is empty.
     """
     rows = _rows(manifest, "train")
-    batch_size, workers = config.train.batch_size, _workers(config)
+    batch_size, workers = config.train.batch_size, workers or _workers(config)
     part = batch_size // share.of
     row, classes, settings = _lookup(manifest), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
@@ -97,14 +107,15 @@ def training_stream(
             image = randomly(image, seed)
         return image, tf.one_hot(label, classes), tf.ones(()), index
 
-    dataset = _order(rows, config.seed, start_step, batch_size, share).map(load, num_parallel_calls=workers)
+    dataset = _order(rows, config.seed, start_step, batch_size, share, stride).map(load, num_parallel_calls=workers)
     if augmented and (settings.mixup or settings.cutmix):
         size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
 
         def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
             images, labels, weights, index = group
             step, place = number // (part // size), number % (part // size)
-            number = (start_step + step) * (batch_size // size) + share.number * (part // size) + place  # among all groups of the run
+            before = (start_step + step * stride) * (batch_size // size)  # groups of the steps before, over all shares
+            number = before + share.number * (part // size) + place
             return *mix(images, labels, number), weights, index
 
         dataset = dataset.batch(size, drop_remainder=True).enumerate()
@@ -226,8 +237,8 @@ def _unchanged(config: Config) -> Augmentation:
     return Augmentation(lambda seed: seed, decode_whole, transform)
 
 
-def _order(rows: np.ndarray, seed: int, start_step: int, batch_size: int, share: Share) -> tf.data.Dataset:
-    """(pass, index) of every position from a step on that is in the share of its batch, both scalar int64.
+def _order(rows: np.ndarray, seed: int, start_step: int, batch_size: int, share: Share = WHOLE, stride: int = 1) -> tf.data.Dataset:
+    """(pass, index) of every position from a step on that is in the share of its batch, both scalar int64; of every `stride`-th step.
 
     Sorting random numbers gives every order the same chance, at 0.2 s a pass for a million images. `tf.random.experimental.index_shuffle`
     would be free, but of the seed it uses 16 bits or fewer: over 2,000 consecutive passes it repeated 256 orders.
@@ -240,7 +251,10 @@ def _order(rows: np.ndarray, seed: int, start_step: int, batch_size: int, share:
         draws = tf.random.stateless_uniform((count,), tf.stack([tf.constant(seed, tf.int64), passes]), None, None, tf.int64)
         order = tf.gather(indices, tf.argsort(draws, stable=True))
         position = passes * count + tf.range(count, dtype=tf.int64)
-        order = tf.boolean_mask(order, (position >= start) & (position % batch_size // part == share.number))
+        wanted = (position >= start) & (position % batch_size // part == share.number)
+        if stride > 1:
+            wanted &= (position // batch_size - start_step) % stride == 0
+        order = tf.boolean_mask(order, wanted)
         return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), passes), order))
 
     return tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(one_pass)
@@ -276,6 +290,7 @@ def _workers(config: Config) -> int:
 def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = workers
+    if workers != tf.data.AUTOTUNE:
+        options.threading.private_threadpool_size = workers
     options.threading.max_intra_op_parallelism = 1  # pictures are prepared side by side; one more level of threads only gets in the way
     return dataset.prefetch(PREFETCHED).with_options(options)

@@ -13,6 +13,7 @@ FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
     "tracking",
     "export",
     "runtime.input_workers",
+    "runtime.data_service",
     "train.keep_checkpoints",
     "train.checkpoint_every_steps",
     "train.on_nan",

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config import Config, StageConfig
+from pipeline.data.service import watched
 from pipeline.errors import ConfigError
 from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.checkpoint import State
@@ -173,7 +174,8 @@ class Trainer:
 
     def _batches(self, work: Work, start: int) -> Iterator[Any]:
         batches: Iterable[Any] = self._runtime.feed(work.stream(start))
-        return iter(batches)
+        servers = self._config.runtime.data_service
+        return watched(batches, servers) if servers else iter(batches)
 
     def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
         """A step of a stage, what is trainable being settled. It moves the averages of what is followed by the time that it is compiled."""
