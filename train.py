@@ -24,7 +24,8 @@ from pipeline.training.hooks import Hook
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Train or fine-tune an EfficientNet.", epilog="Every key is described in pipeline/config.py."
+        description="Train or fine-tune an EfficientNet.",
+        epilog="Every key is described in pipeline/config.py, data_config.py and runtime_config.py.",
     )
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/<experiment>/<date-time>)")

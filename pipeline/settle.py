@@ -8,12 +8,13 @@ from collections.abc import Collection
 
 import keras
 
-from pipeline.config import Config, OptimizerConfig, RuntimeConfig, TrainConfig
+from pipeline.config import Config, OptimizerConfig, TrainConfig
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
 from pipeline.data.stream import steps_per_epoch
 from pipeline.run_directory import RunDirectory
+from pipeline.runtime_config import RuntimeConfig
 from pipeline.screen import Screen
 from pipeline.training.compilation import settle_xla
 from pipeline.training.loop import plan

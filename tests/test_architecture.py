@@ -9,14 +9,26 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 MODULES = sorted((PROJECT / "pipeline").rglob("*.py"))
-LIGHT = {"cluster", "errors", "scaling", "data_config", "config", "config_file", "run_directory", "export_directory", "screen"}
+LIGHT = {
+    "cluster",
+    "errors",
+    "scaling",
+    "data_config",
+    "runtime_config",
+    "config",
+    "config_file",
+    "run_directory",
+    "export_directory",
+    "screen",
+}
 ALLOWED = {  # part -> the parts that it may import
     "errors": set(),
     "scaling": set(),
     "cluster": {"errors"},
     "augmentations": {"errors"},
     "data_config": {"augmentations"},
-    "config": {"data_config", "scaling", "errors"},
+    "runtime_config": {"data_config"},
+    "config": {"data_config", "runtime_config", "scaling", "errors"},
     "config_file": {"config", "errors", "data_config"},
     "run_directory": {"config", "config_file", "errors"},
     "export_directory": {"errors", "run_directory"},
@@ -31,7 +43,7 @@ ALLOWED = {  # part -> the parts that it may import
     "rival": {"bench", "data", "errors", "keras_fit", "GIVEN_ENVIRONMENT"},
     "champion": {"errors", "evaluation", "run_directory", "training"},
     "measure": {"config", "data", "evaluation", "run_directory"},
-    "settle": {"config", "data", "run_directory", "screen", "training"},
+    "settle": {"config", "data", "run_directory", "runtime_config", "screen", "training"},
     "conclusion": {"champion", "errors", "evaluation", "measure", "model", "run_directory", "screen", "stages", "training"},
     "stages": {"config", "data", "errors", "evaluation", "screen", "training"},
     "preview": {"config", "data", "model", "screen", "training", "errors"},

@@ -1,6 +1,7 @@
 """One step: micro-batches, the guard, weight decay, frozen layers; and the same step on several replicas."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -241,6 +242,44 @@ def test_two_replicas_equal_one_device_and_draw_different_masks(tmp_path):
     assert apart < 1e-3 * moved, "weights and statistics after five steps, against the way they have gone"
     assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], rel=1e-3)
     assert sums[0]["images"] == sums[1]["images"] == 80
+
+
+OWN_STATISTICS = """
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from test_step import batch, make_config
+import keras
+from pipeline.training.layers import layer_types
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import set_up
+from pipeline.training.step import Totals, TrainStep
+config = make_config(train={"global_batch_size": 8}, runtime={"strategy": "mirrored", "sync_batch_norm": False})
+runtime = set_up(config)
+with runtime.strategy.scope():
+    inputs = keras.Input((8, 8, 3))
+    norm = layer_types(runtime).norm(momentum=0.5, name="norm")
+    x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
+    optimizer, average, totals = build_optimizer(config.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    step = TrainStep(model, optimizer, average, totals, config, runtime)
+images = batch()[0].numpy().astype(float)
+for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
+    step(one, 0.01)
+first = runtime.strategy.experimental_local_results
+for variable, start, statistic in ((norm.moving_mean, 0, np.mean), (norm.moving_variance, 1, np.var)):
+    expected = 0.5 * start + 0.5 * np.mean([statistic(images[part], axis=(0, 1, 2)) for part in (slice(4), slice(4, 8))], axis=0)
+    for copy in first(variable.value):
+        np.testing.assert_allclose(copy.numpy(), expected, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_statistics_of_each_replicas_own_are_kept_as_their_mean():
+    command = [sys.executable, "-c", OWN_STATISTICS]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    ran = subprocess.run(command, cwd=PROJECT / "tests", env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
