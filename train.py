@@ -80,6 +80,8 @@ def take_part(config: Config, run: RunDirectory, screen: Screen, place: Place) -
         return 0
     run.path.mkdir(parents=True, exist_ok=True)
     screen.divert_to(run.log_of(place.number))
+    for number in (signal.SIGTERM, signal.SIGINT):  # there is nothing to close here, and it may be waiting inside TensorFlow
+        signal.signal(number, signal.SIG_DFL)
     place.wait_for_chief(screen.say)
     return train(config, run, screen, place)
 
@@ -124,13 +126,17 @@ def train(
 
     if place is not None:
         screen.say(f"{place.name()} waits for the others: {place.others()}")
-    runtime = set_up(config, place)
+    with place.connecting() if place is not None else nullcontext():
+        runtime = set_up(config, place)
     processes, chief = runtime.processes, runtime.processes.is_chief
     with processes.explained(), ExitStack() as while_it_runs:
         image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
         screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
-        resume = processes.any(resume)
         source = open_source(config.data)
+        processes.agree(
+            lambda: {"config": config.of_every_process(), "classes": str(source.class_names), "precision and devices": runtime.describe()}
+        )
+        resume = processes.any(resume)
         model, new = build_network(config, runtime, source.class_names, screen, weights=None if resume else config.model.weights)
         config, runtime, manifest = settle(config, run, runtime, source, model, new, screen, resume=resume)
         counts = manifest.class_counts()
@@ -144,7 +150,7 @@ def train(
         }
         if resume:
             resume_newest(state, run, identity, manifest, screen.say, allowed, processes)
-        processes.agree(lambda: {"config": config.of_every_process(), "classes": str(source.class_names), "weights": state.digest()})
+        processes.agree(lambda: {"weights": state.digest()})
         if chief:
             if resume:
                 run_directory.write(run.config, config.to_yaml())
@@ -177,6 +183,7 @@ def train(
                 not_finite.prepare(state)
                 history = trainer.run(state, stages.work)
             except Interrupted:
+                processes.wait()  # until the state is saved
                 screen.say(f"stopped after step {state.step:,}; go on with the same command and --run-dir {run.path} --resume")
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM)) from None  # or another process was asked to
 
@@ -204,7 +211,7 @@ def train(
                 screen.say("the data have no test split: these figures are of the validation split, on which the best epoch was chosen")
             send_results(tracker, results, run, subject.split, final_step, config.tracking.register, screen)
             run.final.replace(run.model)  # from here on the run counts as finished
-        processes.wait()
+        processes.part()
 
     if not chief:
         screen.say(f"finished; the results are with the first process, in {run.path}")

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +23,12 @@ class Place:
     Attributes:
         addresses: host:port of every process, the chief's first.
         number: Of this process among them.
+        has_chief: Whether the first one goes by that name in TF_CONFIG; else it is worker 0.
     """
 
     addresses: tuple[str, ...]
     number: int
+    has_chief: bool = False
 
     @property
     def is_chief(self) -> bool:
@@ -39,6 +44,20 @@ class Place:
         """The addresses of the other processes, the first few."""
         others = [address for number, address in enumerate(self.addresses) if number != self.number]
         return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+
+    def number_of(self, job: str, task: int) -> int:
+        """The number of the process that TensorFlow calls so."""
+        return task + (self.has_chief and job == "worker")
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """A block in which TensorFlow connects the processes. SIGTERM and Ctrl-C end the process at once: it would not hear of them."""
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def wait_for_chief(self, say: Callable[[str], None], timeout: float = 600.0) -> None:
         """Waits until the first process listens at its address.
@@ -96,11 +115,11 @@ def find_place(strategy: str) -> Place | None:
         raise ConfigError(f"TF_CONFIG: two processes have the same address. Received: {text}")
     if task not in tasks:
         raise ConfigError(f"TF_CONFIG: its task, {task[0]} {task[1]}, is not among its chief and workers. Received: {text}")
-    return Place((*chiefs, *workers), tasks.index(task)) if len(tasks) > 1 else None
+    return Place((*chiefs, *workers), tasks.index(task), bool(chiefs)) if len(tasks) > 1 else None
 
 
 def _addresses(value: Any, job: str) -> list[str]:
     addresses = value["cluster"].get(job, [])
-    if not isinstance(addresses, list) or not all(isinstance(address, str) and ":" in address for address in addresses):
+    if not isinstance(addresses, list) or not all(re.search(r".:\d{1,5}$", address) for address in addresses):
         raise ValueError
     return addresses

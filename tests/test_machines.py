@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def test_tf_config_gives_a_process_its_place(monkeypatch, strategy):
     assert find_place(strategy) == Place(("a:1", "b:2"), 1)
     monkeypatch.setenv("TF_CONFIG", tf_config(("worker", 0), chief=["c:1"], worker=["a:1", "b:2"]))
     place = find_place(strategy)
-    assert place == Place(("c:1", "a:1", "b:2"), 1)
+    assert place == Place(("c:1", "a:1", "b:2"), 1, has_chief=True)
+    assert [place.number_of("chief", 0), place.number_of("worker", 0), place.number_of("worker", 1)] == [0, 1, 2]
     assert not place.is_chief
     assert place.name() == "process 2 of 3 (a:1)"
     assert place.others() == "c:1, b:2"
@@ -77,6 +79,7 @@ def test_without_others_there_is_no_place(monkeypatch):
         ("[]", "TF_CONFIG: is not such as"),
         ('{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}', "TF_CONFIG: is not such as"),
         ('{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}', "TF_CONFIG: is not such as"),
+        ('{"cluster": {"worker": ["a:x", "b:"]}, "task": {"type": "worker", "index": 0}}', "TF_CONFIG: is not such as"),
         (tf_config(("worker", 2)), "its task, worker 2, is not among its chief and workers"),
         (tf_config(("evaluator", 0)), "its task, evaluator 0, is not among its chief and workers"),
         (tf_config(("worker", 0), worker=["a:1", "a:1"]), "two processes have the same address"),
@@ -254,15 +257,26 @@ def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
 
 
 @pytest.mark.slow
-def test_processes_with_other_data_are_refused(machines):
+def test_processes_with_another_network_or_other_data_are_refused(machines):
     first, second = machines
+    photos = first.folder.parent / "photos"
+    shutil.copytree(photos, first.folder.parent / "other photos")
+    shutil.copytree(photos / "class 0", first.folder.parent / "other photos" / "class 3")
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    other = ["model.variant={width: 0.2, depth: 0.3, resolution: 32}", f"data.path={first.folder.parent / 'other photos'}"]
     for number, machine in enumerate(machines):
-        further = ["model.dropout=0.5"] if number == 1 else []
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}
-        machine.start("other", *further, cluster=cluster)
+        machine.start("other", *(other if number == 1 else []), cluster=cluster)
     assert [machine.ended() for machine in machines] == [2, 2]
-    message = f"the processes of the run differ from the first in\n  process 2 of 2 ({addresses[1]}): config\n"
+    message = f"the processes of the run differ from the first in\n  process 2 of 2 ({addresses[1]}): config, classes\n"
     assert message in first.screen("other")
     assert message in second.screen("other")
-    assert time.time() - (first.folder / "other.screen").stat().st_mtime < 60
+
+
+@pytest.mark.slow
+def test_a_process_that_is_asked_to_stop_stops_all_behind_one_checkpoint(machines):
+    asked = {"function": TRAIN_STEP, "when": "after", "action": "term", "steps": 1}
+    assert run_together(machines, "asked", "train.stages=[{epochs: 9}]", traps={1: [asked]}) == [143, 143]
+    for machine in machines:
+        assert re.search(r"stopped after step \d+; go on with the same command and --run-dir asked --resume", machine.screen("asked"))
+    assert list((machines[0].folder / "asked" / "checkpoints").glob("step-*"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,12 @@ PROJECT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that is free, as is the one above it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server, suppress(OSError):
+            port = int(server.getsockname()[1])
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
 
 
 def serve(address: str) -> subprocess.Popen[str]:
@@ -120,6 +125,17 @@ def test_what_goes_wrong_on_a_server_is_said() -> None:
     assert next(batches) == 1
     with pytest.raises(TrainingError, match=r"a server of runtime.data_service failed \(no such file: a.jpg\); start the servers again"):
         next(batches)
+
+
+def test_other_errors_and_an_end_come_through() -> None:
+    assert list(watched([1, 2], ["127.0.0.1:1"])) == [1, 2]
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("odd")
+
+    with pytest.raises(ValueError, match="odd"):
+        list(watched(broken(), ["127.0.0.1:1"]))
 
 
 def test_a_server_that_is_not_there_is_named(servers: list[str]) -> None:

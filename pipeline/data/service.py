@@ -24,20 +24,26 @@ def start_server(address: str) -> tuple[tf.data.experimental.service.DispatchSer
     """Starts a server in this process; it ends with what is returned. It runs whatever graph it is sent: for trusted networks only.
 
     Args:
-        address: host:port under which others reach this machine. The worker takes a port of its own beside it.
+        address: host:port under which others reach this machine. The worker takes the port above.
 
     Raises:
-        RunError: The port is taken, or none.
+        RunError: One of the ports is taken, or none.
     """
     host, _, port = address.rpartition(":")
     service = tf.data.experimental.service
     try:
-        with socket.create_server(("", int(port))):
-            pass
+        for number in _ports(address):
+            with socket.create_server(("", number)):
+                pass
         dispatcher = service.DispatchServer(service.DispatcherConfig(port=int(port)))
-        worker = service.WorkerServer(service.WorkerConfig(dispatcher_address=f"localhost:{port}", worker_address=f"{host}:%port%"))
+        above = int(port) + 1
+        worker = service.WorkerServer(
+            service.WorkerConfig(dispatcher_address=f"localhost:{port}", worker_address=f"{host}:{above}", port=above)
+        )
     except (OSError, OverflowError, tf.errors.OpError) as error:
-        raise RunError(f"--address {address}: cannot be served at ({error}); choose another port") from None
+        raise RunError(
+            f"--address {address}: cannot be served at ({error}); choose another port that is free, as is the one above it"
+        ) from None
     return dispatcher, worker
 
 
@@ -48,14 +54,21 @@ def check_servers(addresses: Sequence[str]) -> None:
         RunError: One is not.
     """
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise RunError(
-                f"runtime.data_service: nothing answers at {address} ({error}); start it there by: python -m pipeline serve --address "
-                f"{address}"
-            ) from None
+        host = address.rpartition(":")[0].strip("[]")
+        for port in _ports(address):
+            try:
+                socket.create_connection((host, port), timeout=10).close()
+            except OSError as error:
+                raise RunError(
+                    f"runtime.data_service: nothing answers at {host}:{port} ({error}); start it there by: python -m pipeline serve "
+                    f"--address {address}"
+                ) from None
+
+
+def _ports(address: str) -> tuple[int, int]:
+    """Of a server's dispatcher and of its worker."""
+    port = int(address.rpartition(":")[2])
+    return port, port + 1
 
 
 def served(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:
@@ -99,7 +112,8 @@ def watched(batches: Iterable[Any], addresses: Sequence[str], patience: float = 
                 put(batch)
                 if closed.is_set():
                     return
-        except tf.errors.OpError as error:
+            put(StopIteration())
+        except Exception as error:
             put(error)
 
     threading.Thread(target=fetch, daemon=True).start()
@@ -116,6 +130,10 @@ def watched(batches: Iterable[Any], addresses: Sequence[str], patience: float = 
                 continue
             if isinstance(item, tf.errors.OpError):
                 raise TrainingError(f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); {advice}")
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, Exception):
+                raise item
             yield item
     finally:
         closed.set()

@@ -224,7 +224,10 @@ def on_replicas(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> A
         An iterable of the batches' per-replica values.
     """
     part = dataset.element_spec[0].shape[0] // len(strategy.extended.worker_devices)
-    return strategy.distribute_datasets_from_function(lambda context: dataset.rebatch(part, drop_remainder=True))
+    parts = dataset.rebatch(part, drop_remainder=True)
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:  # which rebatch forgets; the processes would ask each other at every step
+        parts = parts.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    return strategy.distribute_datasets_from_function(lambda context: parts)
 
 
 def _unchanged(config: Config) -> Augmentation:

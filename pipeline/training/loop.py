@@ -1,5 +1,6 @@
 """The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -261,6 +262,9 @@ class Trainer:
     def _end_epoch(self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]) -> None:
         with state.averaged():
             validation = validate()
+        if self._runtime.processes.size > 1:  # one process's rounding decides what is best and where a stage ends
+            told = self._runtime.processes.from_chief(lambda: {"metrics": json.dumps({**metrics, **validation}).encode()})
+            metrics, validation = json.loads(told["metrics"]), {}
         record = {"epoch": state.step // self._steps_per_epoch, "step": state.step, **metrics, **validation}
         state.history.append(record)
         if self._improves(record, state.best):

@@ -6,6 +6,7 @@ falls silent.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,10 @@ from pipeline import errors
 from pipeline.cluster import Place
 from pipeline.errors import RunError, TrainingError, UserError
 
-BROKEN = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.InternalError,
+logger = logging.getLogger(__name__)
+
+BROKEN = re.compile(  # what TensorFlow says where a process is gone, and in no error of this one's own
+    "ollective ops is aborted|oordination (service|agent)|unhealthy|failed to connect|Socket closed|Connection (reset|refused)|incarnation"
 )
 
 
@@ -76,6 +75,15 @@ class ProcessGroup:
         """Comes back when every process has come here."""
         self.any(False)
 
+    def part(self) -> None:
+        """The end of a run: the others wait for the chief, which does not mind where one of them is gone already."""
+        try:
+            self.wait()
+        except tf.errors.OpError as error:
+            if not self.is_chief:
+                raise
+            logger.warning("another process was gone at the end: %s", error.message)
+
     def agree(self, describe: Callable[[], Mapping[str, str]]) -> None:
         """Makes sure that the processes are at work on the same thing.
 
@@ -113,9 +121,10 @@ class ProcessGroup:
         """
         try:
             yield
-        except BROKEN as error:
-            if self.place is None or not re.search("ollective ops is aborted|oordination|nhealthy|/job:", error.message):
+        except tf.errors.OpError as error:
+            if self.place is None or not BROKEN.search(error.message):
                 raise
+            logger.error("%s: %s", type(error).__name__, error.message)
             named = re.findall(r"/job:(chief|worker)/(?:replica:\d+/)?task:(\d+)", error.message)
             raise TrainingError(
                 f"another process of the run has ended{self._who(named)}; what it said tells why. Start all of them again with --resume to "
@@ -125,8 +134,7 @@ class ProcessGroup:
     def _who(self, named: list[tuple[str, str]]) -> str:
         """The processes that TensorFlow's error names, but this one, in words."""
         assert self.place is not None
-        offset = 1 if any(job == "chief" for job, _ in named) else 0
-        numbers = {int(task) + (offset if job == "worker" else 0) for job, task in named} - {self.number}
+        numbers = {self.place.number_of(job, int(task)) for job, task in named} - {self.number}
         return f" or cannot be reached: {', '.join(self.place.name(number) for number in sorted(numbers) if number < self.size)}" * bool(
             numbers
         )

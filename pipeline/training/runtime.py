@@ -75,7 +75,7 @@ class Runtime:
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
         if self.processes.size > 1:
-            devices += f" over {self.processes.size} processes"
+            devices += f" over {self.processes.size} processes of {len(self.strategy.extended.worker_devices)}"
         compiled = {True: "on", False: "off", None: "to be weighed"}[self.jit_compile]
         return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {compiled}"
 
@@ -97,7 +97,7 @@ def set_up(config: Config, place: Place | None = None) -> Runtime:
     if not gpus:
         _keep_freed_memory()
     choice = config.runtime.strategy
-    mirrored = choice == "mirrored" or (choice == "auto" and len(gpus) > 1)
+    mirrored = choice == "mirrored" or (choice in ("auto", "multi_worker") and len(gpus) > 1)
     if several is not None:
         strategy: tf.distribute.Strategy = several
     else:
