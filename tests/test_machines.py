@@ -229,6 +229,15 @@ def test_devices_and_processes_train_as_one_device_does(machines):
         assert stored(first, run, 5)["totals/images"] == one["totals/images"]
     tables = [pd.read_parquet(first.folder / run / "evaluation/test/predictions.parquet") for run in ("one", "processes")]
     assert list(tables[0]["key"]) == list(tables[1]["key"]), "every image of the split exactly once"
+    [port] = free_ports(1)
+    served = [sys.executable, "-m", "pipeline", "serve", "--address", f"127.0.0.1:{port}"]
+    with subprocess.Popen(served, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("serving at")
+        assert run_together(machines, "served", *plain, f"runtime.data_service=[127.0.0.1:{port}]") == [0, 0], first.screen("served")
+        server.kill()
+    here, there = stored(first, "processes", 5), stored(first, "served", 5)
+    assert [name for name in here if not np.array_equal(here[name], there[name])] == [], "servers change nothing"
 
 
 @pytest.mark.slow
