@@ -25,4 +25,4 @@ test: setup
 	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: setup
-	$(BIN)/pytest -m slow -n 2 --dist loadfile
+	$(BIN)/pytest -m slow -n 2 --dist worksteal

@@ -227,6 +227,9 @@ def test_devices_and_processes_train_as_one_device_does(machines):
         apart = distance(one, stored(first, run, 5))
         assert apart < 1e-3 * moved, f"{run}: {apart} apart, {moved} moved"
         assert stored(first, run, 5)["totals/images"] == one["totals/images"]
+        histories = [json.loads((first.folder / name / "checkpoints/step-00000005/manifest.json").read_text()) for name in (run, "one")]
+        losses = [[record["train/loss"] for record in one["history"]] for one in histories]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     tables = [pd.read_parquet(first.folder / run / "evaluation/test/predictions.parquet") for run in ("one", "processes")]
     assert list(tables[0]["key"]) == list(tables[1]["key"]), "every image of the split exactly once"
     [port] = free_ports(1)
