@@ -1,6 +1,6 @@
 """Checkpoints that survive being killed: written aside, hashed, renamed into place, and verified before they are believed.
 
-Most of what a run with a frozen backbone is made of says nothing: slots that no step has touched, averages of weights that never moved. By
+Most of the state of a run with a frozen backbone says nothing: slots that no step has touched, averages of weights that never moved. By
 their values, bit for bit, an array of one value is kept as that value, and an average that is its variable is not kept.
 """
 
@@ -246,7 +246,7 @@ def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = Non
             if differing:
                 raise RunError(f"{checkpoint}: does not fit this program's {group} (first difference: {differing[0]}); {advice}")
             for name, variable in variables.items():
-                value = arrays[name] if name in arrays else _value(implied[name])
+                value = arrays[name] if name in arrays else implied[name].numpy()
                 variable.assign(np.broadcast_to(value, variable.shape))
     if state.average is not None:
         state.average.follow_those_apart()
@@ -277,7 +277,7 @@ def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mappin
 
 
 def _value(variable: keras.Variable | tf.Variable) -> np.ndarray:
-    """What a variable holds now; `numpy()` would copy it twice."""
+    """What a variable holds now, not to be written to: on the CPU it is its own memory, which `numpy()` would copy twice."""
     return np.asarray(tf.convert_to_tensor(variable))
 
 
