@@ -210,3 +210,40 @@ def test_what_had_an_average_of_its_own_has_it_again_whatever_is_trained_next(tm
     with fresh.averaged():
         np.testing.assert_array_equal(fresh.model.get_layer("dense").kernel.numpy(), kernel)
     assert not np.array_equal(fresh.model.get_layer("dense").kernel.numpy(), kernel)
+
+
+def test_what_never_moved_takes_no_room_and_is_put_back_over_what_has_moved_since(tmp_path):
+    state = make_state(units=4096)
+    start, weights = contents(state), sum(v.numpy().nbytes for v in state.model.variables)
+    written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
+    assert sum(file.stat().st_size for file in written.iterdir()) < weights, "neither slots nor averages, nor what batch norm starts from"
+    scramble(state, 1)
+    assert contents(state) != start
+    checkpoint.restore(state, written)
+    assert contents(state) == start
+
+
+def test_a_checkpoint_is_a_function_of_the_state_whatever_was_written_or_restored_before(tmp_path):
+    state, other = make_state(), make_state()
+    for seed in (1, 2):
+        written = checkpoint.save(state, tmp_path / "one", IDENTITY, keep=3)
+        scramble(state, seed)
+    checkpoint.restore(state, written)
+    scramble(other, 1)
+    one, two = (checkpoint.save(each, tmp_path / name, IDENTITY, keep=3) for each, name in ((state, "one"), (other, "other")))
+    assert checkpoint.read_manifest(one)["sha256"] == checkpoint.read_manifest(two)["sha256"]
+
+
+def test_values_that_are_equal_but_not_the_same_bits_are_kept(tmp_path):
+    """Zero has two signs, and NaN another payload than its like."""
+    state = make_state()
+    layer, averages = state.model.get_layer("dense"), state.groups()["average"]
+    of = {variable.path: averages[name] for name, variable in state.averaged_variables().items()}
+    of["dense/bias"].assign([-0.0, -0.0, -0.0])
+    layer.kernel.assign(np.full((4, 3), 0x7FC00000, np.uint32).view(np.float32))
+    of["dense/kernel"].assign(np.full((4, 3), 0x7FC00001, np.uint32).view(np.float32))
+    state.model.get_layer("norm").beta.assign([0.0, -0.0, 0.0])
+    fresh = make_state()
+    checkpoint.restore(fresh, checkpoint.save(state, tmp_path, IDENTITY, keep=1))
+    assert contents(fresh) == contents(state)
+    assert np.signbit(of["dense/bias"].numpy()).all()

@@ -1,11 +1,15 @@
-"""Checkpoints that survive being killed: written aside, hashed, renamed into place, and verified before they are believed."""
+"""Checkpoints that survive being killed: written aside, hashed, renamed into place, and verified before they are believed.
+
+Most of the state of a run with a frozen backbone says nothing: slots that no step has touched, averages of weights that never moved. By
+their values, bit for bit, an array of one value is kept as that value, and an average that is its variable is not kept.
+"""
 
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -77,8 +81,13 @@ class State:
             "totals": dict(self.totals.sums),
         }
         if self.average is not None:
-            groups["average"] = {f"{number:05d}/{v.name}": average for number, (v, average) in enumerate(self._averaged())}
+            groups["average"] = dict(zip(self.averaged_variables(), self.average.variables, strict=True))
         return groups
+
+    def averaged_variables(self) -> dict[str, keras.Variable]:
+        """The network's variable behind each average, by the average's name in `groups`."""
+        averaged = [] if self.average is None else self.average.averaged
+        return {f"{number:05d}/{variable.name}": variable for number, variable in enumerate(averaged)}
 
     def digest(self) -> str:
         """SHA-256 of every variable, hexadecimal."""
@@ -87,10 +96,6 @@ class State:
             for variable in group.values():
                 digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
         return digest.hexdigest()
-
-    def _averaged(self) -> Iterable[tuple[keras.Variable, tf.Variable]]:
-        assert self.average is not None
-        return zip(self.average.averaged, self.average.variables, strict=True)
 
 
 PLAIN_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
@@ -140,11 +145,13 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         TrainingError: If the disk does not take it.
     """
     aside = final.with_name(f".{final.name}")
-    files: dict[str, Callable[[], bytes]] = {f"{name}.npz": partial(_pack, group) for name, group in state.groups().items()}
+    implied = {"average": state.averaged_variables()}
+    files: dict[str, Callable[[], bytes]] = {
+        f"{name}.npz": partial(_pack, group, implied.get(name, {})) for name, group in state.groups().items()
+    }
     files |= {name: partial(bytes, content) for name, content in (beside or {}).items()}
 
-    def put(name: str) -> str:
-        content = files[name]()
+    def put(name: str, content: bytes) -> str:
         _write_synced(aside / name, content)
         return _hash(content)
 
@@ -153,13 +160,13 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
             shutil.rmtree(leftover)
         aside.mkdir()
-        with ThreadPoolExecutor(len(files)) as side_by_side:  # while one file waits for the disk, another is packed or hashed
-            hashes = dict(zip(files, side_by_side.map(put, files), strict=True))
+        with ThreadPoolExecutor(len(files)) as side_by_side:  # while one file is written and hashed, the next is packed; that holds the GIL
+            hashes = {name: side_by_side.submit(put, name, pack()) for name, pack in files.items()}
         manifest = {
             **{name: getattr(state, name) for name in PLAIN_FIELDS},
             "identity": dict(identity),
             "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
-            "sha256": hashes,
+            "sha256": {name: digest.result() for name, digest in hashes.items()},
         }
         packed = json.dumps(manifest, indent=1).encode()
         for name, content in {MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
@@ -232,13 +239,15 @@ def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = Non
         if f"{group}.npz" not in contents:
             raise RunError(f"{checkpoint}: has no {group}, which this run wants; {advice}")
         with np.load(io.BytesIO(contents[f"{group}.npz"]), allow_pickle=False) as stored:
-            differing = sorted(set(stored.files) ^ set(variables)) or [
-                name for name, variable in variables.items() if tuple(stored[name].shape) != tuple(variable.shape)
+            arrays, implied = dict(stored), state.averaged_variables() if group == "average" else {}
+            differing = sorted((set(arrays) ^ set(variables)) - set(implied)) or [
+                name for name, array in arrays.items() if array.shape not in ((), tuple(variables[name].shape))
             ]
             if differing:
                 raise RunError(f"{checkpoint}: does not fit this program's {group} (first difference: {differing[0]}); {advice}")
             for name, variable in variables.items():
-                variable.assign(stored[name])
+                value = arrays[name] if name in arrays else implied[name].numpy()
+                variable.assign(np.broadcast_to(value, variable.shape))
     if state.average is not None:
         state.average.follow_those_apart()
     for name, value in json.loads(contents["plain"]).items():
@@ -254,10 +263,27 @@ def _read(checkpoint: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in checkpoint.glob("*.npz")} | {"plain": json.dumps(plain).encode()}
 
 
-def _pack(variables: Mapping[str, keras.Variable | tf.Variable]) -> bytes:
+def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mapping[str, keras.Variable]) -> bytes:
+    """An .npz without the variables that are equal to those of `implied`; one value in place of an array that holds no other."""
+    arrays = {}
+    for name, variable in variables.items():
+        array = _value(variable)
+        bits = _bits(array)
+        if name not in implied or (bits != _bits(_value(implied[name]))).any():
+            arrays[name] = array.flat[0] if array.size and (bits == bits[0]).all() else array
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{name: variable.numpy() for name, variable in variables.items()})
+    np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
+
+
+def _value(variable: keras.Variable | tf.Variable) -> np.ndarray:
+    """What a variable holds now, not to be written to: on the CPU it is its own memory, which `numpy()` would copy twice."""
+    return np.asarray(tf.convert_to_tensor(variable))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """To be compared as they are: zero has two signs, and NaN is not equal to itself."""
+    return array.reshape(-1).view(f"u{array.itemsize}")
 
 
 def _checkpoints(directory: Path) -> list[Path]:
