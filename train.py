@@ -105,12 +105,11 @@ def train(
     from pipeline.assembly import build_network, new_state
     from pipeline.conclusion import conclude, save_plain, send_results
     from pipeline.data.augment import image_augmentation
-    from pipeline.data.sources import open_source
     from pipeline.data.stream import steps_per_epoch
     from pipeline.evaluation.figures import batch_figure, training_figure
     from pipeline.evaluation.report import save, table
     from pipeline.measure import Subject
-    from pipeline.settle import settle
+    from pipeline.settle import open_data, settle
     from pipeline.stages import Stages
     from pipeline.training import checkpoint
     from pipeline.training.loop import Interrupted, Trainer, plan
@@ -132,7 +131,7 @@ def train(
     with processes.explained(), ExitStack() as while_it_runs:
         image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
         screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
-        source = open_source(config.data)
+        source = open_data(config, processes)
         processes.agree(
             lambda: {"config": config.of_every_process(), "classes": str(source.class_names), "precision and devices": runtime.describe()}
         )

@@ -11,7 +11,7 @@ import keras
 from pipeline.config import Config, OptimizerConfig, TrainConfig
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, open_source
 from pipeline.data.stream import steps_per_epoch
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime_config import RuntimeConfig
@@ -19,8 +19,25 @@ from pipeline.screen import Screen
 from pipeline.training.compilation import settle_xla
 from pipeline.training.loop import plan
 from pipeline.training.memory import fit_batch
+from pipeline.training.process_group import ProcessGroup
 from pipeline.training.recipe import settle as settle_recipe
 from pipeline.training.runtime import Runtime, check_batch
+
+
+def open_data(config: Config, processes: ProcessGroup) -> Source:
+    """Opens the data set that the config names on every process, behind the chief, which fetches it where it is to be fetched.
+
+    Raises:
+        DataError: The data cannot be had, or their layout is not understood.
+    """
+    opened: list[Source] = []
+
+    def on_the_chief() -> dict[str, bytes]:
+        opened.append(open_source(config.data))
+        return {}
+
+    processes.from_chief(on_the_chief)
+    return opened[0] if opened else open_source(config.data)
 
 
 def settle(

@@ -286,9 +286,17 @@ def test_processes_with_another_network_or_other_data_are_refused(machines):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_asked_to_stop_stops_all_behind_one_checkpoint(machines):
+def test_a_process_that_is_asked_to_stop_stops_all_and_another_number_of_them_goes_on_knowingly(machines):
     asked = {"function": TRAIN_STEP, "when": "after", "action": "term", "steps": 1}
     assert run_together(machines, "asked", "train.stages=[{epochs: 9}]", traps={1: [asked]}) == [143, 143]
     for machine in machines:
         assert re.search(r"stopped after step \d+; go on with the same command and --run-dir asked --resume", machine.screen("asked"))
     assert list((machines[0].folder / "asked" / "checkpoints").glob("step-*"))
+    first, further = machines[0], ("--resume", "train.stages=[{epochs: 9}]")
+    first.start("asked", *further)
+    assert first.ended() == 2
+    assert "\n  replicas: was 2, is 1\n" in first.screen("asked")
+    first.start("asked", *further, "--allow-change", "replicas")
+    assert first.ended() == 0
+    assert "changed: replicas: 2 -> 1 behind step" in first.screen("asked")
+    assert stored(first, "asked", 27)["totals/images"] == 0
