@@ -211,7 +211,7 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_devices_and_processes_train_as_one_device_does(machines):
     """At the same global batch, synchronised batch normalisation, dropout off: weights after five steps, and the images of each step."""
     first, _ = machines
@@ -244,7 +244,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
     first, second = machines
     assert run_together(machines, "whole") == [0, 0], first.screen("whole") + second.screen("whole")
