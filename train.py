@@ -105,6 +105,7 @@ def train(
     from pipeline.assembly import build_network, new_state
     from pipeline.conclusion import conclude, save_plain, send_results
     from pipeline.data.augment import image_augmentation
+    from pipeline.data.service import check_servers
     from pipeline.data.stream import steps_per_epoch
     from pipeline.evaluation.figures import batch_figure, training_figure
     from pipeline.evaluation.report import save, table
@@ -130,6 +131,7 @@ def train(
     processes, chief = runtime.processes, runtime.processes.is_chief
     with processes.explained(), ExitStack() as while_it_runs:
         image_augmentation(config)  # finds a wrong value in a transform now rather than after an hour's scan
+        check_servers(config.runtime.data_service or ())  # likewise
         screen.say(f"run {run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px on {runtime.describe()}")
         source = open_data(config, processes)
         processes.agree(
