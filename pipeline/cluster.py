@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.address import parse
 from pipeline.errors import ConfigError, RunError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
@@ -69,11 +69,10 @@ class Place:
         Raises:
             RunError: It does not come.
         """
-        host, _, port = self.addresses[0].rpartition(":")
         start, told = time.monotonic(), False
         while time.monotonic() - start < timeout:
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                socket.create_connection(parse(self.addresses[0]), timeout=5).close()
                 return
             except OSError:
                 if not told:
@@ -120,6 +119,8 @@ def find_place(strategy: str) -> Place | None:
 
 def _addresses(value: Any, job: str) -> list[str]:
     addresses = value["cluster"].get(job, [])
-    if not isinstance(addresses, list) or not all(re.search(r".:\d{1,5}$", address) for address in addresses):
+    if not isinstance(addresses, list):
         raise ValueError
+    for address in addresses:
+        parse(address)
     return addresses

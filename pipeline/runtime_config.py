@@ -2,11 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
+from pipeline.address import parse
 from pipeline.data_config import Section
 
-Address = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+
+def _address(text: str) -> str:
+    parse(text)
+    return text
+
+
+Address = Annotated[str, AfterValidator(_address)]
 """host:port"""
 
 

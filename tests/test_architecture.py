@@ -10,6 +10,7 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 MODULES = sorted((PROJECT / "pipeline").rglob("*.py"))
 LIGHT = {
+    "address",
     "cluster",
     "errors",
     "scaling",
@@ -24,18 +25,20 @@ LIGHT = {
 ALLOWED = {  # part -> the parts that it may import
     "errors": set(),
     "scaling": set(),
-    "cluster": {"errors"},
+    "address": set(),
+    "disk": set(),
+    "cluster": {"address", "errors"},
     "augmentations": {"errors"},
     "data_config": {"augmentations"},
-    "runtime_config": {"data_config"},
+    "runtime_config": {"address", "data_config"},
     "config": {"data_config", "runtime_config", "scaling", "errors"},
     "config_file": {"config", "errors", "data_config"},
     "run_directory": {"config", "config_file", "errors"},
     "export_directory": {"errors", "run_directory"},
     "screen": {"errors"},
     "model": {"scaling", "config", "errors"},
-    "data": {"scaling", "config", "errors", "data_config"},
-    "training": {"scaling", "cluster", "config", "errors", "model", "data", "run_directory", "screen"},
+    "data": {"scaling", "address", "config", "disk", "errors", "data_config"},
+    "training": {"scaling", "cluster", "config", "disk", "errors", "model", "data", "run_directory", "screen"},
     "evaluation": {"scaling", "config", "errors", "model", "data", "data_config"},
     "assembly": {"config", "model", "screen", "training"},
     "bench": {"assembly", "config", "data", "screen", "stages", "training"},

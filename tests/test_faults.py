@@ -8,7 +8,6 @@ that MLflow has the run once and with the right status; at the end of the life, 
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import signal
@@ -25,6 +24,7 @@ import h5py
 import numpy as np
 import pytest
 from launcher import PROJECT, TRAIN_STEP
+from launching import LauncherProcess
 from PIL import Image
 
 from pipeline.config_file import load_config
@@ -171,65 +171,26 @@ def drawn(life: str) -> list[tuple[Fault, int]]:
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-class Launcher:
-    """Runs train.py by `launcher.py` in one folder."""
+class Launcher(LauncherProcess):
+    """Runs train.py in one folder, and knows what MLflow has of it."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-        self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "tests" / "launcher.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        super().__init__(folder)
         import_mlflow()
         from mlflow import MlflowClient
 
         self.client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
-    def close(self) -> None:
-        """Ends the launcher."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
     def start(self, run: str, *arguments: str, variant: str = "one device", traps: Sequence[dict] = (), poison: dict | None = None) -> None:
         """Starts a process of a run; `ended` waits for its end."""
-        assert self._process.stdin is not None
         self.marker(run).unlink(missing_ok=True)
-        job = {
-            "folder": str(self.folder),
-            "arguments": ["--config", "config.yaml", "--run-dir", run, *VARIANTS[variant], *arguments],
-            "screen": str(self.screen(run)),
-            "marker": str(self.marker(run)),
-            "traps": list(traps),
-            "poison": poison,
-            "devices": 2 if variant == "two devices" else 1,
-            "tf_config": None,
-        }
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-
-    def ended(self) -> int:
-        """The exit code."""
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
+        devices = 2 if variant == "two devices" else 1
+        self.launch(run, "--config", "config.yaml", *VARIANTS[variant], *arguments, traps=list(traps), poison=poison, devices=devices)
 
     def run(self, run: str, *arguments: str, **keywords: Any) -> int:
         """Runs a process of a run to its end; returns its exit code."""
         self.start(run, *arguments, **keywords)
         return self.ended()
-
-    def screen(self, run: str) -> Path:
-        """What the processes of a run showed."""
-        return self.folder / f"{run}.screen"
-
-    def marker(self, run: str) -> Path:
-        """The traps that the latest process of a run sprang."""
-        return self.folder / f"{run}.marker"
 
     def sprung(self, run: str) -> list[dict[str, Any]]:
         """Their contents."""

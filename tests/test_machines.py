@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from launcher import PROJECT, TRAIN_STEP
+from launching import LauncherProcess
 from PIL import Image
 
 from pipeline.cluster import Place, find_place
@@ -115,51 +116,20 @@ def test_several_processes_need_the_name_of_the_run(tmp_path):
 # --- runs ------------------------------------------------------------------------------------------------------------------------------
 
 
-class Machine:
+class Machine(LauncherProcess):
     """Runs train.py in a folder of its own, as on a machine that shares no disk with others."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "tests" / "launcher.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
-        )
+        super().__init__(folder)
 
     def start(self, run: str, *arguments: str, devices: int = 1, cluster: dict | None = None, traps: Sequence[dict] = ()) -> None:
         """Starts a process; `ended` waits for its end."""
-        assert self._process.stdin is not None
-        job = {
-            "folder": str(self.folder),
-            "arguments": ["--config", "../config.yaml", "--run-dir", run, *arguments],
-            "screen": str(self.folder / f"{run}.screen"),
-            "marker": str(self.folder / f"{run}.marker"),
-            "traps": list(traps),
-            "poison": None,
-            "devices": devices,
-            "tf_config": cluster,
-        }
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        self.launch(run, "--config", "../config.yaml", *arguments, devices=devices, tf_config=cluster, traps=list(traps))
 
-    def ended(self) -> int:
-        """The exit code."""
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
-
-    def screen(self, run: str) -> str:
+    def shown(self, run: str) -> str:
         """What the run's processes showed here."""
-        return (self.folder / f"{run}.screen").read_text()
-
-    def close(self) -> None:
-        """Ends the launcher."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        return self.screen(run).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +188,8 @@ def test_devices_and_processes_train_as_one_device_does(machines):
     plain = ["model.dropout=0", "model.survival=1", "train.global_batch_size=32", "train.stages=[{epochs: 5}]"]
     for run, devices in (("one", 1), ("two", 2), ("four", 4)):
         first.start(run, *plain, f"runtime.strategy={'one' if devices == 1 else 'mirrored'}", devices=devices)
-        assert first.ended() == 0, first.screen(run)
-    assert run_together(machines, "processes", *plain) == [0, 0], first.screen("processes")
+        assert first.ended() == 0, first.shown(run)
+    assert run_together(machines, "processes", *plain) == [0, 0], first.shown("processes")
     one, start = stored(first, "one", 5), stored(first, "one", 1)
     moved = distance(one, start)
     assert moved > 0.1
@@ -237,7 +207,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
     with subprocess.Popen(served, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("serving at")
-        assert run_together(machines, "served", *plain, f"runtime.data_service=[127.0.0.1:{port}]") == [0, 0], first.screen("served")
+        assert run_together(machines, "served", *plain, f"runtime.data_service=[127.0.0.1:{port}]") == [0, 0], first.shown("served")
         server.kill()
     here, there = stored(first, "processes", 5), stored(first, "served", 5)
     assert [name for name in here if not np.array_equal(here[name], there[name])] == [], "servers change nothing"
@@ -247,7 +217,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
 @pytest.mark.timeout(1200)
 def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
     first, second = machines
-    assert run_together(machines, "whole") == [0, 0], first.screen("whole") + second.screen("whole")
+    assert run_together(machines, "whole") == [0, 0], first.shown("whole") + second.shown("whole")
     assert sorted(path.name for path in (second.folder / "whole").iterdir()) == ["log-of-process-2.txt"], "the first writes all there is"
     assert (first.folder / "whole/model.keras").exists()
 
@@ -259,8 +229,8 @@ def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
         other = machines[1 - number]
         died, ended = machines[number].folder / "broken.marker", other.folder / "broken.screen"
         assert ended.stat().st_mtime - died.stat().st_mtime < 60
-        assert f"another process of the run has ended or cannot be reached: process {number + 1} of 2" in other.screen("broken")
-        assert "Traceback" not in other.screen("broken")
+        assert f"another process of the run has ended or cannot be reached: process {number + 1} of 2" in other.shown("broken")
+        assert "Traceback" not in other.shown("broken")
     assert run_together(machines, "broken", "--resume") == [0, 0]
     for step in range(1, END + 1):
         one, other_one = stored(first, "whole", step), stored(first, "broken", step)
@@ -281,8 +251,8 @@ def test_processes_with_another_network_or_other_data_are_refused(machines):
         machine.start("other", *(other if number == 1 else []), cluster=cluster)
     assert [machine.ended() for machine in machines] == [2, 2]
     message = f"the processes of the run differ from the first in\n  process 2 of 2 ({addresses[1]}): config, classes\n"
-    assert message in first.screen("other")
-    assert message in second.screen("other")
+    assert message in first.shown("other")
+    assert message in second.shown("other")
 
 
 @pytest.mark.slow
@@ -290,13 +260,13 @@ def test_a_process_that_is_asked_to_stop_stops_all_and_another_number_of_them_go
     asked = {"function": TRAIN_STEP, "when": "after", "action": "term", "steps": 1}
     assert run_together(machines, "asked", "train.stages=[{epochs: 9}]", traps={1: [asked]}) == [143, 143]
     for machine in machines:
-        assert re.search(r"stopped after step \d+; go on with the same command and --run-dir asked --resume", machine.screen("asked"))
+        assert re.search(r"stopped after step \d+; go on with the same command and --run-dir asked --resume", machine.shown("asked"))
     assert list((machines[0].folder / "asked" / "checkpoints").glob("step-*"))
     first, further = machines[0], ("--resume", "train.stages=[{epochs: 9}]")
     first.start("asked", *further)
     assert first.ended() == 2
-    assert "\n  replicas: was 2, is 1\n" in first.screen("asked")
+    assert "\n  replicas: was 2, is 1\n" in first.shown("asked")
     first.start("asked", *further, "--allow-change", "replicas")
     assert first.ended() == 0
-    assert "changed: replicas: 2 -> 1 behind step" in first.screen("asked")
+    assert "changed: replicas: 2 -> 1 behind step" in first.shown("asked")
     assert stored(first, "asked", 27)["totals/images"] == 0

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 
+from pipeline.address import parse
 from pipeline.screen import Screen
 
 
@@ -19,9 +20,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--address", required=True, metavar="HOST:PORT", help="under which others reach this machine, as in the config")
     arguments = parser.parse_args(words)
-    host, _, port = arguments.address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        parser.error(f"--address {arguments.address}: write it like host1:5050")
+    try:
+        parse(arguments.address)
+    except ValueError as error:
+        parser.error(f"--address: {error}")
     return arguments
 
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pipeline.data.origins import ROWS, Origin, Picture
 from pipeline.data.pack import BY_NUMBER, DESCRIPTION, INDEX, INDEX_FILE, Description, Shard, damages, load, read_record, sha256_of
 from pipeline.data.sources import listing
+from pipeline.disk import sync
 from pipeline.errors import DataError
 
 STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
@@ -195,7 +196,7 @@ def _write_shard(path: Path, pictures: Iterator[Picture], limit: Limit, progress
         writer.close()
     except RuntimeError as error:  # the writer's
         raise DataError(f"{path} cannot be written: {error}; {GO_ON}") from None
-    _sync(path)
+    sync(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is the disk that is read
     reader = ArrayRecordReader(str(path), BY_NUMBER)
@@ -219,7 +220,7 @@ def _describe(origin: Origin, staging: Path, parts: Sequence[_Part]) -> None:
     columns["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
     columns["position"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
     pq.write_table(pa.table([columns[name] for name in INDEX.names], schema=INDEX), staging / INDEX_FILE)
-    _sync(staging / INDEX_FILE)
+    sync(staging / INDEX_FILE)
     shards = tuple(
         Shard(f"pack-{number:05}-of-{len(parts):05}.array_record", len(part.rows), part.path.stat().st_size, part.sha256)
         for number, part in enumerate(parts)
@@ -236,7 +237,7 @@ def _publish(staging: Path, folder: Path) -> None:
         for name, final in moved.items():
             if (staging / name).exists():
                 (staging / name).replace(folder / final)
-        _sync(folder)  # what makes the pack one is on the disk behind all that it speaks of
+        sync(folder)  # what makes the pack one is on the disk behind all that it speaks of
 
 
 def _refuse_changes(origin: Origin, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path) -> None:
@@ -254,14 +255,5 @@ def _refuse_changes(origin: Origin, noted: Mapping[str, Any], now: Mapping[str, 
 def _write(path: Path, text: str) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(text, encoding="utf-8")
-    _sync(aside)
+    sync(aside)
     aside.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Brings a file, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from pipeline.address import parse
 from pipeline.errors import RunError, TrainingError
 
 AHEAD = 2  # batches that wait ready on a server's way to here
@@ -29,17 +30,14 @@ def start_server(address: str) -> tuple[tf.data.experimental.service.DispatchSer
     Raises:
         RunError: One of the ports is taken, or none.
     """
-    host, _, port = address.rpartition(":")
-    service = tf.data.experimental.service
+    (_, port), service = parse(address), tf.data.experimental.service
+    own = address.removesuffix(f":{port}") + f":{port + 1}"
     try:
-        for number in _ports(address):
+        for number in (port, port + 1):
             with socket.create_server(("", number)):
                 pass
-        dispatcher = service.DispatchServer(service.DispatcherConfig(port=int(port)))
-        above = int(port) + 1
-        worker = service.WorkerServer(
-            service.WorkerConfig(dispatcher_address=f"localhost:{port}", worker_address=f"{host}:{above}", port=above)
-        )
+        dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
+        worker = service.WorkerServer(service.WorkerConfig(dispatcher_address=f"localhost:{port}", worker_address=own, port=port + 1))
     except (OSError, OverflowError, tf.errors.OpError) as error:
         raise RunError(
             f"--address {address}: cannot be served at ({error}); choose another port that is free, as is the one above it"
@@ -54,21 +52,15 @@ def check_servers(addresses: Sequence[str]) -> None:
         RunError: One is not.
     """
     for address in addresses:
-        host = address.rpartition(":")[0].strip("[]")
-        for port in _ports(address):
+        host, port = parse(address)
+        for number in (port, port + 1):  # of the dispatcher and of the worker
             try:
-                socket.create_connection((host, port), timeout=10).close()
-            except OSError as error:
+                socket.create_connection((host, number), timeout=10).close()
+            except (OSError, OverflowError) as error:
                 raise RunError(
-                    f"runtime.data_service: nothing answers at {host}:{port} ({error}); start it there by: python -m pipeline serve "
+                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python -m pipeline serve "
                     f"--address {address}"
                 ) from None
-
-
-def _ports(address: str) -> tuple[int, int]:
-    """Of a server's dispatcher and of its worker."""
-    port = int(address.rpartition(":")[2])
-    return port, port + 1
 
 
 def served(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:
@@ -117,7 +109,6 @@ def watched(batches: Iterable[Any], addresses: Sequence[str], patience: float = 
             put(error)
 
     threading.Thread(target=fetch, daemon=True).start()
-    advice = "start the servers again and go on with --resume"
     try:
         while True:
             try:
@@ -129,7 +120,10 @@ def watched(batches: Iterable[Any], addresses: Sequence[str], patience: float = 
                     raise TrainingError(f"{error}; then go on with --resume") from None
                 continue
             if isinstance(item, tf.errors.OpError):
-                raise TrainingError(f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); {advice}")
+                raise TrainingError(
+                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the servers again and go on "
+                    "with --resume"
+                )
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, Exception):

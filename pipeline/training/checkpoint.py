@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.disk import sync
 from pipeline.errors import RunError, TrainingError
 from pipeline.training.hooks import Hook
 from pipeline.training.optimizer import MovingAverage
@@ -171,11 +172,11 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         packed = json.dumps(manifest, indent=1).encode()
         for name, content in {MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
             _write_synced(aside / name, content)
-        _sync_folder(aside)
+        sync(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
             _remove(final)
         aside.rename(final)
-        _sync_folder(final.parent)
+        sync(final.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)  # what little room it takes may be needed
         raise TrainingError(
@@ -327,11 +328,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

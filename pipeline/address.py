@@ -1,0 +1,21 @@
+"""host:port, as TF_CONFIG, the config and the command line write it."""
+
+import re
+
+
+def parse(address: str) -> tuple[str, int]:
+    """Takes an address apart.
+
+    Args:
+        address: host:port; an IPv6 address stands in brackets.
+
+    Returns:
+        The host without brackets, and the port.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):(\d{1,5})", address)
+    if found is None or not 0 < int(found[3]) < 2**16:
+        raise ValueError(f"{address} is no address; write it like host1:5050")
+    return found[1] or found[2], int(found[3])
