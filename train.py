@@ -105,6 +105,7 @@ def train(
     from pipeline.assembly import build_network, new_state
     from pipeline.conclusion import conclude, save_plain, send_results
     from pipeline.data.augment import image_augmentation
+    from pipeline.data.order import ORDER
     from pipeline.data.service import check_servers
     from pipeline.data.stream import steps_per_epoch
     from pipeline.evaluation.figures import batch_figure, training_figure
@@ -147,6 +148,7 @@ def train(
             "config": config.model_dump(mode="json"),
             "classes": list(manifest.class_names),
             "data": manifest.digest(),
+            "order": ORDER,
             "replicas": runtime.replicas,
         }
         if resume:

@@ -17,9 +17,10 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.data.check import scan
+from pipeline.data.order import Share
 from pipeline.data.service import check_servers, served, start_server, watched
 from pipeline.data.sources import open_source
-from pipeline.data.stream import Share, training_stream
+from pipeline.data.stream import training_stream
 from pipeline.errors import ConfigError, RunError, TrainingError
 
 PROJECT = Path(__file__).parents[1]

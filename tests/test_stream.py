@@ -1,7 +1,8 @@
 """The stream: purity, completeness, order, padding."""
 
+import gc
 import io
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.data.order import Share
 from pipeline.data.preprocess import preprocess
-from pipeline.data.stream import Share, _lookup, _order, evaluation_stream, steps_per_epoch, training_stream
+from pipeline.data.stream import evaluation_stream, steps_per_epoch, training_stream
 from pipeline.errors import DataError
 
 SIDE = 32
@@ -219,26 +221,6 @@ def test_mixing_stays_inside_groups_of_the_batch() -> None:
                 assert min(residuals) <= 1
 
 
-def test_orders_are_uniform() -> None:
-    count, passes = 10, 500
-    index = np.fromiter((i for _, i in _order(np.arange(count), 1, 0, 1).take(count * passes).as_numpy_iterator()), int).reshape(
-        passes, count
-    )
-    counts = np.stack([np.bincount(index[:, place], minlength=count) for place in range(count)])
-    chi_square = ((counts - passes / count) ** 2 / (passes / count)).sum()
-    assert chi_square / (count - 1) ** 2 == pytest.approx(1, abs=0.5)
-    assert len({tuple(row) for row in index}) > passes - 5  # of 3.6 million; an order that repeats means a generator of few states
-    neighbours = np.mean([np.abs(np.subtract(*pair)) == 1 for row in index for pair in pairwise(row)])
-    assert neighbours == pytest.approx(2 / count, abs=0.03)
-
-
-def test_order_starts_anywhere() -> None:
-    rows = np.arange(7) * 10
-    whole = list(_order(rows, 1, 0, 1).take(40).as_numpy_iterator())
-    for start in (0, 1, 6, 7, 8, 20, 21):
-        assert list(_order(rows, 1, start, 1).take(40 - start).as_numpy_iterator()) == whole[start:]
-
-
 @pytest.mark.parametrize(("count", "batch"), [(21, 8), (16, 8), (3, 8), (1, 1)])
 def test_evaluation_holds_every_image_exactly_once_in_order(count: int, batch: int) -> None:
     manifest, source = make(count + 5, test=count)
@@ -280,9 +262,25 @@ def test_starting_late_does_not_decode_what_it_skips() -> None:
     assert len(read) < 8 * 6  # the batch, and what is fetched ahead
 
 
-def test_the_table_does_not_enter_the_graph() -> None:
-    manifest, _ = make(3)
-    table = pd.concat([manifest.table] * 10_000, ignore_index=True)
-    row = tf.function(_lookup(Manifest(manifest.class_names, table))).get_concrete_function(tf.TensorSpec((), tf.int64))
-    assert row.graph.as_graph_def().ByteSize() < 10_000
-    assert [value.numpy() for value in row(tf.constant(29_998, tf.int64))][:2] == [b"1", 1]
+def test_memory_does_not_grow_with_the_number_of_images() -> None:
+    """The table of so many has 50 MB; it lies in a mapped file, and nothing makes a copy of it."""
+    manifest, source = make(10)
+
+    def used(repeats: int) -> int:
+        table = manifest.table.iloc[np.tile(np.arange(10), repeats)].reset_index(drop=True)
+        many = Manifest(manifest.class_names, table)
+        before = anonymous_bytes()
+        batches = iter(training_stream(many, source, config()))
+        assert len(next(batches)[0]) == 8
+        return anonymous_bytes() - before
+
+    used(1)
+    few, many = used(7_000), used(60_000)
+    assert many - few < 10 * 2**20
+
+
+def anonymous_bytes() -> int:
+    """Of this process's memory, what no file stands behind."""
+    gc.collect()
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024

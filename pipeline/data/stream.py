@@ -7,7 +7,6 @@ what lies before it.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,32 +16,17 @@ from pipeline.config import Config
 from pipeline.data.augment import Augmentation, decode_whole, image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixing import group_mixing, mixing_group
+from pipeline.data.order import AT_ONCE, WHOLE, Share, positions, shuffled
 from pipeline.data.preprocess import decode, fit_square
 from pipeline.data.randaugment import randaugment
+from pipeline.data.rows import Rows, mapped_rows
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
 
 PREFETCHED = 2  # batches that wait ready; more would only take memory
 PASS_BITS = 40  # an image's index takes so many bits of its seed, the pass the others
 
-Row = Callable[[tf.Tensor], tuple[tf.Tensor, ...]]
 Square = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of every batch that one of several processes takes: a contiguous one, all of the same size.
-
-    Attributes:
-        number: Of the process, from 0.
-        of: Number of processes, a divisor of the batch.
-    """
-
-    number: int = 0
-    of: int = 1
-
-
-WHOLE = Share()
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -94,20 +78,24 @@ def training_stream(
     rows = _rows(manifest, "train")
     batch_size, workers = config.train.batch_size, workers or _workers(config)
     part = batch_size // share.of
-    row, classes, settings = _lookup(manifest), len(manifest.class_names), config.augment
+    look_up, classes, settings = mapped_rows(manifest, rows), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
     randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude) if augmented and settings.randaugment else None
 
+    @tf.autograph.experimental.do_not_convert
+    def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
+        passes, place = shuffled(position, len(rows), config.seed)
+        return passes, look_up(place)
+
     @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
-    def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        key, label, height, width, orientation = row(index)
-        seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(passes, PASS_BITS) + index])
-        image = augment(source.encoded(key), height, width, orientation, seed)
+    def load(passes: tf.Tensor, row: Rows) -> tuple[tf.Tensor, ...]:
+        seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(passes, PASS_BITS) + row.index])
+        image = augment(source.encoded(row.key), row.height, row.width, row.orientation, seed)
         if randomly is not None:
             image = randomly(image, seed)
-        return image, tf.one_hot(label, classes), tf.ones(()), index
+        return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
 
-    dataset = _order(rows, config.seed, start_step, batch_size, share, stride).map(load, num_parallel_calls=workers)
+    dataset = positions(batch_size, share, start_step=start_step, stride=stride).map(find).unbatch().map(load, num_parallel_calls=workers)
     if augmented and (settings.mixup or settings.cutmix):
         size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
 
@@ -144,17 +132,21 @@ def feature_stream(
     """
     rows, batch_size = _rows(manifest, "train"), config.train.batch_size
     part = batch_size // share.of
-    place = np.zeros(len(manifest.table), np.int32)
-    place[rows] = np.arange(len(rows))
     with tf.device("cpu"):
-        table, places, labels = tf.constant(features), tf.constant(place), tf.constant(manifest.table["label"].to_numpy(np.int32))
+        table, indices = tf.constant(features), tf.constant(rows)
+        labels = tf.constant(manifest.table["label"].to_numpy(np.int32)[rows])
     classes = len(manifest.class_names)
 
-    def load(passes: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        del passes
-        return tf.gather(table, tf.gather(places, index)), tf.one_hot(tf.gather(labels, index), classes), tf.ones((part,)), index
+    @tf.autograph.experimental.do_not_convert
+    def find(position: tf.Tensor) -> tf.Tensor:
+        return shuffled(position, len(rows), config.seed)[1]
 
-    dataset = _order(rows, config.seed, start_step, batch_size, share).batch(part, drop_remainder=True).map(load)
+    @tf.autograph.experimental.do_not_convert
+    def load(place: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return tf.gather(table, place), tf.one_hot(tf.gather(labels, place), classes), tf.ones((part,)), tf.gather(indices, place)
+
+    places = positions(batch_size, share, start_step=start_step).map(find).unbatch()
+    dataset = places.batch(part, drop_remainder=True).map(load)
     return _finish(dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _workers(config))
 
 
@@ -189,28 +181,29 @@ def evaluation_stream(
         DataError: If the split is empty.
     """
     rows = _rows(manifest, split) if rows is None else rows
-    row, classes = _lookup(manifest), len(manifest.class_names)
+    look_up, classes = mapped_rows(manifest, rows), len(manifest.class_names)
     resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
-    filling = -len(rows) % batch_size
+    part, batches = batch_size // share.of, -(-len(rows) // batch_size)
 
-    def picture(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        key, label, _, _, orientation = row(index)
-        image = decode(source.encoded(key), orientation)
-        image = fit_square(image, resolution, resize) if square is None else square(image, index)
-        return image, tf.one_hot(label, classes), tf.ones(())
+    @tf.autograph.experimental.do_not_convert
+    def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
+        return position < len(rows), look_up(tf.minimum(position, len(rows) - 1))
+
+    def picture(row: Rows) -> tuple[tf.Tensor, ...]:
+        image = decode(source.encoded(row.key), row.orientation)
+        image = fit_square(image, resolution, resize) if square is None else square(image, row.index)
+        return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
 
     def nothing() -> tuple[tf.Tensor, ...]:
-        return tf.zeros((resolution, resolution, 3), tf.uint8), tf.zeros((classes,)), tf.zeros(())
+        return tf.zeros((resolution, resolution, 3), tf.uint8), tf.zeros((classes,)), tf.zeros(()), tf.constant(-1, tf.int64)
 
-    def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        image, label, weight = tf.cond(index >= 0, lambda: picture(index), nothing)
+    def load(there: tf.Tensor, row: Rows) -> tuple[tf.Tensor, ...]:
+        image, label, weight, index = tf.cond(there, lambda: picture(row), nothing)
         return tf.ensure_shape(image, (resolution, resolution, 3)), tf.ensure_shape(label, (classes,)), weight, index
 
-    part = batch_size // share.of
-    batches = np.concatenate([rows, np.full(filling, -1, np.int64)]).reshape(-1, batch_size)
-    indices = batches[:, share.number * part : (share.number + 1) * part].ravel()
-    dataset = tf.data.Dataset.from_tensor_slices(indices).map(load, num_parallel_calls=workers)
-    return _finish(dataset.batch(part, drop_remainder=True), workers)
+    some = positions(batch_size, share).take(-(-batches * part // AT_ONCE))
+    dataset = some.map(find).unbatch().take(batches * part).map(load, num_parallel_calls=workers).batch(part, drop_remainder=True)
+    return _finish(dataset.apply(tf.data.experimental.assert_cardinality(batches)), workers)
 
 
 def on_replicas(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
@@ -240,50 +233,11 @@ def _unchanged(config: Config) -> Augmentation:
     return Augmentation(lambda seed: seed, decode_whole, transform)
 
 
-def _order(rows: np.ndarray, seed: int, start_step: int, batch_size: int, share: Share = WHOLE, stride: int = 1) -> tf.data.Dataset:
-    """(pass, index) of every position from a step on that is in the share of its batch, both scalar int64; of every `stride`-th step.
-
-    Sorting random numbers gives every order the same chance, at 0.2 s a pass for a million images. `tf.random.experimental.index_shuffle`
-    would be free, but of the seed it uses 16 bits or fewer: over 2,000 consecutive passes it repeated 256 orders.
-    """
-    count, start, part = len(rows), start_step * batch_size, batch_size // share.of
-    with tf.device("cpu"):
-        indices = tf.constant(rows, tf.int64)
-
-    def one_pass(passes: tf.Tensor) -> tf.data.Dataset:
-        draws = tf.random.stateless_uniform((count,), tf.stack([tf.constant(seed, tf.int64), passes]), None, None, tf.int64)
-        order = tf.gather(indices, tf.argsort(draws, stable=True))
-        position = passes * count + tf.range(count, dtype=tf.int64)
-        wanted = (position >= start) & (position % batch_size // part == share.number)
-        if stride > 1:
-            wanted &= (position // batch_size - start_step) % stride == 0
-        order = tf.boolean_mask(order, wanted)
-        return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), passes), order))
-
-    return tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(one_pass)
-
-
 def _rows(manifest: Manifest, split: str) -> np.ndarray:
     rows = manifest.indices(split)
     if not len(rows):
         raise DataError(f"split {split} holds no images; give it a share in data.splits, or images of its own")
     return rows
-
-
-def _lookup(manifest: Manifest) -> Row:
-    """A function from a scalar index to its key, label, height, width and orientation, as scalars.
-
-    The columns are tensors that the map captures, so that a million keys are not written into its graph.
-    """
-    table = manifest.table
-    with tf.device("cpu"):
-        keys = tf.constant(table["key"].to_numpy(dtype=object), tf.string)
-        numbers = tf.constant(table[["label", "height", "width", "orientation"]].to_numpy(np.int32))
-
-    def row(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return keys[index], *tf.unstack(numbers[index])
-
-    return row
 
 
 def _workers(config: Config) -> int:
@@ -296,4 +250,7 @@ def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:
     if workers != tf.data.AUTOTUNE:
         options.threading.private_threadpool_size = workers
     options.threading.max_intra_op_parallelism = 1  # pictures are prepared side by side; one more level of threads only gets in the way
+    # What tf.data rewrites by itself gains nothing here, and to do so it makes a copy of every tensor that a map looks things up in.
+    options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = workers == tf.data.AUTOTUNE
     return dataset.prefetch(PREFETCHED).with_options(options)

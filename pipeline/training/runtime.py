@@ -18,7 +18,8 @@ import tensorflow as tf
 from pipeline.cluster import Place
 from pipeline.config import Config
 from pipeline.data.mixing import mixing_group
-from pipeline.data.stream import Share, on_replicas
+from pipeline.data.order import Share
+from pipeline.data.stream import on_replicas
 from pipeline.errors import ConfigError
 from pipeline.training.process_group import ProcessGroup
 
