@@ -152,11 +152,11 @@ class TrainStep:
                 variable.assign_sub(rate * decay * variable)
             self._optimizer.update_step(gradient, variable, rate)
 
+        if isinstance(self._optimizer, Adam):
+            self._optimizer.advance(self._trainable)
         for gradient, variable, *constants in zip(gradients, self._trainable, self._weight_decay, self._rate_factors, strict=True):
             self._strategy.extended.update(variable.value, update, args=(gradient, *constants), group=False)
         self._optimizer.iterations.assign_add(1)
-        if isinstance(self._optimizer, Adam):
-            self._optimizer.count(self._trainable)
 
     def _gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, index: tf.Tensor
