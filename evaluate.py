@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--run", help="a run's directory, its MLflow id, or latest")
     what.add_argument("--weights", help="a network of ImageNet's classes: imagenet, or a file of weights; needs --variant")
     parser.add_argument("--variant", choices=list(VARIANTS), help="the network that --weights belong to")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="labelled pictures to measure on: a folder, or a CSV file")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="labelled pictures to measure on: a folder, a CSV file, or a pack")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="with --data: YAML of lines `data's class: model's class`")
     parser.add_argument(
         "--out",
@@ -215,10 +215,10 @@ def measure_on(network: Network, arguments: argparse.Namespace, screen: Screen) 
     from pipeline.evaluation.report import table, write_results
     from pipeline.evaluation.results import judge
 
-    source = open_labelled(arguments.data, arguments.split)
+    source, data = open_labelled(arguments.data, arguments.split)
     alignment = align(source.class_names, network.class_lists, arguments.class_map)
     with screen.counting("reading the data") as count:
-        manifest = scan_labelled(source, count)
+        manifest = scan_labelled(source, data, count)
     predictions = alignment(network.predictor(manifest, source, screen)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, arguments.data.name)
     results = judge(predictions, evaluation, manifest.table["key"].tolist(), manifest.table["group"].to_numpy(), None)

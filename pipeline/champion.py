@@ -24,14 +24,15 @@ def contend(registry: Registry, model_uri: str, run: RunDirectory, split: str) -
     Raises:
         ConfigError: If MLflow cannot be reached or does not take it.
     """
-    champion, new = registry.champion(), registry.add(model_uri)
-    if champion is None:
-        wins, why = True, "it is the champion, as there was none"
-    elif champion.run_id == new.run_id:  # an earlier end of the run was cut off
-        wins, why = True, f"it is the champion, as version {champion.number} of the same run was"
-    else:
-        wins, why = _beats(registry, champion, new, run, split)
-    registry.settle(new, why, crowned=wins)
+    with registry.contest():
+        champion, new = registry.champion(), registry.add(model_uri)
+        if champion is None:
+            wins, why = True, "it is the champion, as there was none"
+        elif champion.run_id == new.run_id:  # an earlier end of the run was cut off
+            wins, why = True, f"it is the champion, as version {champion.number} of the same run was"
+        else:
+            wins, why = _beats(registry, champion, new, run, split)
+        registry.settle(new, why, crowned=wins)
     return f"registered as {registry.name} version {new.number}: {why}"
 
 

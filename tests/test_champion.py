@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -106,6 +107,20 @@ def test_an_end_that_comes_again_leaves_one_version_and_the_title(config: Config
     assert champion(client, "again") == 2
     assert [int(version.version) for version in client.search_model_versions("name = 'again'")] == [2]
     assert client.get_logged_model(client.get_model_version("again", "2").source.removeprefix("models:/")).source_run_id == tracker.run_id
+
+
+def test_runs_that_end_together_contend_one_after_the_other(config: Config, home: Path, client: MlflowClient, tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "run", wrong=5)
+    with Tracker(config, run.path) as tracker:
+        model, registry = tracker.log_model(home / "final.keras", "model", step=5), tracker.registry("together")
+        contender = threading.Thread(target=contend, args=(registry, model, run, "test"))
+        with registry.contest():
+            contender.start()
+            contender.join(1)
+            assert contender.is_alive()
+            assert not client.search_model_versions("name = 'together'")
+        contender.join()
+    assert champion(client, "together") == 1
 
 
 def test_a_champion_without_predictions_keeps_its_title(config: Config, home: Path, client: MlflowClient, tmp_path: Path) -> None:

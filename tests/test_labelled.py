@@ -4,9 +4,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from pipeline.data.origins import SourceOrigin
+from pipeline.data.packing import Limit, pack
+from pipeline.data.sources import open_folder
 from pipeline.errors import DataError, WeightsError
 from pipeline.evaluation.labelled import SPLIT, align, open_labelled, scan_labelled
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
@@ -84,15 +88,23 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("split", "count"), [(None, 5), ("test", 2)])
 def test_all_pictures_are_measured_or_those_of_one_split(photos: Path, split: str | None, count: int) -> None:
-    manifest = scan_labelled(open_labelled(photos, split), lambda done, of: None)
+    manifest = scan_labelled(*open_labelled(photos, split), lambda done, of: None)
     assert len(manifest.indices(SPLIT)) == len(manifest.table) == count
     assert {Path(key).parent.name for key in manifest.table["key"]} == {"cat", "dog"}
+
+
+def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> None:
+    pack(SourceOrigin(open_folder(photos)), tmp_path / "pack", Limit(2**20, None), lambda done, of: None)
+    (tmp_path / "pack" / "cat").mkdir()  # a pack is told by its description, whatever lies beside it
+    tables = [scan_labelled(*open_labelled(data, "test"), lambda done, of: None).table for data in (photos, tmp_path / "pack")]
+    assert len(tables[0]) == 2
+    pd.testing.assert_frame_equal(*tables)
 
 
 def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:
     for place in ("train/dog", "test/dog"):
         shutil.rmtree(photos / place)
-    assert len(scan_labelled(open_labelled(photos, None), lambda done, of: None).table) == 2
+    assert len(scan_labelled(*open_labelled(photos, None), lambda done, of: None).table) == 2
 
 
 def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:
@@ -102,4 +114,4 @@ def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:
 
 def test_a_csv_is_told_by_its_suffix(photos: Path) -> None:
     (photos.parent / "list.CSV").write_text("path,label\nphotos/test/cat/3.png,cat\nphotos/test/dog/4.png,dog\n")
-    assert open_labelled(photos.parent / "list.CSV", None).class_names == ("cat", "dog")
+    assert open_labelled(photos.parent / "list.CSV", None)[0].class_names == ("cat", "dog")

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 
 from pipeline.data.check import scan
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import FileSource, listing, open_csv, open_folder
+from pipeline.data.pack import DESCRIPTION
+from pipeline.data.sources import Sample, Source, Status, listing, open_source
 from pipeline.data_config import DataConfig
 from pipeline.errors import DataError, nearest
 from pipeline.evaluation.metrics import Predictions
@@ -17,30 +19,57 @@ from pipeline.model.heads import match_classes, merge_logits, read_class_map
 SPLIT = "test"  # of every row of the manifest: nothing here is trained on
 
 
-def open_labelled(path: Path, split: str | None) -> FileSource:
-    """Opens a folder or a CSV file of pictures to be measured, as one set.
+@dataclass(frozen=True)
+class Part:
+    """The pictures of a data set, or of one of the splits that it brings, as one set without splits."""
+
+    whole: Source
+    split: str | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.whole.class_names
+
+    def samples(self) -> list[Sample]:
+        return [sample._replace(split=None) for sample in self.whole.samples() if self.split in (None, sample.split)]
+
+    def status(self, key: str) -> Status | None:
+        return self.whole.status(key)
+
+    def read(self, key: str) -> bytes:
+        return self.whole.read(key)
+
+    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+        return self.whole.encoded(key)
+
+
+def open_labelled(path: Path, split: str | None) -> tuple[Source, DataConfig]:
+    """Opens a folder, a CSV file or a pack of pictures to be measured, as one set.
 
     Args:
-        path: A folder, or a CSV file by its suffix; the layouts are those of training's data.
+        path: A folder, a CSV file by its suffix, or the folder of a pack; the layouts are those of training's data.
         split: Takes only this one of the splits that the data bring; None takes all pictures.
+
+    Returns:
+        The pictures, and what to scan them by.
 
     Raises:
         DataError: The layout is not understood, or the data bring no such split.
     """
-    source = open_csv(path) if path.suffix.lower() == ".csv" else open_folder(path)
-    rows = tuple(row._replace(split=None) for row in source.rows if split in (None, row.split))
-    if not rows:
+    folder = "pack" if (path / DESCRIPTION).is_file() else "folder"
+    config = DataConfig(source="csv" if path.suffix.lower() == ".csv" else folder, path=path, group_near_duplicates=False)
+    part = Part(open_source(config), split)
+    if not part.samples():
         raise DataError(f"{path}: the data bring no split {split}; leave --split out to measure all pictures")
-    return replace(source, rows=rows)
+    return part, config
 
 
-def scan_labelled(source: FileSource, progress: Callable[[int, int], None]) -> Manifest:
+def scan_labelled(source: Source, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
     """Reads and decodes every picture, as training does first; all of them belong to the split `SPLIT`.
 
     Raises:
         DataError: Pictures cannot be read; all of these are named.
     """
-    config = DataConfig(source="folder", path=source.root, group_near_duplicates=False)
     manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
 

@@ -1,10 +1,12 @@
 """A name in MLflow's model registry: its versions, and the one of them that is the champion."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RunError
-from pipeline.training.mlflow_store import explained
+from pipeline.training.mlflow_store import alone_with, explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +32,12 @@ class Registry:
     def __init__(self, client: "MlflowClient", uri: str, name: str) -> None:
         """Takes MLflow and its address; nothing is contacted yet."""
         self.name, self._client, self._uri = name, client, uri
+
+    @contextmanager
+    def contest(self) -> Iterator[None]:
+        """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by."""
+        with alone_with(self._uri):
+            yield
 
     def champion(self) -> Version | None:
         """The version that has the alias; None where none has.
