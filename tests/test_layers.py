@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from pipeline.model.efficientnet import KERAS_LAYERS, LayerTypes, efficientnet, plain_copy
 from pipeline.scaling import from_multipliers
-from pipeline.training.layers import FusedBatchNormalization, layer_types
+from pipeline.training.layers import FusedActivation, FusedBatchNormalization, SplitDepthwiseConv2D, layer_types, leave_to_xla
 from pipeline.training.runtime import Runtime
 
 
@@ -44,12 +44,59 @@ def test_fused_batch_normalisation_is_kerass_in_outputs_gradients_and_statistics
     assert moved == (training and trainable)
 
 
-def test_a_step_of_a_whole_network_is_the_same_with_it_and_what_is_saved_holds_kerass_layers() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_swish_is_kerass_in_outputs_and_gradients(dtype: str) -> None:
+    x = np.concatenate([np.linspace(-30, 30, 2001), [-1e4, -100, 100, 1e4]]).astype(np.float32)
+    results = []
+    for kind in (keras.layers.Activation, FusedActivation):
+        inputs = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = kind("swish", dtype=dtype)(inputs)
+        results.append((outputs, tape.gradient(outputs, inputs)))
+    (output, expected), (found_output, found) = results
+    np.testing.assert_array_equal(found_output, output)
+    rounding = {"float32": 2e-6, "mixed_bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+    assert np.isfinite(found).all()
+
+
+def test_another_activation_is_left_alone() -> None:
+    x = tf.constant([-1.0, 3.0, 9.0])
+    np.testing.assert_array_equal(FusedActivation("relu6")(x), [0, 3, 6])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(("size", "stride"), [(5, 1), (5, 2), (3, 1)])
+@pytest.mark.parametrize(("height", "width"), [(9, 12), (7, 7), (4, 3), (1, 2)])
+def test_the_depthwise_convolution_is_kerass_in_outputs_and_gradients(size: int, stride: int, height: int, width: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(3, height, width, 6)).astype(np.float32), rng.normal(size=(size, size, 6, 1))
+    results = []
+    for kind in (keras.layers.DepthwiseConv2D, SplitDepthwiseConv2D):
+        layer = kind(size, stride, padding="same", use_bias=False, dtype=dtype)
+        layer.build(x.shape)
+        layer.set_weights([kernel])
+        inputs = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = tf.cast(layer(inputs), tf.float32)
+            total = tf.reduce_sum(tf.sin(outputs * 3))
+        results.append([outputs, *tape.gradient(total, [inputs, layer.kernel.value])])
+    rounding = {"float32": 1e-4, "mixed_bfloat16": 0.1}[dtype]
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding * float(np.abs(expected).max()))
+
+
+ALL = LayerTypes(norm=FusedBatchNormalization, activation=FusedActivation, dwconv=SplitDepthwiseConv2D)
+
+
+def test_a_step_of_a_whole_network_is_the_same_with_them_and_what_is_saved_holds_kerass_layers() -> None:
     variant = from_multipliers(0.25, 0.3, 32)
     x = tf.constant(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3)).astype(np.float32))
     labels = tf.one_hot(np.arange(16) % 4, 4)
     results = []
-    for types in (KERAS_LAYERS, LayerTypes(norm=FusedBatchNormalization)):
+    for types in (KERAS_LAYERS, ALL):
         model = efficientnet(variant, num_classes=4, dropout=0.0, survival=1.0, layer_types=types)
         model.get_layer("predictions").kernel.assign(model.get_layer("predictions").kernel * 100)
         with tf.GradientTape() as tape:
@@ -69,8 +116,29 @@ def test_a_step_of_a_whole_network_is_the_same_with_it_and_what_is_saved_holds_k
 
 
 @pytest.mark.parametrize(
-    ("synchronised", "compiled", "fused"), [(False, False, True), (False, True, False), (True, False, False), (True, True, False)]
+    ("synchronised", "compiled", "norm"), [(False, False, True), (False, True, False), (True, False, False), (True, True, False)]
 )
-def test_the_fused_operation_is_for_each_replica_s_own_statistics_without_xla(synchronised: bool, compiled: bool, fused: bool) -> None:
-    runtime = Runtime(tf.distribute.get_strategy(), "float32", compiled, sync_batch_norm=synchronised)
-    assert (layer_types(runtime).norm is FusedBatchNormalization) == fused
+def test_fused_operations_are_for_steps_without_xla_and_statistics_of_each_replicas_own(
+    synchronised: bool, compiled: bool, norm: bool
+) -> None:
+    types = layer_types(Runtime(tf.distribute.get_strategy(), "float32", compiled, sync_batch_norm=synchronised))
+    assert (types.norm is FusedBatchNormalization) == norm
+    assert (types.activation is FusedActivation) == (types.dwconv is SplitDepthwiseConv2D) == (not compiled)
+
+
+def test_a_network_that_is_left_to_xla_computes_by_kerass_operations() -> None:
+    model = efficientnet(from_multipliers(0.25, 0.3, 32), num_classes=4, layer_types=ALL)
+    special = {"FusedBatchNormV3", "SoftplusGrad"}
+
+    def operations() -> set[str]:
+        def step(x: tf.Tensor) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(model(x, training=True))
+            return tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+
+        graph = tf.function(step).get_concrete_function(tf.TensorSpec((2, 32, 32, 3))).graph
+        return {operation.type for operation in graph.get_operations()}
+
+    assert special <= operations()
+    leave_to_xla(model)
+    assert not special & operations()

@@ -66,6 +66,8 @@ class LayerTypes(NamedTuple):
 
     dropout: type[layers.Dropout] = layers.Dropout
     norm: type[layers.BatchNormalization] = layers.BatchNormalization
+    activation: type[layers.Activation] = layers.Activation
+    dwconv: type[layers.DepthwiseConv2D] = layers.DepthwiseConv2D
 
 
 KERAS_LAYERS = LayerTypes()
@@ -132,9 +134,9 @@ def efficientnet(
         )(x)
 
     def dwconv(x: keras.KerasTensor, name: str, size: int, stride: int) -> keras.KerasTensor:
-        return layers.DepthwiseConv2D(
-            size, stride, padding="same", use_bias=False, depthwise_initializer=kernel(name), dtype=dtype, name=name
-        )(x)
+        return layer_types.dwconv(size, stride, padding="same", use_bias=False, depthwise_initializer=kernel(name), dtype=dtype, name=name)(
+            x
+        )
 
     def norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return layer_types.norm(
@@ -142,7 +144,7 @@ def efficientnet(
         )(x)
 
     def norm_activate(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-        return layers.Activation(activation, dtype=dtype, name=f"{name}_activation")(norm(x, f"{name}_bn"))
+        return layer_types.activation(activation, dtype=dtype, name=f"{name}_activation")(norm(x, f"{name}_bn"))
 
     def squeeze_excite(x: keras.KerasTensor, name: str, squeezed: int) -> keras.KerasTensor:
         filters = x.shape[-1]
