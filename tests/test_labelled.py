@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.data.origins import SourceOrigin
 from pipeline.data.packing import Limit, pack
-from pipeline.data.sources import open_folder
+from pipeline.data.sources import FileSource, open_folder
 from pipeline.errors import DataError, WeightsError
 from pipeline.evaluation.labelled import SPLIT, align, open_labelled, scan_labelled
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
@@ -99,6 +99,16 @@ def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> 
     tables = [scan_labelled(*open_labelled(data, "test"), lambda done, of: None).table for data in (photos, tmp_path / "pack")]
     assert len(tables[0]) == 2
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_measuring_a_split_leaves_what_is_known_of_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan_labelled(*open_labelled(photos, None), lambda done, of: None)
+    Image.new("RGB", (40, 40), "white").save(photos / "test" / "cat" / "3.png")
+    scan_labelled(*open_labelled(photos, "test"), lambda done, of: None)
+    read: list[str] = []
+    monkeypatch.setattr(FileSource, "read", lambda self, key: read.append(key))
+    scan_labelled(*open_labelled(photos, None), lambda done, of: None)
+    assert read == []
 
 
 def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:

@@ -31,7 +31,7 @@ def test_every_image_comes_once_in_a_pass(count: int, seed: int, first: int) -> 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_all_orders_are_equally_likely(count: int) -> None:
-    """By chi-square over passes, and over seeds."""
+    """By chi-square over the passes of one seed, and over those of ten."""
     expected, number = 200, factorial(count)
     passes = orders(count, 7, expected * number)
     seeds = np.concatenate([orders(count, seed, expected // 10 * number) for seed in range(10)])
@@ -39,6 +39,13 @@ def test_all_orders_are_equally_likely(count: int) -> None:
         counts = np.array([Counter(map(tuple, rows))[order] for order in {tuple(row) for row in rows}])
         assert len(counts) == number
         assert chi2.sf(((counts - expected) ** 2 / expected).sum(), number - 1) > 0.001
+
+
+def test_the_first_orders_of_many_seeds_are_equally_likely() -> None:
+    rows = [tuple(shuffled(tf.range(3, dtype=tf.int64), 3, seed)[1].numpy()) for seed in range(300)]
+    counts = np.array(list(Counter(rows).values()))
+    assert len(counts) == 6
+    assert chi2.sf(((counts - 50) ** 2 / 50).sum(), 5) > 0.001
 
 
 def test_long_orders_have_no_structure() -> None:

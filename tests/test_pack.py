@@ -206,7 +206,7 @@ def test_a_pack_that_was_cut_off_goes_on_with_the_shards_that_are_whole(photos: 
     for key in ("cat/08.jpg", "dog/07.jpg"):
         stop_at[:] = [key]
         with pytest.raises(KeyboardInterrupt):
-            make(Halting(source.root, source.class_names, source.rows), folder, 3)
+            make(Halting(source.root, source.class_names, source.samples()), folder, 3)
         assert [path.name for path in folder.iterdir()] == [".packing"], "nothing is seen that is not finished"
         with pytest.raises(DataError, match="holds no finished pack"):
             open_pack(folder)

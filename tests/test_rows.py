@@ -1,4 +1,4 @@
-"""Rows in a mapped file: those of the manifest, in no memory of their own."""
+"""Rows in a mapped file: those of the manifest; the file has no name, and goes when they go."""
 
 import gc
 import tempfile
@@ -52,6 +52,14 @@ def test_more_rows_than_are_written_at_once() -> None:
     indices = np.arange(AT_ONCE + 5, dtype=np.int64)[::-1]
     places = np.array([0, AT_ONCE - 1, AT_ONCE, AT_ONCE + 4])
     check(manifest, mapped_rows(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
+
+
+def test_a_column_in_several_pieces() -> None:
+    manifest = manifest_of(["a", "bc", "d"])
+    table = pd.concat([manifest.table] * 3, ignore_index=True)
+    indices = np.array([8, 1, 4, 6])
+    for some in (indices, np.arange(9)):
+        check(Manifest(manifest.class_names, table), mapped_rows(Manifest(manifest.class_names, table), some)(tf.range(len(some))), some)
 
 
 def test_the_file_has_no_name_and_goes_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

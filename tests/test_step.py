@@ -247,6 +247,42 @@ def test_statistics_of_each_replicas_own_are_kept_as_their_mean():
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+EVERY_OPTIMIZER = """
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from test_step import batch, make_config, small_network
+from pipeline.training.optimizer import MovingAverage, build_optimizer
+from pipeline.training.runtime import set_up
+from pipeline.training.step import Totals, TrainStep
+for name in ("rmsprop", "sgd", "adamw"):
+    found = []
+    for runtime in ({"strategy": "one"}, {"strategy": "mirrored"}, {"strategy": "one", "xla": True}):
+        config = make_config(optimizer={"name": name, "weight_decay": 0.1}, train={"global_batch_size": 8}, runtime=runtime)
+        runtime = set_up(config)
+        with runtime.strategy.scope():
+            model = small_network(batch_norm=False)
+            start = [variable.numpy() for variable in model.trainable_variables]
+            optimizer, average = build_optimizer(config.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9)
+            step = TrainStep(model, optimizer, average, Totals(), config, runtime)
+        for one in runtime.feed(tf.data.Dataset.from_tensors(batch()).repeat(3)):
+            step(one, 0.01)
+        found.append([variable.numpy() for variable in [*model.trainable_variables, *average.variables, *optimizer.variables]])
+        moved = [np.abs(after - before).max() for after, before in zip(found[-1], start)]
+        assert min(moved) > 1e-4, (name, moved)
+    for other in found[1:]:
+        for expected, value in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-5, err_msg=name)
+"""
+
+
+def test_every_optimizer_moves_the_weights_alike_on_two_devices_and_by_xla():
+    command = [sys.executable, "-c", EVERY_OPTIMIZER]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    ran = subprocess.run(command, cwd=PROJECT / "tests", env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     config = make_config(train={"global_batch_size": 8}, runtime={"precision": "bfloat16"})
     runtime = set_up(config)

@@ -263,7 +263,7 @@ def test_starting_late_does_not_decode_what_it_skips() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
-    """The table of so many has 50 MB; it lies in a mapped file, and nothing makes a copy of it."""
+    """The table of so many has 68 MB; it lies in a mapped file, and nothing makes a copy of it."""
     manifest, source = make(10)
 
     def used(repeats: int) -> int:
@@ -275,8 +275,8 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
         return anonymous_bytes() - before
 
     used(1)
-    few, many = used(7_000), used(60_000)
-    assert many - few < 10 * 2**20
+    few, many = used(7_000), used(120_000)
+    assert many - few < 16 * 2**20  # what the process holds moves by some MiB of itself
 
 
 def anonymous_bytes() -> int:

@@ -85,6 +85,7 @@ def scan(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     fewest_classes: int = 2,
+    whole: bool = True,
 ) -> Manifest:
     """The manifest that a run trains on.
 
@@ -94,11 +95,12 @@ def scan(
         seed: Of the splits.
         progress: Called with the number of pictures done and of all, from the calling thread.
         fewest_classes: That must have pictures; to learn, two.
+        whole: Whether the source is all of the data set that `config` names, and not a part of it.
 
     Raises:
         DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of these are named.
     """
-    examination = examine(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes)
+    examination = examine(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
     if examination.errors or examination.manifest is None:
         raise DataError("\n".join(map(str, examination.errors)))
     return examination.manifest
@@ -111,6 +113,7 @@ def examine(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     fewest_classes: int = 2,
+    whole: bool = True,
 ) -> Examination:
     """Decodes every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
 
@@ -120,12 +123,13 @@ def examine(
         seed: Of the splits.
         progress: As of `scan`.
         fewest_classes: As of `scan`.
+        whole: As of `scan`.
     """
     samples, classes = source.samples(), len(source.class_names)
     labelled = [sample for sample in samples if 0 <= sample.label < classes]
     if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
         return Examination(None, hopeless)
-    facts, problems = inspect_all(source, samples, ScanCache(config.path), progress)
+    facts, problems = inspect_all(source, samples, ScanCache(config.path), progress, whole=whole)
     for i, sample in enumerate(samples):
         if not 0 <= sample.label < classes:
             problems[i] = f"has the label {sample.label}; valid are 0 to {classes - 1}"

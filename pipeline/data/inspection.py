@@ -145,7 +145,12 @@ def _reason(error: Exception) -> str:
 
 
 def inspect_all(
-    source: Source, samples: Sequence[Sample], cache: ScanCache, progress: Callable[[int, int], None] | None = None
+    source: Source,
+    samples: Sequence[Sample],
+    cache: ScanCache,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    whole: bool = True,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Inspects every sample, in threads, with a bounded number of files in memory. What the cache knows is not read again.
 
@@ -154,6 +159,7 @@ def inspect_all(
         samples: N of them.
         cache: Asked for every file before it is read, and given what was found; also what was found when the scan is interrupted.
         progress: Called with the number of pictures done and of all, from the calling thread.
+        whole: Whether these are all samples of the data set; the cache then forgets what it knows of others.
 
     Returns:
         FACTS (N,), and for each sample that cannot be used its position and the reason; its facts are zeros.
@@ -177,7 +183,7 @@ def inspect_all(
                         progress(done, len(samples))
     finally:
         pool.shutdown(cancel_futures=True)
-        cache.save(facts, whole=done == len(samples))
+        cache.save(facts, whole=whole and done == len(samples))
     return facts, problems
 
 

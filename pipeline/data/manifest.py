@@ -104,7 +104,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
         """The manifest that gave these bytes."""
-        rows = pq.read_table(io.BytesIO(content))
+        rows = pq.read_table(io.BytesIO(content)).combine_chunks()  # of many, each look at some rows would join them all
         lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
         left_out = tuple(LeftOut(*row) for row in lists["left_out"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)

@@ -71,7 +71,7 @@ def _write(manifest: Manifest, indices: np.ndarray, text: IO[bytes], numbers: IO
     written = 0
     for first in range(0, len(indices), AT_ONCE):
         some = indices[first : first + AT_ONCE]
-        keys = pa.array(manifest.table["key"].iloc[some], pa.large_string())
+        keys = pa.table({"key": manifest.table["key"].iloc[some]})["key"].cast(pa.large_string()).combine_chunks()
         _, offsets, characters = keys.buffers()
         ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]
         text.write(characters[int(ends[0]) : int(ends[-1])])

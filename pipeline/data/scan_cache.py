@@ -70,7 +70,8 @@ class ScanCache:
 
         Args:
             facts: What a scan found.
-            whole: Whether it came to its end. If so, they take the place of what was known; else they are added to it.
+            whole: Whether it was of the whole data set, and came to its end. If so, they take the place of what was known; else they are
+                added to it.
         """
         if self._path is None or not self._news:
             return

@@ -15,11 +15,11 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 from PIL import Image
 
@@ -125,16 +125,17 @@ def listing(problems: Sequence[str], limit: int = 20) -> str:
     return "\n".join([*(f"  {problem}" for problem in problems[:limit]), *rest])
 
 
-@dataclass(frozen=True)
 class FileSource:
     """Image files under one root."""
 
-    root: Path
-    class_names: tuple[str, ...]
-    rows: tuple[Sample, ...]
+    def __init__(self, root: Path, class_names: tuple[str, ...], samples: Sequence[Sample]) -> None:
+        self.root, self.class_names = root, class_names
+        # Millions of Python's strings and tuples would take several times the memory.
+        kinds = (pa.string(), pa.int32(), pa.string())
+        self._columns = [pa.array([sample[number] for sample in samples], kind) for number, kind in enumerate(kinds)]
 
     def samples(self) -> list[Sample]:
-        return list(self.rows)
+        return list(map(Sample, *(column.to_pylist() for column in self._columns)))
 
     def status(self, key: str) -> Status:
         status = (self.root / key).stat()
@@ -214,7 +215,7 @@ def open_folder(root: Path) -> FileSource:
     unreadable = [ascii(row.key) for row in rows if not _is_utf8(row.key)]
     if unreadable:
         raise DataError(f"{len(unreadable)} file names are not UTF-8:\n{listing(unreadable)}\nRename them.")
-    return FileSource(root, tuple(names), tuple(rows))
+    return FileSource(root, tuple(names), rows)
 
 
 def _class_parents(root: Path) -> dict[Path, str | None]:
@@ -296,7 +297,7 @@ def open_csv(path: Path) -> FileSource:
     rows = [
         Sample(_key(path.parent, row["path"]), labels[row["label"]], SPLIT_NAMES[row["split"]] if has_splits else None) for _, row in lines
     ]
-    return FileSource(path.parent, tuple(names), tuple(rows))
+    return FileSource(path.parent, tuple(names), rows)
 
 
 def _key(root: Path, path: str) -> str:

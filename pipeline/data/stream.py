@@ -73,18 +73,18 @@ def training_stream(
 
     Raises:
         ConfigError: If the augmentation cannot be built.
-        DataError: If the split is empty.
+        DataError: If the split is empty, or its table cannot be written.
     """
     rows = _rows(manifest, "train")
     batch_size, workers = config.train.batch_size, workers or _workers(config)
-    part = batch_size // share.of
+    part, count = batch_size // share.of, len(rows)
     look_up, classes, settings = mapped_rows(manifest, rows), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
     randomly = randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude) if augmented and settings.randaugment else None
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
-        passes, place = shuffled(position, len(rows), config.seed)
+        passes, place = shuffled(position, count, config.seed)
         return passes, look_up(place)
 
     @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
@@ -131,7 +131,7 @@ def feature_stream(
         (B,), index int64 (B,).
     """
     rows, batch_size = _rows(manifest, "train"), config.train.batch_size
-    part = batch_size // share.of
+    part, count = batch_size // share.of, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
         labels = tf.constant(manifest.table["label"].to_numpy(np.int32)[rows])
@@ -139,7 +139,7 @@ def feature_stream(
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tf.Tensor:
-        return shuffled(position, len(rows), config.seed)[1]
+        return shuffled(position, count, config.seed)[1]
 
     @tf.autograph.experimental.do_not_convert
     def load(place: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -178,16 +178,16 @@ def evaluation_stream(
         images of weight 0, index -1 and labels of zeros.
 
     Raises:
-        DataError: If the split is empty.
+        DataError: If the split is empty, or its table cannot be written.
     """
     rows = _rows(manifest, split) if rows is None else rows
     look_up, classes = mapped_rows(manifest, rows), len(manifest.class_names)
     resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
-    part, batches = batch_size // share.of, -(-len(rows) // batch_size)
+    part, count, batches = batch_size // share.of, len(rows), -(-len(rows) // batch_size)
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
-        return position < len(rows), look_up(tf.minimum(position, len(rows) - 1))
+        return position < count, look_up(tf.minimum(position, count - 1))
 
     def picture(row: Rows) -> tuple[tf.Tensor, ...]:
         image = decode(source.encoded(row.key), row.orientation)

@@ -43,7 +43,7 @@ class Part:
         return self.whole.encoded(key)
 
 
-def open_labelled(path: Path, split: str | None) -> tuple[Source, DataConfig]:
+def open_labelled(path: Path, split: str | None) -> tuple[Part, DataConfig]:
     """Opens a folder, a CSV file or a pack of pictures to be measured, as one set.
 
     Args:
@@ -64,13 +64,13 @@ def open_labelled(path: Path, split: str | None) -> tuple[Source, DataConfig]:
     return part, config
 
 
-def scan_labelled(source: Source, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
+def scan_labelled(source: Part, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
     """Reads and decodes every picture, as training does first; all of them belong to the split `SPLIT`.
 
     Raises:
         DataError: Pictures cannot be read; all of these are named.
     """
-    manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1)
+    manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1, whole=source.split is None)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
 
 

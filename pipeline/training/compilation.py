@@ -18,7 +18,8 @@ from pipeline.training.loop import Stage
 from pipeline.training.progress import duration
 from pipeline.training.runtime import Runtime
 
-# Estimates are scaled from B0 at 224 pixels in batches of 256, in bfloat16, without XLA by FusedBatchNormalization: one H100, 16 cores.
+# Estimates are scaled from B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores; without XLA, batch normalisation
+# alone was fused.
 MULTIPLY_ADDS_PER_SECOND = 1_468 * 0.39e9  # without XLA
 GAIN = 7_446 / 1_468  # of XLA, in images per second
 SECONDS_PER_BLOCK = 180 / 16  # of compilation; micro-batches are compiled one by one
@@ -32,7 +33,7 @@ def seconds_saved(steps: int, *, plain: float, compiled: float, compilation: flo
 def settle_xla(
     config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[Stage], *, before: Config | None = None
 ) -> tuple[Config, Runtime, str]:
-    """Replaces `runtime.xla: auto` by a decision. Where that is to compile, `model` leaves batch normalisation to XLA from here on.
+    """Replaces `runtime.xla: auto` by a decision. Where that is to compile, `model` leaves to XLA what it else fuses itself.
 
     Args:
         config: Of the run, all else being settled. Comes back as it is where it says true or false.

@@ -1,4 +1,4 @@
-"""What a resumed run must agree with: the config, the classes, the data and the number of replicas of its checkpoint."""
+"""What a resumed run must agree with: the config, the classes, the data, their order and the number of replicas of its checkpoint."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
 def check_identity(
     checkpoint: Path, identity: Mapping[str, Any], allowed: Sequence[str] = (), *, details: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Refuses to go on with another config, other data or another number of replicas than the checkpoint's.
+    """Refuses to go on with another config, other data, another order or another number of replicas than the checkpoint's.
 
     Args:
         checkpoint: A verified one.

@@ -1,6 +1,7 @@
 """Layers that compute what Keras's do and are put in their place for training only: a saved model holds Keras's (`plain_copy`)."""
 
 import os
+import platform
 from collections.abc import Callable
 
 import keras
@@ -81,7 +82,7 @@ class FusedActivation(keras.layers.Activation):
 
 @tf.custom_gradient
 def _swish(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    y = x * tf.sigmoid(x)  # TensorFlow makes one operation of it
+    y = x * tf.sigmoid(x)  # one operation of oneDNN's on CPUs
 
     def gradient(dy: tf.Tensor) -> tf.Tensor:
         return tf.raw_ops.SoftplusGrad(gradients=dy * (1 + (x - y)), features=x)
@@ -137,7 +138,8 @@ def layer_types(runtime: Runtime) -> LayerTypes:
     types = LayerTypes(dropout=PerReplicaDropout, activation=FusedActivation)
     if not runtime.sync_batch_norm:
         types = types._replace(norm=FusedBatchNormalization)
-    by_onednn = not tf.config.list_logical_devices("GPU") and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    by_onednn = platform.machine() == "x86_64" and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    by_onednn &= not tf.config.list_logical_devices("GPU")
     return types._replace(dwconv=SplitDepthwiseConv2D) if by_onednn else types
 
 

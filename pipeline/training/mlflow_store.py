@@ -54,13 +54,13 @@ def database_of(uri: str) -> Path | None:
 
 
 @contextmanager
-def alone_with(uri: str) -> Iterator[None]:
-    """Keeps other processes off an SQLite file: two that make its tables at once break it."""
+def alone_with(uri: str, lock: str = ".lock") -> Iterator[None]:
+    """Lets one process at a time do a thing with an SQLite file; two that make its tables at once break it."""
     if (database := database_of(uri)) is None:
         yield
     else:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):
+        with FileLock(f"{database}{lock}"):
             yield
 
 

@@ -56,18 +56,17 @@ class Adam(keras.optimizers.Adam):
             (len(variables),), initializer="zeros", dtype="int64", aggregation="only_first_replica", name="updates"
         )
 
-    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
-        """Moves `variable` by Keras's rule, with the correction for its own number of updates in place of the run's number of steps.
-
-        `advance` comes before.
-        """
+    def update_step(
+        self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor, beta_1_power: tf.Tensor, beta_2_power: tf.Tensor
+    ) -> None:
+        """Moves `variable` by Keras's rule, by what `advance` gives for it."""
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].handle,
             v=self._velocities[index].handle,
-            beta1_power=self._powers[0][index],
-            beta2_power=self._powers[1][index],
+            beta1_power=beta_1_power,
+            beta2_power=beta_2_power,
             lr=learning_rate,
             beta1=self.beta_1,
             beta2=self.beta_2,
@@ -75,13 +74,19 @@ class Adam(keras.optimizers.Adam):
             grad=gradient,
         )
 
-    def advance(self, variables: Sequence[keras.Variable]) -> None:
-        """Counts the update of `variables` that follows, and works out the powers of the decays (arXiv 1412.6980) that it needs."""
+    def advance(self, variables: Sequence[keras.Variable]) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Counts the update of `variables` that follows.
+
+        Returns:
+            For each, beta_1 and beta_2 to the power of the number of its updates, float32 scalars: the correction for moments that start at
+            zero (arXiv 1412.6980).
+        """
+        indices = [self._get_variable_index(variable) for variable in variables]
         moved = np.zeros(self._updates.shape, np.int64)
-        moved[[self._get_variable_index(variable) for variable in variables]] = 1
+        moved[indices] = 1
         self._updates.assign_add(moved)
-        number = tf.cast(self._updates.value, tf.float32)
-        self._powers = tf.unstack(self.beta_1**number), tf.unstack(self.beta_2**number)
+        number = tf.gather(tf.cast(self._updates.value, tf.float32), indices)
+        return list(zip(tf.unstack(self.beta_1**number), tf.unstack(self.beta_2**number), strict=True))
 
 
 def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
@@ -186,10 +191,13 @@ class MovingAverage:
         """
         step = tf.cast(step, tf.float32)
         rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
+
+        def update(average: tf.Variable, variable: tf.Tensor) -> None:
+            apart = average - variable
+            tf.raw_ops.ResourceApplyGradientDescent(var=average.handle, alpha=tf.cast(rate, apart.dtype), delta=apart)  # one pass for two
+
         for variable, average in self._pairs():
-            strategy.extended.update(
-                average, lambda a, v: a.assign_sub((a - v) * tf.cast(rate, a.dtype)), args=(variable.value,), group=False
-            )
+            strategy.extended.update(average, update, args=(variable.value,), group=False)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

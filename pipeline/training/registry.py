@@ -1,7 +1,7 @@
 """A name in MLflow's model registry: its versions, and the one of them that is the champion."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,8 +35,14 @@ class Registry:
 
     @contextmanager
     def contest(self) -> Iterator[None]:
-        """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by."""
-        with alone_with(self._uri):
+        """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by.
+
+        Raises:
+            ConfigError: If the file's folder does not take a lock.
+        """
+        with ExitStack() as held:
+            with explained(self._uri):
+                held.enter_context(alone_with(self._uri, ".contest.lock"))
             yield
 
     def champion(self) -> Version | None:

@@ -146,16 +146,16 @@ class TrainStep:
     def _update(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
         """Moves the weights. `Optimizer.apply` cannot do it here: it needs the replica context, where it may not be conditional."""
 
-        def update(variable: tf.Variable, gradient: tf.Tensor, decay: float, factor: float) -> None:
+        def update(variable: tf.Variable, gradient: tf.Tensor, powers: Sequence[tf.Tensor], decay: float, factor: float) -> None:
             rate = learning_rate * factor
             if self._decoupled and decay:
                 variable.assign_sub(rate * decay * variable)
-            self._optimizer.update_step(gradient, variable, rate)
+            self._optimizer.update_step(gradient, variable, rate, *powers)
 
-        if isinstance(self._optimizer, Adam):
-            self._optimizer.advance(self._trainable)
-        for gradient, variable, *constants in zip(gradients, self._trainable, self._weight_decay, self._rate_factors, strict=True):
-            self._strategy.extended.update(variable.value, update, args=(gradient, *constants), group=False)
+        adam = isinstance(self._optimizer, Adam)
+        powers = self._optimizer.advance(self._trainable) if adam else [()] * len(self._trainable)
+        for variable, *arguments in zip(self._trainable, gradients, powers, self._weight_decay, self._rate_factors, strict=True):
+            self._strategy.extended.update(variable.value, update, args=tuple(arguments), group=False)
         self._optimizer.iterations.assign_add(1)
 
     def _gradients(

@@ -16,6 +16,7 @@ from pipeline.training.hooks import Hook
 from pipeline.training.runtime import Runtime, processor
 
 TIMED_STEPS = 20
+STEP = 2  # to be raised when a step is computed otherwise, so that older times do not count
 
 
 class StepTimes(Hook):
@@ -60,8 +61,8 @@ def key(config: Config, runtime: Runtime, stage: StageConfig) -> str:
     variant, train = config.variant, config.train
     pictures = hashlib.sha256(repr((config.data, config.augment, stage.augment)).encode()).hexdigest()[:8]
     return (
-        f"{processor()}, {variant.name} at {variant.resolution} px, {runtime.dtype}, {train.batch_size} images in {train.accumulation} "
-        f"micro-batches, training {stage.trainable}, pictures {pictures}"
+        f"step {STEP} on {processor()}, {variant.name} at {variant.resolution} px, {runtime.dtype}, {train.batch_size} images in "
+        f"{train.accumulation} micro-batches, training {stage.trainable}, pictures {pictures}"
     )
 
 
