@@ -59,7 +59,7 @@ def open_labelled(path: Path, split: str | None) -> tuple[Part, DataConfig]:
     folder = "pack" if (path / DESCRIPTION).is_file() else "folder"
     config = DataConfig(source="csv" if path.suffix.lower() == ".csv" else folder, path=path, group_near_duplicates=False)
     part = Part(open_source(config), split)
-    if not part.samples():
+    if split is not None and not part.samples():
         raise DataError(f"{path}: the data bring no split {split}; leave --split out to measure all pictures")
     return part, config
 
