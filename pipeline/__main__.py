@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from pipeline.screen import Screen, run_program
+from pipeline.console import Screen, run_program
 
 PROGRAMS = {
     "bench": "how fast a config trains: step, stream and both; against plain Keras",
@@ -13,7 +13,7 @@ PROGRAMS = {
     "export": "a run's network as SavedModel, LiteRT, int8 LiteRT and ONNX, each proven equal to it",
     "pack": "a data set as a few large files that are read in any order; TFRecord files, too",
     "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
-    "serve": "pictures decoded and augmented here for a run on another machine",
+    "data-server": "pictures decoded and augmented here for a run on another machine",
 }
 
 
@@ -24,7 +24,7 @@ def main(screen: Screen) -> int:
     for name, purpose in PROGRAMS.items():
         programs.add_parser(name, help=purpose)
     program = parser.parse_args(sys.argv[1:2]).program
-    return import_module(f"pipeline.commands.{program}").main(sys.argv[2:], screen)
+    return import_module(f"pipeline.cli.{program.replace('-', '_')}").main(sys.argv[2:], screen)
 
 
 if __name__ == "__main__":

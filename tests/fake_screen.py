@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.screen import Screen
+from pipeline.console import Screen
 
 
 class FakeScreen(Screen):

@@ -31,8 +31,18 @@ from typing import Any
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))
-TRAIN_STEP, TRAINING_STREAM = "pipeline.training.step:TrainStep.__call__", "pipeline.data.stream:training_stream"
-LIBRARIES = ("tensorflow", "keras", "train", "albumentations", "pipeline.evaluation.report", "pipeline.training.loop")
+TRAIN_STEP, TRAINING_STREAM = (
+    "pipeline.training.train_step:TrainStep.__call__",
+    "pipeline.data.input_pipeline:training_stream",
+)
+LIBRARIES = (
+    "tensorflow",
+    "keras",
+    "pipeline.cli.train",
+    "albumentations",
+    "pipeline.evaluation.report.tables",
+    "pipeline.training.trainer",
+)
 
 
 class Steps:
@@ -73,11 +83,15 @@ def set_trap(trap: dict[str, Any], marker: Path) -> None:
     def come_by(arguments: tuple[Any, ...]) -> None:
         nonlocal calls
         texts = [str(argument) for argument in arguments if isinstance(argument, str | os.PathLike)]
-        fits = trap.get("steps", Steps.taken) == Steps.taken and ("match" not in trap or any(trap["match"] in text for text in texts))
+        fits = trap.get("steps", Steps.taken) == Steps.taken and (
+            "match" not in trap or any(trap["match"] in text for text in texts)
+        )
         calls += fits
         if fits and calls == trap.get("call", 1):
             with marker.open("a") as file:
-                file.write(json.dumps({**trap, "process": os.getpid(), "steps": Steps.taken, "arguments": texts}) + "\n")
+                file.write(
+                    json.dumps({**trap, "process": os.getpid(), "steps": Steps.taken, "arguments": texts}) + "\n"
+                )
                 file.flush()
                 os.fsync(file.fileno())
             act(trap["action"], arguments, marker)
@@ -142,8 +156,8 @@ def run(job: dict[str, Any]) -> None:
     """Becomes train.py; does not return."""
     import tensorflow as tf
 
-    import train
-    from pipeline.screen import run_program
+    from pipeline.cli import train
+    from pipeline.console import run_program
 
     os.chdir(job["folder"])
     if job["tf_config"] is not None:
@@ -167,7 +181,7 @@ def run(job: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Runs job after job."""
-    from pipeline.training.mlflow_store import import_mlflow
+    from pipeline.tracking.mlflow_store import import_mlflow
 
     import_mlflow()
     for module in LIBRARIES:

@@ -27,9 +27,9 @@ from launcher import PROJECT, TRAIN_STEP
 from launching import LauncherProcess
 from PIL import Image
 
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
+from pipeline.tracking.mlflow_store import import_mlflow
 from pipeline.training import checkpoint
-from pipeline.training.mlflow_store import import_mlflow
 
 pytestmark = pytest.mark.timeout(1200)
 SEED = 20
@@ -112,21 +112,35 @@ PRUNES = (6, 10, 14)  # there a checkpoint becomes superfluous that is not an ep
 AFTER_STEP = trap(TRAIN_STEP, "after")
 KILLED_IN_STEP = Fault("kill -9 in an epoch", STEPS, AFTER_STEP)
 KILLED_IN_FILE = {
-    file: Fault(f"kill -9 in the middle of writing {file}", SAVES, trap(SAVE, "before", "half", match=f".step-{{step:08d}}/{file}"))
+    file: Fault(
+        f"kill -9 in the middle of writing {file}",
+        SAVES,
+        trap(SAVE, "before", "half", match=f".step-{{step:08d}}/{file}"),
+    )
     for file in FILES
 }
-BEFORE_RENAME = Fault("kill -9 before the rename", SAVES, trap("pathlib:Path.rename", "before", match="/.step-{step:08d}"))
-AFTER_RENAME = Fault("kill -9 between rename and clean-up", SAVES, trap("pathlib:Path.rename", "after", match="/.step-{step:08d}"))
+BEFORE_RENAME = Fault(
+    "kill -9 before the rename", SAVES, trap("pathlib:Path.rename", "before", match="/.step-{step:08d}")
+)
+AFTER_RENAME = Fault(
+    "kill -9 between rename and clean-up", SAVES, trap("pathlib:Path.rename", "after", match="/.step-{step:08d}")
+)
 BEFORE_REMOVAL = Fault("kill -9 before a removal", PRUNES, trap("shutil:rmtree", "before", match="/.old-step-", call=2))
 IN_REMOVAL = Fault("kill -9 in a removal", PRUNES, trap("os:unlink", "after", match=".npz", call=2))
 BEFORE_VALIDATION = Fault("kill -9 at the start of validation", EPOCHS, trap(VALIDATION, "before"))
 IN_VALIDATION = Fault("kill -9 in validation", EPOCHS, trap(FIGURES, "before"))
 TERMINATED_IN_VALIDATION = Fault("SIGTERM in validation", EPOCHS, trap(FIGURES, "before", "term"), 143, "KILLED")
-BEFORE_STAGE = Fault("kill -9 in a change of stage", [STAGE], trap("pipeline.training.loop:set_trainable", "before"))
-IN_STAGE = Fault("kill -9 in a change of stage", [STAGE], trap("pipeline.training.step:TrainStep.__init__", "after"))
+BEFORE_STAGE = Fault("kill -9 in a change of stage", [STAGE], trap("pipeline.training.trainer:set_trainable", "before"))
+IN_STAGE = Fault(
+    "kill -9 in a change of stage", [STAGE], trap("pipeline.training.train_step:TrainStep.__init__", "after")
+)
 TERMINATED = Fault("SIGTERM in an epoch", STEPS, trap(TRAIN_STEP, "after", "term"), 143, "KILLED")
-TERMINATED_IN_SAVE = Fault("SIGTERM while saving", SAVES, trap(SAVE, "before", "term", match=".step-{step:08d}/average.npz"), 143, "KILLED")
-INTERRUPTED = Fault("SIGINT twice", STEPS, several(trap(TRAIN_STEP, "after", "int"), trap(TRAIN_STEP, "after", "int")), 130, "KILLED")
+TERMINATED_IN_SAVE = Fault(
+    "SIGTERM while saving", SAVES, trap(SAVE, "before", "term", match=".step-{step:08d}/average.npz"), 143, "KILLED"
+)
+INTERRUPTED = Fault(
+    "SIGINT twice", STEPS, several(trap(TRAIN_STEP, "after", "int"), trap(TRAIN_STEP, "after", "int")), 130, "KILLED"
+)
 INTERRUPTED_IN_SAVE = Fault(
     "SIGINT, and again while saving",
     STEPS,
@@ -139,19 +153,32 @@ FLIPPED = {
     for file in ("model.npz", "average.npz", "manifest.json")
 }
 SECOND_PROCESS = Fault("a second process, then kill -9", STEPS, several(trap(TRAIN_STEP, "after", "wait"), AFTER_STEP))
-IN_SCAN = Fault("kill -9 while the data are read", [0], trap("pipeline.data.check:scan", "before"))
+IN_SCAN = Fault("kill -9 while the data are read", [0], trap("pipeline.data.validation:scan", "before"))
 BEFORE_FIRST = Fault("kill -9 before the first checkpoint", [1], AFTER_STEP)
 IN_EVALUATION = Fault("kill -9 in the evaluation at the end", [END], trap(VALIDATION, "before", call=2))
-TERMINATED_IN_EVALUATION = Fault("SIGTERM in the evaluation at the end", [END], trap(VALIDATION, "before", "term", call=2), 143, "KILLED")
-BEFORE_END = Fault("kill -9 before the last rename", [END], trap("pathlib:Path.replace", "before", match="final.keras", call=2))
+TERMINATED_IN_EVALUATION = Fault(
+    "SIGTERM in the evaluation at the end", [END], trap(VALIDATION, "before", "term", call=2), 143, "KILLED"
+)
+BEFORE_END = Fault(
+    "kill -9 before the last rename", [END], trap("pathlib:Path.replace", "before", match="final.keras", call=2)
+)
 
 LIVES: dict[str, tuple[str, list[Fault]]] = {  # name -> variant, faults
     "files": ("one device", [IN_SCAN, *KILLED_IN_FILE.values(), IN_EVALUATION]),
-    "renames": ("one device", [BEFORE_FIRST, BEFORE_RENAME, AFTER_RENAME, BEFORE_REMOVAL, IN_REMOVAL, IN_VALIDATION, KILLED_IN_STEP]),
-    "signals": ("one device", [TERMINATED, INTERRUPTED, TERMINATED_IN_VALIDATION, IN_STAGE, INTERRUPTED_IN_SAVE, TERMINATED_IN_SAVE]),
+    "renames": (
+        "one device",
+        [BEFORE_FIRST, BEFORE_RENAME, AFTER_RENAME, BEFORE_REMOVAL, IN_REMOVAL, IN_VALIDATION, KILLED_IN_STEP],
+    ),
+    "signals": (
+        "one device",
+        [TERMINATED, INTERRUPTED, TERMINATED_IN_VALIDATION, IN_STAGE, INTERRUPTED_IN_SAVE, TERMINATED_IN_SAVE],
+    ),
     "damage": ("one device", [*FLIPPED.values(), SECOND_PROCESS, BEFORE_VALIDATION, BEFORE_END]),
     "steps": ("one device", [*[KILLED_IN_STEP] * 4, BEFORE_STAGE, IN_VALIDATION, TERMINATED_IN_EVALUATION]),
-    "two devices": ("two devices", [KILLED_IN_STEP, KILLED_IN_FILE["optimizer.npz"], TERMINATED_IN_VALIDATION, BEFORE_STAGE]),
+    "two devices": (
+        "two devices",
+        [KILLED_IN_STEP, KILLED_IN_FILE["optimizer.npz"], TERMINATED_IN_VALIDATION, BEFORE_STAGE],
+    ),
     "bfloat16": ("bfloat16", [TERMINATED, KILLED_IN_FILE["model.npz"], IN_VALIDATION, KILLED_IN_STEP]),
     "albumentations": ("albumentations", [INTERRUPTED, KILLED_IN_STEP, AFTER_RENAME, IN_STAGE]),
     "accumulation": ("accumulation", [KILLED_IN_STEP, KILLED_IN_FILE["totals.npz"], TERMINATED, FLIPPED["model.npz"]]),
@@ -181,11 +208,27 @@ class Launcher(LauncherProcess):
 
         self.client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
-    def start(self, run: str, *arguments: str, variant: str = "one device", traps: Sequence[dict] = (), poison: dict | None = None) -> None:
+    def start(
+        self,
+        run: str,
+        *arguments: str,
+        variant: str = "one device",
+        traps: Sequence[dict] = (),
+        poison: dict | None = None,
+    ) -> None:
         """Starts a process of a run; `ended` waits for its end."""
         self.marker(run).unlink(missing_ok=True)
         devices = 2 if variant == "two devices" else 1
-        self.launch(run, "--config", "config.yaml", *VARIANTS[variant], *arguments, traps=list(traps), poison=poison, devices=devices)
+        self.launch(
+            run,
+            "--config",
+            "config.yaml",
+            *VARIANTS[variant],
+            *arguments,
+            traps=list(traps),
+            poison=poison,
+            devices=devices,
+        )
 
     def run(self, run: str, *arguments: str, **keywords: Any) -> int:
         """Runs a process of a run to its end; returns its exit code."""
@@ -248,7 +291,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     for file in sorted(folder.glob("*.npz")):
         with np.load(file) as stored:
             found |= {
-                f"{file.stem}/{name}": f"{stored[name].dtype}{stored[name].shape}".encode() + stored[name].tobytes() for name in stored
+                f"{file.stem}/{name}": f"{stored[name].dtype}{stored[name].shape}".encode() + stored[name].tobytes()
+                for name in stored
             }
     manifest = json.loads((folder / "manifest.json").read_text())
     return found | {name: json.dumps(manifest[name]).encode() for name in checkpoint.PLAIN_FIELDS}
@@ -258,7 +302,9 @@ def weights(model: Path) -> dict[str, bytes]:
     """All weights of a .keras file, to the bit."""
     found: dict[str, bytes] = {}
     with zipfile.ZipFile(model) as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
-        file.visititems(lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None)
+        file.visititems(
+            lambda name, item: found.update({name: item[()].tobytes()}) if isinstance(item, h5py.Dataset) else None
+        )
     return found
 
 
@@ -295,7 +341,9 @@ def assert_ends_like(launcher: Launcher, run: str, whole: str) -> None:
 # --- the tests ---------------------------------------------------------------------------------------------------------------------
 
 
-def suffer(launcher: Launcher, run: str, whole: str, faults: Sequence[tuple[Fault, int]], *arguments: str, **keywords: Any) -> None:
+def suffer(
+    launcher: Launcher, run: str, whole: str, faults: Sequence[tuple[Fault, int]], *arguments: str, **keywords: Any
+) -> None:
     """Takes a run through faults, each behind its step, and compares it after each with the uninterrupted run."""
     directory, newest = launcher.folder / run, 0
     for fault, step in faults:
@@ -308,7 +356,9 @@ def suffer(launcher: Launcher, run: str, whole: str, faults: Sequence[tuple[Faul
 
         sprung = launcher.sprung(run)
         expected = [(one["function"], one["action"], step - newest) for one in traps]
-        assert [(one["function"], one["action"], one["steps"]) for one in sprung] == expected, f"{what}: ended elsewhere"
+        assert [(one["function"], one["action"], one["steps"]) for one in sprung] == expected, (
+            f"{what}: ended elsewhere"
+        )
         assert all(one["match"] in " ".join(one["arguments"]) for one in sprung if "match" in one), what
         if (directory / "mlflow.json").exists():
             assert launcher.mlflow_run(run).info.status == fault.status, what
@@ -329,7 +379,10 @@ def assert_a_second_process_is_refused(launcher: Launcher, run: str) -> None:
     while not launcher.sprung(run):
         time.sleep(0.05)
     before = {path: path.stat().st_mtime_ns for path in (launcher.folder / run).rglob("*") if path.suffix != ".txt"}
-    for arguments, message in ((["--resume"], "another process is at work on this run"), ([], "holds an unfinished run")):
+    for arguments, message in (
+        (["--resume"], "another process is at work on this run"),
+        ([], "holds an unfinished run"),
+    ):
         command = [sys.executable, str(PROJECT / "train.py"), "--config", "config.yaml", "--run-dir", run, *arguments]
         second = subprocess.run(command, cwd=launcher.folder, capture_output=True, text=True, timeout=60, check=False)
         assert (second.returncode, message in second.stderr) == (2, True), second.stderr
@@ -344,7 +397,7 @@ def flip_a_bit(file: Path) -> None:
 
 
 def test_the_network_has_every_kind_of_block_and_no_smaller_one_has(tmp_path):
-    from pipeline.model.efficientnet import efficientnet
+    from pipeline.models.efficientnet import efficientnet
 
     def kinds(depth: float) -> set[str]:
         (tmp_path / "config.yaml").write_text(CONFIG.replace("depth: 0.3", f"depth: {depth}"))
@@ -375,8 +428,13 @@ SHORT = ((KILLED_IN_FILE["optimizer.npz"], 2), (KILLED_IN_STEP, 5), (TERMINATED,
 def begun(launcher: Launcher) -> str:
     """A run that was not interrupted up to the end of its first stage, with a checkpoint for every step."""
     name = "begun"
-    traps = [{"function": "pipeline.training.loop:set_trainable", "when": "before", "action": "kill", "steps": STAGE}]
-    assert launcher.run(name, "train.checkpoint_every_steps=1", "train.keep_checkpoints=1000", traps=traps) == -signal.SIGKILL
+    traps = [
+        {"function": "pipeline.training.trainer:set_trainable", "when": "before", "action": "kill", "steps": STAGE}
+    ]
+    assert (
+        launcher.run(name, "train.checkpoint_every_steps=1", "train.keep_checkpoints=1000", traps=traps)
+        == -signal.SIGKILL
+    )
     assert assert_checkpoints_are_those_of(launcher.folder / name, launcher.folder / name) == STAGE
     return name
 
@@ -403,7 +461,9 @@ def test_the_comparison_sees_one_bit_of_any_variable(launcher, begun, tmp_path, 
     with np.load(file) as stored:
         values = {name: stored[name] for name in stored}
     kinds = ("moving_variance", "seed_generator", "momentum", "")
-    for name in {next(name for name in values if kind in name) for kind in kinds if any(kind in name for name in values)}:
+    for name in {
+        next(name for name in values if kind in name) for kind in kinds if any(kind in name for name in values)
+    }:
         changed = values[name].copy()
         changed.reshape(-1).view(np.uint8)[0] ^= 1
         np.savez(file, allow_pickle=False, **{**values, name: changed})
@@ -455,7 +515,14 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
     (launcher.folder / "photos" / "class 3").rename(launcher.folder / "photos" / "class 2")
     assert {path: path.read_bytes() for path in before} == before, "a refusal changes nothing"
 
-    allowed = [*change, "--allow-change", "optimizer", "--allow-change", "train.label_smoothing", "train.keep_checkpoints=5"]
+    allowed = [
+        *change,
+        "--allow-change",
+        "optimizer",
+        "--allow-change",
+        "train.label_smoothing",
+        "train.keep_checkpoints=5",
+    ]
     assert launcher.run(survivor, "--resume", *allowed, traps=TERMINATED.traps(8)) == 143
     newest, _ = checkpoint.newest_verified(directory / "checkpoints")
     assert newest == directory / "checkpoints" / "step-00000008"
@@ -496,7 +563,10 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
     folder, resize = small_disk
     whole = launcher.whole("one device")
     (folder.parent / "config.yaml").write_text(load_config(launcher.folder / "config.yaml").to_yaml())
-    assert launcher.run("full", "--resume", traps=[{"steps": 5, **one} for one in KILLED_IN_STEP.traps(5)]) == -signal.SIGKILL
+    assert (
+        launcher.run("full", "--resume", traps=[{"steps": 5, **one} for one in KILLED_IN_STEP.traps(5)])
+        == -signal.SIGKILL
+    )
     size = sum(file.stat().st_size for file in (folder / "step-00000004").iterdir())
     resize(2 * size + size // 2)
     assert launcher.run("full", "--resume") == 1
@@ -527,7 +597,13 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
             "rollback",
             {"step": 11, "above": 0.02},
             [
-                {"function": "shutil:rmtree", "when": "before", "action": "kill", "match": "/.old-step-00000010", "call": 2},
+                {
+                    "function": "shutil:rmtree",
+                    "when": "before",
+                    "action": "kill",
+                    "match": "/.old-step-00000010",
+                    "call": 2,
+                },
                 {"function": TRAIN_STEP, "when": "after", "action": "kill", "steps": 6},
             ],
         ),
@@ -542,7 +618,10 @@ def test_what_is_done_about_nan_survives_a_kill(launcher, policy, poison, places
         resume = ["--resume"] if number else []
         assert launcher.run(run, *resume, *arguments, poison=poison, traps=[place]) == -signal.SIGKILL
         [sprung] = launcher.sprung(run)
-        assert (sprung["function"], sprung.get("match", "") in " ".join(sprung["arguments"])) == (place["function"], True)
+        assert (sprung["function"], sprung.get("match", "") in " ".join(sprung["arguments"])) == (
+            place["function"],
+            True,
+        )
     finish(launcher, run, whole, *arguments, poison=poison)
     [saved] = (launcher.folder / run / "nan").iterdir()
     assert differing(contents(saved), contents(launcher.folder / whole / "nan" / saved.name)) == []

@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from pipeline.data.preprocess import preprocess
-from pipeline.model.efficientnet import efficientnet
-from pipeline.model.weights import imagenet_classes, load_pretrained
-from pipeline.scaling import VARIANTS
+from pipeline.data.preprocessing import preprocess
+from pipeline.models.efficientnet import efficientnet
+from pipeline.models.variants import VARIANTS
+from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained
 
 GOLDEN = Path(__file__).parent / "golden" / "lite0.npz"
 LITE0 = VARIANTS["lite0"]
@@ -51,7 +51,9 @@ def logits() -> np.ndarray:
     """Lite0's for each picture, float32 (4, 1000)."""
     model = efficientnet(LITE0)
     load_pretrained(model, "imagenet", variant=LITE0, class_names=[name for name, _ in imagenet_classes()])
-    squares = [preprocess(tf.constant(file), tf.constant(1), resolution=LITE0.resolution, resize="crop") for file in pictures()]
+    squares = [
+        preprocess(tf.constant(file), tf.constant(1), resolution=LITE0.resolution, resize="crop") for file in pictures()
+    ]
     with tf.device("CPU:0"):
         return model(tf.cast(tf.stack(squares), tf.float32), training=False).numpy()
 

@@ -13,7 +13,17 @@ from nbformat import NotebookNode
 
 PROJECT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-KNOWN = {"pipeline", "keras", "tensorflow", "matplotlib", "numpy", "pandas", "PIL", "sklearn", "IPython"} | sys.stdlib_module_names
+KNOWN = {
+    "pipeline",
+    "keras",
+    "tensorflow",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "PIL",
+    "sklearn",
+    "IPython",
+} | sys.stdlib_module_names
 PROMISED = "exits-with-"  # a cell's tag: the exit code of the program that it calls, where that is not 0
 
 
@@ -57,10 +67,14 @@ def test_a_notebook_runs_to_its_end(path: Path, tmp_path: Path, monkeypatch: pyt
         commands = [line for line in cell.source.splitlines() if line.startswith("!")]
         assert len(commands) <= 1, "of several, only the last one's exit code is known"
         if commands:
-            [promised, *_] = [tag.removeprefix(PROMISED) for tag in cell.metadata.get("tags", []) if tag.startswith(PROMISED)] + ["0"]
+            [promised, *_] = [
+                tag.removeprefix(PROMISED) for tag in cell.metadata.get("tags", []) if tag.startswith(PROMISED)
+            ] + ["0"]
             cell.source += f"\nassert _exit_code == {promised}, _exit_code"
     NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    drawn = [output for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})]
+    drawn = [
+        output for cell in code_cells(notebook) for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
     assert drawn
     assert listing(PROJECT) == before
     shutil.rmtree(tmp_path / "home")

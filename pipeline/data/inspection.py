@@ -14,14 +14,21 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.preprocess import decode_jpeg, decode_plain, decode_webp
+from pipeline.data.preprocessing import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
-from pipeline.data.sources import DamagedError, Sample, Source
+from pipeline.data.sources.base import DamagedError, Sample, Source
 from pipeline.data.splits import signature
 
 MOST_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
 MOST_BYTES = 2**30  # of a file; a picture of the most pixels takes half of it uncompressed, with 16 bits a channel
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")  # PIL's names of what tf.io decodes; never change the order without SCAN
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "GIF",
+    "BMP",
+    "WEBP",
+)  # PIL's names of what tf.io decodes; never change the order without SCAN
 ORIENTATION = 0x0112  # EXIF tag
 ENOUGH = 128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to
 CHUNK = 16  # files that a thread takes at a time
@@ -67,7 +74,9 @@ def read_header(data: bytes) -> Header | str:
     try:
         with Image.open(io.BytesIO(data)) as header:
             kind, mode, (width, height) = header.format or "", header.mode, header.size
-            orientation = header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1  # without the test, a PNG would be decoded
+            orientation = (
+                header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
+            )  # without the test, a PNG would be decoded
             transparent = mode in ("LA", "PA", "RGBA") or "transparency" in header.info
             animated = kind in ("GIF", "PNG") and bool(getattr(header, "is_animated", False))
     except UnidentifiedImageError:
@@ -173,7 +182,9 @@ def inspect_all(
             for start in range(0, len(samples), 8 * workers * CHUNK):
                 some = samples[start : start + 8 * workers * CHUNK]
                 chunks = [some[i : i + CHUNK] for i in range(0, len(some), CHUNK)]
-                for found in chain.from_iterable(pool.map(lambda chunk: [_look(source, sample.key, cache) for sample in chunk], chunks)):
+                for found in chain.from_iterable(
+                    pool.map(lambda chunk: [_look(source, sample.key, cache) for sample in chunk], chunks)
+                ):
                     if isinstance(found, str):
                         problems[done] = found
                     else:

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sources import SPLITS, listing
+from pipeline.data.sources.base import SPLITS, listing
 from pipeline.errors import DataError
 
 COLUMNS = {
@@ -65,7 +65,11 @@ class Manifest:
         counts = pd.crosstab(self.table["label"], self.table["split"]).reindex(
             index=range(len(self.class_names)), columns=SPLITS, fill_value=0
         )
-        return counts.set_axis(list(self.class_names), axis="index").rename_axis(index="class", columns="split").astype("int64")
+        return (
+            counts.set_axis(list(self.class_names), axis="index")
+            .rename_axis(index="class", columns="split")
+            .astype("int64")
+        )
 
     def digest(self) -> str:
         """SHA-256 of class names, keys, labels, splits and contents, hexadecimal: equal if and only if training sees the same."""
@@ -104,7 +108,9 @@ class Manifest:
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
         """The manifest that gave these bytes."""
-        rows = pq.read_table(io.BytesIO(content)).combine_chunks()  # of many, each look at some rows would join them all
+        rows = pq.read_table(
+            io.BytesIO(content)
+        ).combine_chunks()  # of many, each look at some rows would join them all
         lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
         left_out = tuple(LeftOut(*row) for row in lists["left_out"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
@@ -122,14 +128,21 @@ def differences(before: Manifest, after: Manifest) -> str:
     if before.digest() == after.digest():
         return ""
     old, new = (
-        each.table.assign(label=np.array(each.class_names, object)[each.table["label"]]).set_index("key") for each in (before, after)
+        each.table.assign(label=np.array(each.class_names, object)[each.table["label"]]).set_index("key")
+        for each in (before, after)
     )
     both = old.index[old.index.isin(new.index)]
     found: list[str] = []
     if before.class_names != after.class_names:
         found.append(f"classes: were {', '.join(before.class_names)}; are {', '.join(after.class_names)}")
-    for column, what in (("sha256", "has other contents"), ("label", "has another label"), ("split", "is in another split")):
-        found += [f"{key}: {what}" for key in both[old.loc[both, column].to_numpy() != new.loc[both, column].to_numpy()]]
+    for column, what in (
+        ("sha256", "has other contents"),
+        ("label", "has another label"),
+        ("split", "is in another split"),
+    ):
+        found += [
+            f"{key}: {what}" for key in both[old.loc[both, column].to_numpy() != new.loc[both, column].to_numpy()]
+        ]
     found += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
     found += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
     return listing(found or ["the pictures come in another order"])

@@ -21,11 +21,22 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import FileLock, Timeout
 
-from pipeline.data.origins import ROWS, Origin, Picture
-from pipeline.data.pack import BY_NUMBER, DESCRIPTION, INDEX, INDEX_FILE, Description, Shard, damages, load, read_record, sha256_of
-from pipeline.data.sources import listing
-from pipeline.disk import sync
+from pipeline.data.pack_inputs import ROWS, Origin, Picture
+from pipeline.data.sources.base import listing
+from pipeline.data.sources.pack import (
+    BY_NUMBER,
+    DESCRIPTION,
+    INDEX,
+    INDEX_FILE,
+    Description,
+    Shard,
+    damages,
+    load,
+    read_record,
+    sha256_of,
+)
 from pipeline.errors import DataError
+from pipeline.files import sync
 
 STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; compressed, 60.8 MB of photos take 0.1 % less
@@ -112,7 +123,9 @@ def _alone(staging: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise DataError(f"{staging.parent}: another process is packing into it; wait for its end, or choose another --out") from None
+        raise DataError(
+            f"{staging.parent}: another process is packing into it; wait for its end, or choose another --out"
+        ) from None
     try:
         yield
     finally:
@@ -155,7 +168,13 @@ def _finished(staging: Path) -> list[_Part]:
         try:
             rows = pq.read_table(path.with_suffix(".parquet"), memory_map=False)
             parts.append(_Part(path, rows.cast(ROWS), rows.schema.metadata[b"sha256"].decode()))
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):  # it is missing, or a loss of power cut it short
+        except (
+            OSError,
+            pa.ArrowException,
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # it is missing, or a loss of power cut it short
             break
     for path in staging.glob("[0-9]*.parquet"):
         if int(path.stem) >= len(parts):
@@ -169,9 +188,13 @@ def _mend(origin: Origin, parts: Sequence[_Part], staging: Path, progress: Progr
     for path, rows, sha256 in parts:
         if damages(path, sha256, rows):
             again = staging / f"again-{path.name}"
-            new = _write_shard(again, islice(origin.pictures(done, last), len(rows)), Limit(float("inf")), lambda _: None)
+            new = _write_shard(
+                again, islice(origin.pictures(done, last), len(rows)), Limit(float("inf")), lambda _: None
+            )
             if new["sha256"] != rows["sha256"] or sha256_of(again) != sha256:
-                raise DataError(f"{path} is damaged, and does not come out the same again; delete {path.parent} and pack anew")
+                raise DataError(
+                    f"{path} is damaged, and does not come out the same again; delete {path.parent} and pack anew"
+                )
             again.replace(path)
             written += len(rows)
         done, last = done + len(rows), rows["key"][-1].as_py()
@@ -222,10 +245,14 @@ def _describe(origin: Origin, staging: Path, parts: Sequence[_Part]) -> None:
     pq.write_table(pa.table([columns[name] for name in INDEX.names], schema=INDEX), staging / INDEX_FILE)
     sync(staging / INDEX_FILE)
     shards = tuple(
-        Shard(f"pack-{number:05}-of-{len(parts):05}.array_record", len(part.rows), part.path.stat().st_size, part.sha256)
+        Shard(
+            f"pack-{number:05}-of-{len(parts):05}.array_record", len(part.rows), part.path.stat().st_size, part.sha256
+        )
         for number, part in enumerate(parts)
     )
-    description = Description(class_names, shards, sha256_of(staging / INDEX_FILE), {**origin.identity, **origin.settings})
+    description = Description(
+        class_names, shards, sha256_of(staging / INDEX_FILE), {**origin.identity, **origin.settings}
+    )
     _write(staging / DESCRIPTION, description.to_json())
 
 
@@ -240,11 +267,17 @@ def _publish(staging: Path, folder: Path) -> None:
         sync(folder)  # what makes the pack one is on the disk behind all that it speaks of
 
 
-def _refuse_changes(origin: Origin, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path) -> None:
+def _refuse_changes(
+    origin: Origin, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path
+) -> None:
     """Raises DataError if the data set is not the one whose pictures were packed."""
     found = origin.changes(rows)
     if not found:
-        found = [f"{name}: was {noted.get(name)}, is {now.get(name)}" for name in {**noted, **now} if noted.get(name) != now.get(name)]
+        found = [
+            f"{name}: was {noted.get(name)}, is {now.get(name)}"
+            for name in {**noted, **now}
+            if noted.get(name) != now.get(name)
+        ]
     if found:
         raise DataError(
             f"{where} is of another data set, or of this one as it was before:\n{listing(found)}\n"

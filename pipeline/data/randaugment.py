@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from pipeline.data.preprocess import to_uint8
+from pipeline.data.preprocessing import to_uint8
 
 REPLACE = 128.0
 TRANSLATE = 100 / 456
@@ -56,7 +56,9 @@ def randaugment(num_ops: int, magnitude: float) -> Callable[[tf.Tensor, tf.Tenso
 
         def step(current: tf.Tensor, drawn: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
             pixels = tf.cast(current, tf.float32)[tf.newaxis]
-            result = tf.switch_case(drawn[0], [lambda operation=operation: operation(pixels, drawn[1]) for operation in chosen])
+            result = tf.switch_case(
+                drawn[0], [lambda operation=operation: operation(pixels, drawn[1]) for operation in chosen]
+            )
             return tf.ensure_shape(to_uint8(result[0]), image.shape)
 
         return tf.foldl(step, (which, draws), image)
@@ -110,7 +112,9 @@ def operations(magnitude: float) -> dict[str, Operation]:
         "AutoContrast": lambda image, draws: autocontrast.augment_images(image),
         "Equalize": lambda image, draws: equalize(image),
         "Invert": lambda image, draws: solarized(image, 0.0),
-        "Rotate": lambda image, draws: rotate.augment_images(image, {"angles": tf.reshape(signed(math.radians(30 * level), draws), (1,))}),
+        "Rotate": lambda image, draws: rotate.augment_images(
+            image, {"angles": tf.reshape(signed(math.radians(30 * level), draws), (1,))}
+        ),
         "Posterize": lambda image, draws: posterize.augment_image(image),
         "Solarize": lambda image, draws: solarized(image, 256 - 8.5 * magnitude if magnitude < 30 else 0.0),
         # keras-cv's factor goes from the picture (0) to grey or blurred (1), the official one the other way round
@@ -123,7 +127,9 @@ def operations(magnitude: float) -> dict[str, Operation]:
         "TranslateX": lambda image, draws: translated(image, 0.0, signed(TRANSLATE * level, draws)),
         "TranslateY": lambda image, draws: translated(image, signed(TRANSLATE * level, draws), 0.0),
         "Cutout": lambda image, draws: _cutout(image, CUTOUT * level, draws),
-        "SolarizeAdd": lambda image, draws: tf.where(image < 128, tf.minimum(image + min(110.0, 110 * level), 255), image),
+        "SolarizeAdd": lambda image, draws: tf.where(
+            image < 128, tf.minimum(image + min(110.0, 110 * level), 255), image
+        ),
     }
 
 

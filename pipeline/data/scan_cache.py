@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
-from pipeline.data.sources import Status
+from pipeline.data.sources.base import Status
 
 SEAL = 32  # bytes
 AT_ONCE = 65_536  # records

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.data_config import SplitsConfig
+from pipeline.config.data import SplitsConfig
 
 SMALLEST_SIDE = 32  # pixels; below, a perceptual hash says too little
 FLATTEST = 4.0  # standard deviation of the thumbnail, in grey levels of 255; below, the hash is noise
@@ -23,9 +23,13 @@ FLATTEST = 4.0  # standard deviation of the thumbnail, in grey levels of 255; be
 # at distance 0; the farthest are crops); the next are at 20. 69 lie within the bounds below.
 HASH_DISTANCE = 4  # of 64 bits
 THUMBNAIL_CORRELATION = 0.96
-PIECES = np.array_split(np.arange(64, dtype=np.uint64), HASH_DISTANCE + 2)  # two hashes within the distance agree in two of them at least
+PIECES = np.array_split(
+    np.arange(64, dtype=np.uint64), HASH_DISTANCE + 2
+)  # two hashes within the distance agree in two of them at least
 MASKS = [np.bitwise_or.reduce(np.uint64(1) << np.concatenate(two)) for two in combinations(PIECES, 2)]
-NEIGHBOURS = 100  # compared with each picture under one mask, at most; of a million hashes like those of photos, 18 agreed
+NEIGHBOURS = (
+    100  # compared with each picture under one mask, at most; of a million hashes like those of photos, 18 agreed
+)
 THUMBNAIL = 8  # pixels a side
 MOST_EDGES = 4_000_000  # held at once
 
@@ -61,7 +65,9 @@ def signature(picture: np.ndarray, orientation: int) -> Signature:
     small = np.asarray(image)
     thumbnail = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
     varied = bool((thumbnail - thumbnail.mean((0, 1))).std() >= FLATTEST)
-    return Signature(int(str(imagehash.phash(image)), 16), thumbnail, _digest(picture, small if varied else picture), varied)
+    return Signature(
+        int(str(imagehash.phash(image)), 16), thumbnail, _digest(picture, small if varied else picture), varied
+    )
 
 
 def _digest(picture: np.ndarray, pixels: np.ndarray) -> int:
@@ -110,7 +116,9 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
                 break
             a, b = order[left], order[left + step]
             differing = phash[a] ^ phash[b]
-            close = (np.bitwise_count(differing) <= HASH_DISTANCE) & ((differing != 0) | (mask == MASKS[0]))  # equal ones meet under each
+            close = (np.bitwise_count(differing) <= HASH_DISTANCE) & (
+                (differing != 0) | (mask == MASKS[0])
+            )  # equal ones meet under each
             a, b = a[close], b[close]
             edges.append(np.stack([a, b])[:, _alike(thumbnail, a, b)])
             held += edges[-1].shape[1]
@@ -123,7 +131,9 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
 def _alike(thumbnail: np.ndarray, a: np.ndarray, b: np.ndarray, chunk: int = 1024) -> np.ndarray:
     """bool (pairs,): whether the thumbnails, each colour channel's mean taken away, correlate."""
     chunks = [slice(i, i + chunk) for i in range(0, len(a), chunk)]  # small enough for a processor's cache
-    return np.concatenate([np.zeros(0, bool), *(_correlation(thumbnail[a[c]], thumbnail[b[c]]) >= THUMBNAIL_CORRELATION for c in chunks)])
+    return np.concatenate(
+        [np.zeros(0, bool), *(_correlation(thumbnail[a[c]], thumbnail[b[c]]) >= THUMBNAIL_CORRELATION for c in chunks)]
+    )
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,7 +150,13 @@ def _components(edges: list[np.ndarray], n: int) -> np.ndarray:
 
 
 def assign_splits(
-    label: np.ndarray, group: np.ndarray, content: Iterable[str], given: Sequence[str | None], shares: SplitsConfig, *, seed: int
+    label: np.ndarray,
+    group: np.ndarray,
+    content: Iterable[str],
+    given: Sequence[str | None],
+    shares: SplitsConfig,
+    *,
+    seed: int,
 ) -> np.ndarray:
     """The split of every sample.
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.origins import Picture
-from pipeline.data.sources import SPLIT_NAMES, listing
+from pipeline.data.pack_inputs import Picture
+from pipeline.data.sources.base import SPLIT_NAMES, listing
 from pipeline.errors import DataError
 
 
@@ -28,7 +28,10 @@ class Features(NamedTuple):
     """Text; None where there is none."""
 
 
-LAYOUTS = (Features("image/encoded", "image/class/label", "image/class/text"), Features("image", "label", None))  # the TPU's ImageNet, TFDS
+LAYOUTS = (
+    Features("image/encoded", "image/class/label", "image/class/text"),
+    Features("image", "label", None),
+)  # the TPU's ImageNet, TFDS
 FILE_NAME = "image/filename"  # goes into the key where there is one
 
 
@@ -51,7 +54,11 @@ class TfrecordOrigin:
     total = None
 
     def __init__(
-        self, patterns: Sequence[str], features: Mapping[str, str], class_names: Sequence[str] | None, first_label: int | None
+        self,
+        patterns: Sequence[str],
+        features: Mapping[str, str],
+        class_names: Sequence[str] | None,
+        first_label: int | None,
     ) -> None:
         """Finds the files and looks at the first record.
 
@@ -80,11 +87,15 @@ class TfrecordOrigin:
                 f"{', '.join(sorted(example))});\n"
                 "give --classes FILE with a name a line, such as the label.labels.txt of tensorflow-datasets, or --class-feature NAME"
             )
-        self.identity = {file.name: f"{(s := file.path.stat()).st_size} bytes, changed at {s.st_mtime_ns} ns" for file in self._files}
+        self.identity = {
+            file.name: f"{(s := file.path.stat()).st_size} bytes, changed at {s.st_mtime_ns} ns" for file in self._files
+        }
         self.identity["features"] = " ".join(filter(None, self._features))
         self.settings = {
             "first label": first_label or 0,
-            "digest of class names": hashlib.sha256("\n".join(class_names).encode()).hexdigest() if class_names else None,
+            "digest of class names": hashlib.sha256("\n".join(class_names).encode()).hexdigest()
+            if class_names
+            else None,
         }
 
     def pictures(self, start: int, last: str | None) -> Iterator[Picture]:
@@ -113,7 +124,9 @@ class TfrecordOrigin:
             )
         labels = labels - (self._first or 0)
         names = tuple(self._names or _names_in(rows, labels, self._first or 0))
-        if labels.min() < 0 or labels.max() >= len(names):  # of pictures that were packed before the command line was changed
+        if labels.min() < 0 or labels.max() >= len(
+            names
+        ):  # of pictures that were packed before the command line was changed
             raise DataError(
                 f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which --first-label or "
                 f"the number of names in --classes ({len(names)}) does not fit. What has been written is kept."
@@ -140,10 +153,16 @@ class TfrecordOrigin:
             raise DataError(f"{where} has {len(image)} pictures and {len(labels)} labels; needed is one of each")
         first, classes = self._first or 0, len(self._names) if self._names else np.iinfo(np.int32).max
         if not first <= labels[0] < first + classes:
-            hint = "; do they count from 1? Then say --first-label 1" if labels[0] == classes and self._first is None else ""
+            hint = (
+                "; do they count from 1? Then say --first-label 1"
+                if labels[0] == classes and self._first is None
+                else ""
+            )
             raise DataError(f"{where} has the label {labels[0]}; valid are {first} to {first + classes - 1}{hint}")
         class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
-        return Picture(f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0])
+        return Picture(
+            f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0]
+        )
 
 
 def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
@@ -162,7 +181,9 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     names = [file.name for file in files]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise DataError(f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{listing(doubled)}\nRename them.")
+        raise DataError(
+            f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{listing(doubled)}\nRename them."
+        )
     return files
 
 

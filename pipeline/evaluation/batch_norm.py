@@ -50,7 +50,10 @@ def batch_norm_gap(model: keras.Model, dataset: tf.data.Dataset) -> BatchNormGap
     @tf.function(reduce_retracing=True)
     def both(images: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
         true = tf.argmax(labels, axis=-1)
-        hits = [tf.equal(tf.argmax(each(tf.cast(images, tf.float32), training=False), axis=-1), true) for each in (model, other)]
+        hits = [
+            tf.equal(tf.argmax(each(tf.cast(images, tf.float32), training=False), axis=-1), true)
+            for each in (model, other)
+        ]
         return [tf.math.count_nonzero(hit) for hit in hits]
 
     for images, labels, _, _ in dataset:

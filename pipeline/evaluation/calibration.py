@@ -49,7 +49,9 @@ def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibrati
     """
     scores, rng = Scores.of(predictions, temperature), np.random.default_rng(0)
     frame = pd.DataFrame({"bin": scores.bin, "confidence": scores.confidence, "accuracy": scores.correct})
-    by_bin = frame.groupby("bin").agg(images=("bin", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean"))
+    by_bin = frame.groupby("bin").agg(
+        images=("bin", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
+    )
     edges = np.linspace(0, 1, BINS + 1)
     bins = pd.DataFrame({"lower": edges[:-1], "upper": edges[1:]}).join(by_bin)
     bins["images"] = bins["images"].fillna(0).astype("int64")
@@ -59,7 +61,9 @@ def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibrati
         brier=float(scores.brier.mean()),
         overconfidence=float((scores.confidence - scores.correct).mean()),
         ece=float(_ece(scores, scores.correct)),
-        ece_by_chance=float(np.mean([_ece(scores, rng.random(len(frame)) < scores.confidence) for _ in range(CHANCES)])),
+        ece_by_chance=float(
+            np.mean([_ece(scores, rng.random(len(frame)) < scores.confidence) for _ in range(CHANCES)])
+        ),
         bins=bins,
     )
 

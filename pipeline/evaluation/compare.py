@@ -216,10 +216,15 @@ def _check_same_images(first: Measured, other: Measured) -> None:
 
 def _pair(first: Measured, other: Measured) -> Pair:
     right_a, right_b = first.right, other.right
-    groups = min((run.images.table["group"].to_numpy() for run in (first, other)), key=lambda each: len(np.unique(each)))
+    groups = min(
+        (run.images.table["group"].to_numpy() for run in (first, other)), key=lambda each: len(np.unique(each))
+    )
     num_groups = len(np.unique(groups))
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    drawn, (low, high) = bootstrap(right_b.astype(np.float64) - right_a, groups), exact_bounds(only_a, only_b, len(groups), num_groups)
+    drawn, (low, high) = (
+        bootstrap(right_b.astype(np.float64) - right_a, groups),
+        exact_bounds(only_a, only_b, len(groups), num_groups),
+    )
     loss = None
     if first.losses is not None and other.losses is not None and num_groups > 1:
         loss = bootstrap(other.losses - first.losses, groups)

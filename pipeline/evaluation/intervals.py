@@ -40,7 +40,9 @@ class Figures:
         rows, ones = np.arange(images), np.ones(images)
         predicted = predictions.logits.argmax(axis=1)
         top5 = (rank_of_label(predictions.logits, predictions.labels) < 5).astype(np.float64)
-        self._means = np.stack([scores.correct, top5, scores.loss, scores.brier, scores.confidence - scores.correct], axis=1)
+        self._means = np.stack(
+            [scores.correct, top5, scores.loss, scores.brier, scores.confidence - scores.correct], axis=1
+        )
         self._labelled = csr_matrix((ones, (rows, predictions.labels)), (images, classes))
         self._hits = csr_matrix((scores.correct, (rows, predictions.labels)), (images, classes))
         self._predicted = csr_matrix((ones, (rows, predicted)), (images, classes))
@@ -59,7 +61,9 @@ class Figures:
         labelled, hits, predicted = weights @ self._labelled, weights @ self._hits, weights @ self._predicted
         with np.errstate(invalid="ignore"):
             recall, f1 = hits / labelled, 2 * hits / (labelled + predicted)  # NaN for classes that are not there
-        return np.stack([accuracy, top5, np.nanmean(recall, axis=1), np.nanmean(f1, axis=1), loss, brier, overconfidence], axis=1)
+        return np.stack(
+            [accuracy, top5, np.nanmean(recall, axis=1), np.nanmean(f1, axis=1), loss, brier, overconfidence], axis=1
+        )
 
 
 def bootstrap(predictions: Predictions, groups: np.ndarray | None = None, *, seed: int = 0) -> dict[str, Interval]:
@@ -81,7 +85,9 @@ def bootstrap(predictions: Predictions, groups: np.ndarray | None = None, *, see
     members = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
     count, rng = int(members.max()) + 1, np.random.default_rng(seed)
     at_once = max(1, AT_ONCE // images)
-    drawn = np.concatenate([figures(_counts(rng, min(at_once, RESAMPLES - i), count)[:, members]) for i in range(0, RESAMPLES, at_once)])
+    drawn = np.concatenate(
+        [figures(_counts(rng, min(at_once, RESAMPLES - i), count)[:, members]) for i in range(0, RESAMPLES, at_once)]
+    )
     [found] = figures(np.ones((1, images)))
     return {
         name: _share(value, images) if name.endswith("accuracy") and np.ptp(draws) == 0 else _corrected(value, draws)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline.data.stream import on_replicas
+from pipeline.distributed.devices import on_replicas
 from pipeline.errors import RunError
 
 
@@ -51,7 +51,9 @@ class Predictor:
         @tf.function(reduce_retracing=True)
         def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             shares = strategy.run(forward, args=(images, labels, index))
-            return tuple(strategy.gather(share, axis=0) for share in shares)  # one by one: of a tuple, gather keeps replica 0's share only
+            return tuple(
+                strategy.gather(share, axis=0) for share in shares
+            )  # one by one: of a tuple, gather keeps replica 0's share only
 
         self._step = step
 
@@ -93,7 +95,9 @@ def join_batches(batches: Sequence[Sequence[np.ndarray]]) -> Predictions:
     index, labels, logits = index[rows], labels[rows], logits[rows]
     repeated = np.unique(index[1:][index[1:] == index[:-1]])
     if len(repeated):
-        raise RuntimeError(f"{len(repeated)} images were predicted more than once, the first of them row {repeated[0]} of the manifest")
+        raise RuntimeError(
+            f"{len(repeated)} images were predicted more than once, the first of them row {repeated[0]} of the manifest"
+        )
     if not len(index):
         raise RuntimeError("the data set to be predicted yields nothing but padding")
     return Predictions(index, labels, logits)
@@ -163,7 +167,9 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
         )
     classes = np.arange(len(class_names))
     predicted = logits.argmax(axis=1)
-    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=np.nan)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=np.nan
+    )
     rank = rank_of_label(logits, labels)
     return Evaluation(
         split=split,
@@ -173,7 +179,9 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
         top5=float((rank < 5).mean()),
         balanced_accuracy=float(np.nanmean(recall)),
         macro_f1=float(np.nanmean(f1)),
-        per_class=pd.DataFrame({"class": list(class_names), "precision": precision, "recall": recall, "f1": f1, "support": support}),
+        per_class=pd.DataFrame(
+            {"class": list(class_names), "precision": precision, "recall": recall, "f1": f1, "support": support}
+        ),
         confusion=confusion_matrix(labels, predicted, labels=classes).astype(np.int64),
     )
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.data.inspection import read_header, too_large
-from pipeline.data.preprocess import Resize, preprocess
+from pipeline.data.preprocessing import Resize, preprocess
 from pipeline.errors import RunError
 
 BATCH = 32  # pictures; two batches bound the memory, whatever the number of files: one in the model, and the next one being read
@@ -48,7 +48,13 @@ class FilePrediction:
 
 
 def predict_files(
-    model: keras.Model, class_names: Sequence[str], paths: Iterable[str | Path], *, resolution: int, resize: Resize, k: int = 5
+    model: keras.Model,
+    class_names: Sequence[str],
+    paths: Iterable[str | Path],
+    *,
+    resolution: int,
+    resize: Resize,
+    k: int = 5,
 ) -> Iterator[FilePrediction]:
     """Predicts files one batch after the other, in constant memory. While the model works on one batch, the next is read.
 
@@ -86,7 +92,11 @@ def predict_files(
             readable = [picture for _, picture in batch if not isinstance(picture, str)]
             labels = iter(top_k(forward(np.stack(readable)).numpy(), class_names, k) if readable else ())
             for path, picture in batch:
-                yield FilePrediction(path, error=picture) if isinstance(picture, str) else FilePrediction(path, next(labels))
+                yield (
+                    FilePrediction(path, error=picture)
+                    if isinstance(picture, str)
+                    else FilePrediction(path, next(labels))
+                )
 
 
 def _read(to_square: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
@@ -122,7 +132,9 @@ def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tu
         RunError: If a logit is not finite.
     """
     if not np.isfinite(logits).all():
-        raise RunError("the model's output is not finite: its weights have diverged; train it anew, with a lower optimizer.base_lr")
+        raise RunError(
+            "the model's output is not finite: its weights have diverged; train it anew, with a lower optimizer.base_lr"
+        )
     left = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     total = np.exp(left).sum(axis=1)
     rows, ranked = np.arange(len(logits)), []
@@ -137,7 +149,9 @@ def prediction_table(prediction: FilePrediction) -> Group:
     """One file's labels with their probabilities, for the screen."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for label in prediction.top:
-        table.add_row(f"  {label.probability:6.1%}", Text("█" * round(20 * label.probability), style="cyan"), Text(label.name))
+        table.add_row(
+            f"  {label.probability:6.1%}", Text("█" * round(20 * label.probability), style="cyan"), Text(label.name)
+        )
     failure = [] if prediction.error is None else [Text(f"  {prediction.error}", style="red")]
     return Group(Text(str(prediction.path), style="bold"), *failure, table)
 
@@ -145,7 +159,9 @@ def prediction_table(prediction: FilePrediction) -> Group:
 def csv_rows(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
     """Starts a CSV file with the columns path, error, class1, probability1, and so on to `k`; what is returned adds a row."""
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))])
+    rows.writerow(
+        ["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))]
+    )
 
     def add(prediction: FilePrediction) -> None:
         cells = [cell for label in prediction.top for cell in (label.name, f"{label.probability:.6g}")]
@@ -160,7 +176,9 @@ def json_rows(file: TextIO) -> Callable[[FilePrediction], None]:
 
     def add(prediction: FilePrediction) -> None:
         top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]
-        file.write(json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n")
+        file.write(
+            json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n"
+        )
         file.flush()
 
     return add

@@ -10,8 +10,8 @@ import pandas as pd
 from pipeline.evaluation.batch_norm import BatchNormGap
 from pipeline.evaluation.calibration import Calibration, calibration
 from pipeline.evaluation.intervals import Interval, bootstrap
+from pipeline.evaluation.label_errors import label_suspects
 from pipeline.evaluation.metrics import Evaluation, Predictions
-from pipeline.evaluation.suspects import label_suspects
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Results:
         for name, interval in self.intervals.items():
             values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         if self.scaled is not None:
-            values |= {"temperature": self.scaled.temperature, "scaled_loss": self.scaled.loss, "scaled_ece": self.scaled.ece}
+            values |= {
+                "temperature": self.scaled.temperature,
+                "scaled_loss": self.scaled.loss,
+                "scaled_ece": self.scaled.ece,
+            }
         if self.batch_norm is not None:
             values["batch_norm_gap"] = self.batch_norm.batch - self.batch_norm.moving
         if self.corruptions is not None:
@@ -88,7 +92,11 @@ class Results:
 
 
 def judge(
-    predictions: Predictions, evaluation: Evaluation, keys: Sequence[str], groups: np.ndarray | None, temperature: float | None
+    predictions: Predictions,
+    evaluation: Evaluation,
+    keys: Sequence[str],
+    groups: np.ndarray | None,
+    temperature: float | None,
 ) -> Results:
     """Adds to the figures of a split how sure they are.
 

@@ -10,12 +10,17 @@ import keras
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 
-from pipeline.config import Config, TrainConfig
-from pipeline.errors import TrainingError
-from pipeline.model.cost import estimated_memory
-from pipeline.training.runtime import Runtime
+from pipeline.config.schema import Config
+from pipeline.config.train import TrainConfig
+from pipeline.data.mixup import mixing_group
+from pipeline.distributed.devices import Runtime
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.models.profile import estimated_memory
 
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of version 2, of version 1
+CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)  # of version 2, of version 1
 AUTO_BATCH = 256  # images per step; learning rates are given for so many
 SHARE = 0.7  # of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work in
 
@@ -26,7 +31,9 @@ def device_memory() -> int:
     if gpus:
         return min(gpus)
     limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(int(limit) for limit in limits if limit.isdigit())])
+    return min(
+        [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(int(limit) for limit in limits if limit.isdigit())]
+    )
 
 
 def step_memory(config: Config, model: keras.Model, images: int, *, accumulation: bool) -> int:
@@ -116,3 +123,25 @@ def _network(config: Config) -> str:
 
 def _gib(memory: int) -> str:
     return f"{memory / 2**30:.1f} GiB"
+
+
+def check_batch(config: Config, runtime: Runtime) -> None:
+    """Makes sure that training batches can be cut up.
+
+    Raises:
+        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut would go through a
+            group of images that are mixed with each other.
+    """
+    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.accumulation
+    if batch % (replicas * accumulation):
+        raise ConfigError(
+            f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "
+            f"micro-batches each; take a multiple of {replicas * accumulation}"
+        )
+    if config.augment.mixup or config.augment.cutmix:
+        group, micro_batch = mixing_group(batch, accumulation), batch // accumulation // replicas
+        if micro_batch % group:
+            raise ConfigError(
+                f"train.global_batch_size: mixup and cutmix mix groups of {group} images, which {micro_batch} images per replica and "
+                f"micro-batch would cut apart; take a multiple of {group * replicas * accumulation}"
+            )

@@ -5,15 +5,17 @@ from collections.abc import Mapping
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.config import StageConfig
-from pipeline.screen import Screen
-from pipeline.training.hooks import Hook
+from pipeline.config.train import StageConfig
+from pipeline.console import Screen
+from pipeline.training.callbacks import Hook
 
 
 class ProgressLine(Hook):
     """Shows a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
 
-    def __init__(self, screen: Screen, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int) -> None:
+    def __init__(
+        self, screen: Screen, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
+    ) -> None:
         """Prepares the line.
 
         Args:
@@ -23,11 +25,23 @@ class ProgressLine(Hook):
             steps_per_epoch: Steps between two validations.
             global_batch_size: Images of a step.
         """
-        self._screen, self._steps_per_epoch, self._total, self._batch = screen, steps_per_epoch, total_steps, global_batch_size
+        self._screen, self._steps_per_epoch, self._total, self._batch = (
+            screen,
+            steps_per_epoch,
+            total_steps,
+            global_batch_size,
+        )
         self._epochs = total_steps // steps_per_epoch
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=screen.console, transient=True, speed_estimate_period=60)
-        self._task = self._progress.add_task("preparing the first step", total=total_steps, completed=first_step, figures="")
+        self._task = self._progress.add_task(
+            "preparing the first step", total=total_steps, completed=first_step, figures=""
+        )
         self._rate = Throughput()
 
     def __enter__(self) -> "ProgressLine":
@@ -58,7 +72,9 @@ class ProgressLine(Hook):
             text += f"  |  validation loss {record['val/loss']:.3f}  accuracy {record['val/accuracy']:.1%}"
         left = self._rate.seconds_left(self._total - step)
         if self._rate.mean:
-            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (f", {duration(left)} left" if step < self._total else "")
+            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (
+                f", {duration(left)} left" if step < self._total else ""
+            )
         self._screen.say(text)
         self._rate = Throughput()  # the next epoch may be another stage's, with another speed
 

@@ -5,17 +5,21 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from pipeline.config import Config, OptimizerConfig, StageConfig
+from pipeline.config.optimizer import OptimizerConfig
+from pipeline.config.schema import Config
+from pipeline.config.train import StageConfig
+from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
-from pipeline.data.stream import steps_per_epoch
 from pipeline.errors import ConfigError, nearest
-from pipeline.model.efficientnet import CLASSIFIER_BLOCK, block_of
+from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 
 HEAD_STEPS, MOST_HEAD_EPOCHS = 100, 20
 FEWEST_TO_FINE_TUNE = 500  # images: 243 photos of ants and bees got 94 to 95 % of 153 right fine-tuned, 96 to 97 % by the classifier alone
 IMAGES_SEEN, FEWEST_EPOCHS, MOST_EPOCHS = 6_000, 5, 20  # while all is fine-tuned
 AVERAGED_SHARE = 0.15  # of the fine-tuning's steps, that the moving average reaches back over
-STEPS_FOR_STATISTICS = 2_000  # fewer do not bring batch normalisation's statistics to new values that are better than ImageNet's
+STEPS_FOR_STATISTICS = (
+    2_000  # fewer do not bring batch normalisation's statistics to new values that are better than ImageNet's
+)
 
 
 def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, before: Config | None = None) -> Config:
@@ -41,7 +45,9 @@ def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, bef
         ConfigError: If the config goes by a validation split and there is none.
     """
     if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
-        raise ConfigError("train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one")
+        raise ConfigError(
+            "train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one"
+        )
     if config.recipe is None:
         return config
     if before is not None:
@@ -65,7 +71,9 @@ def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, bef
     head = StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False)
     whole = StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS and not patched)
     stages = (whole,) if patched else (head, whole) if fine_tuned else (head,)
-    return config.model_copy(update={"recipe": None, "optimizer": optimizer, "train": config.train.model_copy(update={"stages": stages})})
+    return config.model_copy(
+        update={"recipe": None, "optimizer": optimizer, "train": config.train.model_copy(update={"stages": stages})}
+    )
 
 
 def class_weights(config: Config, class_names: Sequence[str], num_images: Sequence[int]) -> np.ndarray | None:
@@ -92,7 +100,10 @@ def class_weights(config: Config, class_names: Sequence[str], num_images: Sequen
         unknown = [name for name in given if name not in class_names]
         if unknown:
             raise ConfigError(
-                "\n".join(f"train.class_weights: {name!r} is none of the data's classes{nearest(name, class_names)}" for name in unknown)
+                "\n".join(
+                    f"train.class_weights: {name!r} is none of the data's classes{nearest(name, class_names)}"
+                    for name in unknown
+                )
             )
         weights = np.array([given.get(name, 1.0) for name in class_names])
     return (weights * counts.sum() / (weights * counts).sum()).astype(np.float32)

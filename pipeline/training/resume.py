@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.manifest import Manifest, differences
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import RunError
-from pipeline.run_directory import RunDirectory
+from pipeline.runs.run_directory import RunDirectory
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import State
-from pipeline.training.identity import check_identity
-from pipeline.training.process_group import ProcessGroup
+from pipeline.training.compatibility import check_identity
+from pipeline.training.state import State
 
 
 def resume_newest(
@@ -44,7 +44,9 @@ def resume_newest(
             say(f"passed over {problem}")
         if newest is None:
             raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-        changes = check_identity(newest, identity, allowed, details={"data": differences(Manifest.load(run.manifest), manifest)})
+        changes = check_identity(
+            newest, identity, allowed, details={"data": differences(Manifest.load(run.manifest), manifest)}
+        )
         return {"name": newest.name.encode(), "changes": json.dumps(changes).encode()}
 
     chosen = processes.from_chief(choose)

@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline import run_directory
-from pipeline.config import Config, StageConfig
-from pipeline.training.features import is_augmented
-from pipeline.training.hooks import Hook
-from pipeline.training.runtime import Runtime, processor
+from pipeline.config.schema import Config
+from pipeline.config.train import StageConfig
+from pipeline.distributed.devices import Runtime, processor
+from pipeline.runs import run_directory
+from pipeline.training.callbacks import Hook
+from pipeline.training.feature_cache import is_augmented
 
 TIMED_STEPS = 20
 STEP = 2  # to be raised when a step is computed otherwise, so that older times do not count
@@ -82,4 +83,6 @@ def _note(name: str, seconds: Mapping[str, float]) -> None:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficientnet-pipeline" / "step_times.json"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficientnet-pipeline" / "step_times.json"
+    )

@@ -1,0 +1,108 @@
+"""Plain Keras, to be compared with: keras.applications, `fit`, and a tf.data input as Keras's guides write it.
+
+`pipeline.benchmark.keras_baseline` starts this file as a program: it runs in the environment that the user gave and with none of the project's settings. It
+takes a JSON of what to train, waits for a line on standard input before each round, and answers it with images per second.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Spec = dict[str, Any]
+
+
+def network(spec: Spec) -> keras.Model:
+    """Keras's own EfficientNet; for variants that it has not, the same of Keras's layers."""
+    keras.mixed_precision.set_global_policy(spec["dtype"])
+    size = spec["resolution"]
+    if spec["variant"] in [f"b{i}" for i in range(8)]:
+        build = getattr(keras.applications, f"EfficientNet{spec['variant'].upper()}")
+        model = build(weights=None, input_shape=(size, size, 3), classes=spec["classes"], classifier_activation=None)
+    else:
+        from pipeline.models.efficientnet import efficientnet
+        from pipeline.models.variants import Variant
+
+        model = efficientnet(Variant(**spec["multipliers"]), num_classes=spec["classes"], dtype=spec["dtype"])
+    for layer in model.layers:
+        layer.trainable = layer.name in spec["trainable"]
+    rate, decay = spec["learning_rate"], spec["weight_decay"]
+    optimizers = {
+        "rmsprop": lambda: keras.optimizers.RMSprop(rate, rho=0.9, momentum=0.9, epsilon=1e-3),
+        "sgd": lambda: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
+        "adamw": lambda: keras.optimizers.AdamW(rate, weight_decay=decay),
+    }
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=spec["label_smoothing"])
+    model.compile(optimizers[spec["optimizer"]](), loss, metrics=["accuracy"])
+    return model
+
+
+def dataset(spec: Spec) -> tf.data.Dataset:
+    """Random crops of the files, mirrored half of the time: float32 (B, R, R, 3) in [0, 255], labels float32 (B, K). Endless."""
+    size, whole = spec["resolution"], tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+
+    def load(path: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            tf.shape(image), whole, area_range=spec["scale"], aspect_ratio_range=spec["ratio"], max_attempts=10
+        )
+        image = tf.image.resize(tf.slice(image, begin, extent), (size, size))
+        if spec["flip"]:
+            image = tf.image.random_flip_left_right(image)
+        return tf.ensure_shape(image, (size, size, 3)), tf.one_hot(label, spec["classes"])
+
+    files = tf.data.Dataset.from_tensor_slices((spec["files"], spec["labels"])).shuffle(len(spec["files"])).repeat()
+    return (
+        files.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(spec["batch_size"], drop_remainder=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+class Rounds(keras.callbacks.Callback):
+    """An epoch for every line on standard input."""
+
+    def __init__(self, images: int) -> None:
+        """Takes the images of an epoch."""
+        super().__init__()
+        self._images = images
+
+    def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+        """Waits; an empty line or none ends the program."""
+        if not sys.stdin.readline().strip():
+            sys.exit(0)
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: object = None) -> None:
+        """Answers."""
+        print(json.dumps(self._images / (time.perf_counter() - self._start)), flush=True)
+
+
+def run_steps(model: keras.Model, spec: Spec, rounds: Rounds) -> None:
+    """Keras's train_step on one batch that lies on the device, again and again."""
+    shape = (spec["batch_size"], spec["resolution"], spec["resolution"], 3)
+    images = tf.random.uniform(shape, 0, 255)
+    labels = tf.one_hot(tf.range(spec["batch_size"]) % spec["classes"], spec["classes"])
+    step = tf.function(lambda: model.train_step((images, labels)), jit_compile=spec["xla"])
+    while True:
+        rounds.on_epoch_begin(0)
+        for _ in range(spec["steps"]):
+            result = step()
+        float(result["loss"])  # waits for the device
+        rounds.on_epoch_end(0)
+
+
+def main(spec: Spec) -> None:
+    """Trains in rounds until it is told to end."""
+    model, rounds = network(spec), Rounds(spec["steps"] * spec["batch_size"])
+    if spec["files"] is None:
+        run_steps(model, spec, rounds)
+    else:
+        model.fit(dataset(spec), epochs=sys.maxsize, steps_per_epoch=spec["steps"], verbose=0, callbacks=[rounds])
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.stdin.readline()))

@@ -1,0 +1,110 @@
+"""The section `augment`: what training does to the images, with the names and arguments of each backend checked."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Section
+from pipeline.errors import nearest
+
+NATIVE_ARGUMENTS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
+
+
+class RandAugmentConfig(Section):
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719)."""
+
+    num_ops: Annotated[int, Field(ge=1, le=8)] = 2
+    """Operations that one image goes through, one after the other."""
+    magnitude: Annotated[float, Field(ge=0, le=30)] = 9
+    """Strength on the official scale of 0 to 30; the paper takes 17 for B5 and 28 for B7."""
+
+
+class Transform(Section):
+    """One augmentation by name, with its arguments."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """Takes `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as they stand in the YAML."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and set(value) != {"name", "args"}:
+            if len(value) != 1:
+                raise ValueError("each transform is one name with its arguments, as in - HorizontalFlip: {p: 0.5}")
+            [(name, args)] = value.items()
+            return {"name": name, "args": {} if args is None else args}
+        return value
+
+
+class AugmentConfig(Section):
+    """What training does to the pictures. Evaluation does none of it."""
+
+    backend: Literal["albumentations", "native"] = "native"
+    """native runs inside TensorFlow and is fast; albumentations knows many more transforms."""
+    transforms: tuple[Transform, ...] = ()
+    """By albumentations' names and arguments; native knows RandomResizedCrop and HorizontalFlip. Sizes are fractions of the resolution."""
+    randaugment: RandAugmentConfig | None = None
+    """null for none."""
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of the Beta distribution of the mixing weight (arXiv 1710.09412); 0 for none."""
+    cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 for none. With mixup too, each group of images draws one."""
+
+    @field_validator("transforms", mode="after")
+    @classmethod
+    def _known(cls, transforms: tuple[Transform, ...], info: Any) -> tuple[Transform, ...]:
+        backend = info.data.get("backend")
+        for transform in transforms:
+            if backend == "native":
+                check_native(transform.name, transform.args)
+            elif backend == "albumentations":
+                check_albumentations(transform.name, transform.args)
+        return transforms
+
+
+def check_native(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if the native backend has no such transform, or not with these arguments."""
+    if name not in NATIVE_ARGUMENTS:
+        raise ValueError(
+            f"the native backend knows {' and '.join(NATIVE_ARGUMENTS)}; for {name} set backend: albumentations"
+        )
+    for key, value in arguments.items():
+        if key not in NATIVE_ARGUMENTS[name]:
+            raise ValueError(f"{name} has no argument {key!r}{nearest(key, NATIVE_ARGUMENTS[name])}")
+        if key == "p" and not (_is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{name}: p is a probability from 0 to 1; received {value!r}")
+        if key in ("scale", "ratio"):
+            top = 1 if key == "scale" else 100
+            if not (
+                isinstance(value, Sequence)
+                and len(value) == 2
+                and all(map(_is_number, value))
+                and 0 < value[0] <= value[1] <= top
+            ):
+                raise ValueError(f"{name}: {key} is a pair [low, high] above 0 and at most {top}; received {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if albumentations has no such transform, or not with such arguments. Their values are checked when it is built."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
+    import albumentations
+
+    exported = {each: value for each, value in vars(albumentations).items() if isinstance(value, type)}
+    known = {each: value for each, value in exported.items() if issubclass(value, albumentations.BasicTransform)}
+    if name not in known:
+        raise ValueError(f"albumentations has no transform {name!r}{nearest(name, known)}")
+    schema: Any = known[name].InitSchema  # type: ignore[attr-defined]
+    unknown = [key for key in arguments if key not in schema.model_fields or key == "strict"]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"{name} has no argument {key!r}{nearest(key, schema.model_fields)}" for key in unknown)
+        )

@@ -1,0 +1,273 @@
+"""From YAML and command line to a `Config`, with every mistake named at once.
+
+The way: parse (keys keep their file and line), `extends`, dotted overrides, validation. A mistake is reported as
+`file:line: key: what is wrong`, in the words of the key that the user wrote.
+"""
+
+import types
+import typing
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.base import Section
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError, nearest
+
+KeyPath = tuple[str | int, ...]
+Origins = dict[KeyPath, str]  # where each key was written: file:line, or the override on the command line
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config.
+
+    Args:
+        path: A YAML file. Its key `extends` names another one, relative to it, whose values it takes over and changes.
+        overrides: `key.path=value` each, the value in YAML; applied in their order after the file.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: With a line for every mistake: where, which key, what is wrong, and the nearest valid key.
+    """
+    values, origins = _read(Path(path), ())
+    if any(override.startswith("recipe=") for override in overrides):
+        _make_way(values)
+    for override in overrides:
+        _apply_override(values, origins, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        found: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
+        inner = {item["loc"][:n] for item in found for n in range(1, len(item["loc"]))}
+        lines = [
+            _describe(item, values, origins, str(path))
+            for item in found
+            if not (item["type"] == "too_short" and item["loc"] in inner)
+        ]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict[str, Any], Origins]:
+    if path.resolve() in trail:
+        raise ConfigError(f"{path}: extends itself by way of {' -> '.join(p.name for p in (*trail, path))}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        origins: Origins = {}
+        values = {} if node is None else _construct(node, (), origins, str(path), 0)
+    except OSError as error:
+        raise ConfigError(
+            f"{named_by}{path}: cannot be read ({error.strerror}); the project's configs are in configs/"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(str(path), error)) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: must hold keys and values such as model: and data:; received a {type(values).__name__}"
+        )
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values, origins
+    if not isinstance(parent, str):
+        raise ConfigError(
+            f"{origins['extends',]}: extends: must be the name of another config file; received {parent!r}"
+        )
+    base, base_origins = _read(path.parent / parent, (*trail, path.resolve()), f"{origins['extends',]}: extends: ")
+    if values.get("recipe") is not None:
+        _make_way(base)
+    _merge(base, values, (), base_origins, origins)
+    return base, base_origins
+
+
+def _yaml_problem(place: str, error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.reader.ReaderError):  # the only one without a line
+        return f"{place}: is not valid YAML: the character {error.character!r} at position {error.position} is not allowed; delete it"
+    mark = getattr(error, "problem_mark", None)
+    line = f"{place}:{mark.line + 1}" if mark is not None else place
+    return f"{line}: is not valid YAML: {getattr(error, 'problem', None) or error}"
+
+
+def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, depth: int) -> Any:
+    """The safe loader's values, with each key's line kept, duplicate keys refused and nesting bounded."""
+    place = f"{file}:{node.start_mark.line + 1}"
+    if depth > 20:
+        raise ConfigError(f"{place}: is nested more than 20 levels deep; does it refer to itself?")
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = (
+                yaml.SafeLoader("").construct_object(key_node, deep=True)
+                if isinstance(key_node, yaml.ScalarNode)
+                else None
+            )
+            line = f"{file}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{line}: {dotted(path) or 'the config'}: keys must be names; received {key_node.value!r}"
+                )
+            if key in mapping:
+                raise ConfigError(f"{line}: {dotted((*path, key))}: is given twice (first at {origins[(*path, key)]})")
+            origins[(*path, key)] = line
+            mapping[key] = _construct(value_node, (*path, key), origins, file, depth + 1)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            origins[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
+        return [_construct(item, (*path, i), origins, file, depth + 1) for i, item in enumerate(node.value)]
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except ValueError as error:  # such as the date 2026-13-45
+        raise ConfigError(f"{place}: {dotted(path)}: {error}") from None
+
+
+def _make_way(values: dict[str, Any]) -> None:
+    """Takes out what a recipe chooses: a config that is given one is not held to what those that it changes say of these keys."""
+    values.pop("optimizer", None)
+    if isinstance(values.get("train"), dict):
+        values["train"].pop("stages", None)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], path: KeyPath, origins: Origins, over_origins: Origins) -> None:
+    """Lays `over` on `base`. Sections merge key by key; everything else (lists, variants, optional sections) is replaced whole."""
+    for key, value in over.items():
+        here = (*path, key)
+        if isinstance(base.get(key), dict) and isinstance(value, dict) and _section(here) is not None:
+            origins[here] = over_origins[here]
+            _merge(base[key], value, here, origins, over_origins)
+        else:
+            for known in [known for known in origins if known[: len(here)] == here]:
+                del origins[known]
+            origins.update({known: place for known, place in over_origins.items() if known[: len(here)] == here})
+            base[key] = value
+
+
+def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> None:
+    name, separator, text = override.partition("=")
+    place = f"command line: {override}"
+    if not separator or not all(name.split(".")):
+        raise ConfigError(f"{place}: overrides are written key=value, such as train.global_batch_size=64")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = None if node is None else _construct(node, (), {}, "command line", 0)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(place, error)) from None
+    target: Any = values
+    path: KeyPath = ()
+    *parents, last = (int(part) if part.isdigit() else part for part in name.split("."))
+    for part in parents:
+        path = (*path, part)
+        if isinstance(target, list) and isinstance(part, int) and part < len(target):
+            target = target[part]
+        elif isinstance(target, dict) and isinstance(part, str):
+            if not isinstance(target.get(part), dict | list):
+                target[part] = {}
+            target = target[part]
+        else:
+            raise ConfigError(f"{place}: there is no {dotted(path)} to set {last} in")
+    if isinstance(target, list):
+        if not (isinstance(last, int) and last < len(target)):
+            raise ConfigError(f"{place}: {dotted(path)} has the items 0 to {len(target) - 1}, not {last}")
+        target[last] = value
+    else:
+        target[str(last)] = value
+    for known in [known for known in origins if known[: len(path) + 1] == (*path, last)]:
+        del origins[known]
+    origins[(*path, last)] = place
+
+
+def _section(path: KeyPath) -> type[Section] | None:
+    """The schema's section at a path, or None where the path leads to a value or off the schema."""
+    section: type[Section] | None = Config
+    for part in path:
+        field = section.model_fields.get(str(part)) if section is not None else None
+        annotation = field.annotation if field is not None else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return section
+
+
+def _valid_keys(path: KeyPath) -> list[str]:
+    """The keys that the schema has at a path, looking through optional sections, unions and lists."""
+    options: list[Any] = [Config]
+    for part in path:
+        fields = [o.model_fields[str(part)].annotation for o in options if _is_section(o) and part in o.model_fields]
+        items = [
+            argument
+            for o in options
+            for argument in typing.get_args(o)
+            if typing.get_origin(o) is tuple and isinstance(part, int)
+        ]
+        options = [option for annotation in (*fields, *items) for option in _unwrap(annotation)]
+    return [key for option in options if _is_section(option) for key in option.model_fields]
+
+
+def _unwrap(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) is Annotated:
+        return _unwrap(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [option for argument in typing.get_args(annotation) for option in _unwrap(argument)]
+    return [annotation]
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Section)
+
+
+def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -> str:
+    """One line for one of pydantic's errors."""
+    path = _written_path(error["loc"], values)
+    below = (
+        origins[known] for known in origins if path and known[: len(path)] == path
+    )  # an override makes its parents as it goes
+    place = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None) or next(below, file)
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        message = "unknown key" + nearest(str(path[-1]), _valid_keys(path[:-1]))
+    elif kind == "missing":
+        message = "is missing; give it a value"
+    elif kind == "value_error":
+        message = str(error["ctx"]["error"])
+    else:
+        message = f"{error['msg'][0].lower()}{error['msg'][1:]}; received {_short(given)}"
+        if kind == "literal_error" and isinstance(given, str):
+            options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+            message += "".join(part for part in [nearest(given, options)] if "did you mean" in part)
+    return f"{place}: {dotted(path)}: {message}" if path else f"{place}: {message}"
+
+
+def _written_path(loc: KeyPath, values: Any) -> KeyPath:
+    """Pydantic's location without the names of union members, which it puts in as if they were keys of the file."""
+    path: KeyPath = ()
+    for part in loc:
+        inside = _get(values, path)
+        if isinstance(part, int) or (isinstance(inside, dict) and part in inside) or part in _valid_keys(path):
+            path = (*path, part)
+    return path
+
+
+def _get(values: Any, path: KeyPath) -> Any:
+    for part in path:
+        known = (
+            part in values
+            if isinstance(values, dict)
+            else isinstance(values, list) and isinstance(part, int) and part < len(values)
+        )
+        if not known:
+            return None
+        values = values[part]
+    return values
+
+
+def _short(value: Hashable) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as it is written on the command line; a key that would break the line is quoted."""
+    return ".".join(text if (text := str(part)).isprintable() else repr(text) for part in path)

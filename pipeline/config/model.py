@@ -1,0 +1,66 @@
+"""The section `model`: the network and the weights that it starts from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from pipeline.config.base import Fraction, Section
+from pipeline.models.variants import VARIANTS
+
+
+class Phi(Section):
+    """A variant by its compound coefficient."""
+
+    phi: Annotated[float, Field(ge=-6, le=9)]
+    """0 is B0; the resolution is 224 * 1.15^phi."""
+
+
+class Multipliers(Section):
+    """A variant by its multipliers of B0."""
+
+    width: Annotated[float, Field(gt=0, le=10)]
+    """Of the channels."""
+    depth: Annotated[float, Field(gt=0, le=6)]
+    """Of the repeats of a stage."""
+    resolution: Annotated[int, Field(ge=32, le=4096)]
+    """Side of the square input, in pixels."""
+
+
+def _variant_form(value: Any) -> str:
+    if isinstance(value, Phi) or (isinstance(value, Mapping) and "phi" in value):
+        return "phi"
+    return "multipliers" if isinstance(value, Mapping | Multipliers) else "name"
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    variant: Annotated[
+        Annotated[Literal[tuple(VARIANTS)], Tag("name")]  # type: ignore[valid-type]
+        | Annotated[Phi, Tag("phi")]
+        | Annotated[Multipliers, Tag("multipliers")],
+        Discriminator(_variant_form),
+    ] = "b0"
+    """b0 to b8, l2, lite0 to lite4, {phi: 1.5} or {width: 1.1, depth: 1.2, resolution: 260}."""
+    resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
+    """Side of the square input in pixels; null takes the variant's own."""
+    weights: str | None = "imagenet"
+    """null: random values; imagenet; imagenet:b2, what fits of another variant's; a file (.h5, .keras, .pth); or the directory of a run."""
+    class_map: Path | None = None
+    """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights; null goes by names."""
+    dropout: Fraction | None = None
+    """Rate in front of the classifier; null takes the variant's own."""
+    survival: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Probability that the last block survives stochastic depth; the first always does, between them it falls linearly."""
+    batch_norm_momentum: Fraction = 0.99
+    """Of the moving statistics. 0.99 is the paper's; runs of a few hundred steps from random weights want about 0.9."""
+
+    @model_validator(mode="after")
+    def _map_has_weights(self) -> "ModelConfig":
+        if self.class_map is not None and self.weights is None:
+            raise ValueError(
+                "class_map says where the rows of the weights' classifier go; set weights, or leave class_map out"
+            )
+        return self

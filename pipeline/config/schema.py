@@ -1,0 +1,136 @@
+"""The schema of a config: its sections put together, and what must hold between them. `load_config` makes one from YAML."""
+
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from pipeline.config.augment import AugmentConfig
+from pipeline.config.base import Section
+from pipeline.config.data import DataConfig
+from pipeline.config.export import ExportConfig
+from pipeline.config.model import ModelConfig, Multipliers, Phi
+from pipeline.config.optimizer import OptimizerConfig
+from pipeline.config.runtime import RuntimeConfig
+from pipeline.config.tracking import TrackingConfig
+from pipeline.config.train import TrainConfig
+from pipeline.errors import nearest
+from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_multipliers, from_phi
+
+
+class Config(Section):
+    """Everything that a run is made from."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    recipe: Literal["auto"] | None = None
+    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as they are written."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    export: ExportConfig = ExportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> "Config":
+        origin, _, name = (self.model.weights or "").partition(":")
+        if origin != "imagenet":
+            return self
+        published = ", ".join(IMAGENET_VARIANTS)
+        if name and name not in IMAGENET_VARIANTS:
+            raise ValueError(
+                f"model.weights: imagenet is to be had for {published}, not for {name!r}{nearest(name, IMAGENET_VARIANTS)}"
+            )
+        if not name and self.model.variant not in IMAGENET_VARIANTS:
+            raise ValueError(
+                f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; name one of them to start from what "
+                "fits of it, as in imagenet:b2, or give a file or null"
+            )
+        if name and VARIANTS[name].lite != self.variant.lite:
+            raise ValueError(
+                f"model.weights: {self.model.weights} and {self.variant.name} do not go together: the lite variants have other activations "
+                "and another normalisation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_has_its_hands_free(self) -> "Config":
+        if self.recipe is not None:
+            given = [
+                *(["optimizer"] if "optimizer" in self.model_fields_set else []),
+                *(self.train.model_fields_set & {"stages"}),
+            ]
+            if given:
+                keys = " and ".join({"optimizer": "optimizer", "stages": "train.stages"}[key] for key in given)
+                raise ValueError(
+                    f"recipe: auto chooses optimizer and train.stages; leave {keys} out, or set recipe to null"
+                )
+            if self.model.weights is None:
+                raise ValueError(
+                    "recipe: auto fine-tunes; set model.weights, or set recipe to null and write the stages"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_need_no_python(self) -> "Config":
+        if self.runtime.data_service is not None:
+            if self.augment.backend != "native":
+                raise ValueError(
+                    f"runtime.data_service: {self.augment.backend} are Python functions, which do not travel to servers; set "
+                    "augment.backend to native, or data_service to null"
+                )
+            if self.data.source not in ("folder", "csv", "digits"):
+                raise ValueError(
+                    f"runtime.data_service: source {self.data.source} is read by Python functions, which do not travel to servers; take a "
+                    "folder or csv, or set data_service to null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_stays_random(self) -> "Config":
+        if (
+            self.model.weights is None
+            and self.recipe is None
+            and all(stage.trainable != "all" for stage in self.train.stages)
+        ):
+            raise ValueError(
+                "train.stages: with model.weights null, blocks that no stage trains stay random; let one train all"
+            )
+        return self
+
+    @property
+    def variant(self) -> Variant:
+        """The numbers behind `model.variant`, with `model.resolution` and `model.dropout` applied."""
+        chosen = self.model.variant
+        if isinstance(chosen, Phi):
+            base = from_phi(chosen.phi)
+        elif isinstance(chosen, Multipliers):
+            base = from_multipliers(chosen.width, chosen.depth, chosen.resolution)
+        else:
+            base = VARIANTS[chosen]
+        return Variant(
+            base.name,
+            base.width,
+            base.depth,
+            self.model.resolution or base.resolution,
+            base.dropout if self.model.dropout is None else self.model.dropout,
+            base.lite,
+        )
+
+    def of_every_process(self) -> str:
+        """JSON of what has to be the same in every process of a run: all but where things are, and this machine's own business."""
+        runtime = {"input_workers", "data_service"}
+        return self.model_dump_json(
+            exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": {"weights", "class_map"}}
+        )
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as a YAML that loads back equal. What auto is still to choose is left out."""
+        values = self.model_dump(mode="json")
+        if self.recipe is not None:
+            del values["optimizer"], values["train"]["stages"]
+        if self.train.global_batch_size == "auto":
+            del values["train"]["accumulation"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,36 @@
+"""The section `tracking`: MLflow."""
+
+import re
+import warnings
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from pipeline.config.base import Section
+
+MlflowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_length=100)]
+
+warnings.filterwarnings(
+    "ignore", 'Field name "register"'
+)  # pydantic's, of ABCMeta.register, which every model has and none uses
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    experiment: MlflowName = "default"
+    """Name of the experiment in MLflow and of the folder under runs/."""
+    uri: str | None = None
+    """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
+    register: MlflowName | None = None
+    """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion if none has it, or if
+    the paired test on the same images says that it beats the one that has it."""
+
+    @field_validator("uri", mode="after")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and re.search(r"://[^/@]+@", uri):
+            raise ValueError(
+                "a config is copied into every run: give user and password by MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            )
+        return uri

@@ -1,0 +1,32 @@
+"""Image files under one root, as the folder and CSV sources name them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import tensorflow as tf
+
+from pipeline.data.sources.base import Sample, Status
+
+
+class FileSource:
+    """Image files under one root."""
+
+    def __init__(self, root: Path, class_names: tuple[str, ...], samples: Sequence[Sample]) -> None:
+        self.root, self.class_names = root, class_names
+        # Millions of Python's strings and tuples would take several times the memory.
+        kinds = (pa.string(), pa.int32(), pa.string())
+        self._columns = [pa.array([sample[number] for sample in samples], kind) for number, kind in enumerate(kinds)]
+
+    def samples(self) -> list[Sample]:
+        return list(map(Sample, *(column.to_pylist() for column in self._columns)))
+
+    def status(self, key: str) -> Status:
+        status = (self.root / key).stat()
+        return Status(status.st_size, status.st_mtime_ns)
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+        return tf.io.read_file(tf.strings.join([self.root.as_posix(), "/", key]))

@@ -1,0 +1,78 @@
+"""An image folder: `<class>/<image>` or `{train,val,test}/<class>/<image>`."""
+
+from pathlib import Path
+
+from pipeline.data.image_files import is_hidden, is_picture, pictures_below
+from pipeline.data.sources.base import SPLIT_NAMES, Sample, listing
+from pipeline.data.sources.files import FileSource
+from pipeline.errors import DataError
+
+
+def open_folder(root: Path) -> FileSource:
+    """`<class>/<image>` or `{train,val,test}/<class>/<image>`; pictures may lie deeper inside a class. Links are followed.
+
+    Hidden files and files without an image suffix are passed over.
+
+    Raises:
+        DataError: There is no such folder, no picture, a picture outside the classes, an empty class, or a mixture of layouts.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"data.path: {root} is {'a file, not a folder' if root.exists() else 'missing'}; give a folder that holds <class>/<image>"
+        )
+    parents = _class_parents(root)
+    strays = [str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_picture(path)]
+    if strays:
+        raise DataError(
+            f"{len(strays)} pictures lie in no class folder:\n{listing(strays)}\n"
+            "Expected <class>/<image> or {train,val,test}/<class>/<image>; move or delete them."
+        )
+    folders = [(split, folder) for parent, split in parents.items() for folder in _subfolders(parent)]
+    names = sorted({folder.name for _, folder in folders})
+    labels = {name: label for label, name in enumerate(names)}
+    rows = [
+        Sample(path.relative_to(root).as_posix(), labels[folder.name], split)
+        for split, folder in folders
+        for path in pictures_below(folder)
+    ]
+    if not rows:
+        raise DataError(f"{root} holds no picture; expected <class>/<image> or {{train,val,test}}/<class>/<image>")
+    empty = sorted(set(range(len(names))) - {row.label for row in rows})
+    if empty:
+        raise DataError(
+            f"{len(empty)} class folders hold no picture:\n{listing([names[i] for i in empty])}\nFill or delete them."
+        )
+    unreadable = [ascii(row.key) for row in rows if not _is_utf8(row.key)]
+    if unreadable:
+        raise DataError(f"{len(unreadable)} file names are not UTF-8:\n{listing(unreadable)}\nRename them.")
+    return FileSource(root, tuple(names), rows)
+
+
+def _class_parents(root: Path) -> dict[Path, str | None]:
+    """The folders that hold class folders, each with its split: the root itself, or its train, val and test."""
+    folders = _subfolders(root)
+    splits = [folder for folder in folders if folder.name in SPLIT_NAMES]
+    others = [folder.name for folder in folders if folder.name not in SPLIT_NAMES]
+    if others and len(splits) < 2:  # one alone may well be a class: train, bus, car
+        return {root: None}
+    if others:
+        raise DataError(
+            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other folders:\n{listing(others)}\nMove the others away."
+        )
+    named = [SPLIT_NAMES[folder.name] for folder in splits]
+    doubled = [folder.name for folder in splits if named.count(SPLIT_NAMES[folder.name]) > 1]
+    if doubled:
+        raise DataError(f"{root} holds one split under two names: {', '.join(doubled)}; join them")
+    return {split: SPLIT_NAMES[split.name] for split in splits} or {root: None}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

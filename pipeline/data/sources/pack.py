@@ -1,0 +1,261 @@
+"""Packs: a data set as a few large files that are read in any order, for what lies badly on a disk as millions of small ones.
+
+    FOLDER/pack-00000-of-00012.array_record   the pictures' files as they were, a record each
+    FOLDER/index.parquet                      a row per picture, in the order of the data set: INDEX
+    FOLDER/pack.json                          the Description; written last, so that a folder that has it is whole
+
+The records are found by number, so nothing is read that is not asked for. `pipeline.data.packing` writes them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow as tf
+from array_record.python.array_record_module import ArrayRecordReader
+
+from pipeline.data.scan_cache import name_of
+from pipeline.data.sources.base import DamagedError, Sample, Status
+from pipeline.errors import DataError
+
+DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
+OPEN_SHARDS = (
+    128  # readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds
+)
+# Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: a picture costs its own bytes.
+BY_NUMBER = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),  # of the data set that was packed
+        ("label", pa.int32()),  # position in the class names
+        ("split", pa.string()),  # train, val or test; null where the data set brings none
+        ("shard", pa.int32()),  # number of the file
+        ("position", pa.int32()),  # number of the record in it
+        ("bytes", pa.int64()),
+        ("sha256", pa.binary(32)),  # of the picture's file
+        ("modified", pa.int64()),  # Status.version in the data set that was packed; 0 where it has none
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of the large files."""
+
+    name: str
+    pictures: int
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the file, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `pack.json` holds.
+
+    Attributes:
+        class_names: In the order of the labels.
+        shards: In the order of their numbers.
+        index: SHA-256 of index.parquet, hexadecimal.
+        origin: What the packed data set is known by; see `packing.Origin`.
+    """
+
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    index: str
+    origin: dict[str, Any]
+
+    def to_json(self) -> str:
+        """As `load` reads it."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def load(folder: Path) -> tuple[Description, pa.Table]:
+    """Reads a pack's description and its index, of the schema INDEX.
+
+    Raises:
+        DataError: There is no finished pack, or one of the two is damaged.
+    """
+    path, index = folder / DESCRIPTION, folder / INDEX_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no finished pack (there is no {path.name}); python -m pipeline pack writes one"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (version := values.pop("format")) != FORMAT:
+            raise DataError(
+                f"{path} is of format {version}; this program reads format {FORMAT}: pack the data set again"
+            )
+        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        description = Description(**values | {"shards": shards, "class_names": tuple(values["class_names"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}; restore it from a copy, or pack the data set again") from None
+    try:
+        found = sha256_of(index)
+    except OSError as error:
+        raise DataError(
+            f"{index} cannot be read: {error.strerror}; restore it from a copy, or pack the data set again"
+        ) from None
+    if found != description.index:
+        raise DataError(
+            f"{index} is not the one that {path.name} names (by SHA-256); restore it from a copy, or pack the data set again"
+        )
+    return description, pq.read_table(index, schema=INDEX, memory_map=False)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: bytes, key: str) -> bytes:
+    """One picture's file.
+
+    Args:
+        path: Of the shard, for the message.
+        reader: Of the shard.
+        position: Number of the record in it.
+        sha256: What the file must have.
+        key: Of the picture, for the message.
+
+    Raises:
+        DamagedError: It is not what was packed.
+    """
+    try:
+        [data] = reader.read([position])
+    except RuntimeError as error:
+        raise DamagedError(key, f"is damaged: record {position} of {path}: {str(error).partition(';')[0]}") from None
+    if hashlib.sha256(data).digest() != sha256:
+        raise DamagedError(key, f"is damaged: record {position} of {path} has another SHA-256 than {INDEX_FILE} says")
+    return data
+
+
+class PackSource:
+    """The pictures of a pack. Threads may read at the same time."""
+
+    def __init__(self, folder: Path, description: Description, index: pa.Table) -> None:
+        self.class_names = description.class_names
+        self._paths = [folder / shard.name for shard in description.shards]
+        self._columns = {name: index[name].combine_chunks() for name in index.column_names}
+        # Digests of the keys, sorted: a tenth of the memory of a dictionary.
+        names = np.fromiter(map(name_of, index["key"].to_pylist()), np.uint64, len(index))
+        self._rows = np.argsort(names)
+        self._names = names[self._rows]
+        self._reader = lru_cache(OPEN_SHARDS)(self._open)
+
+    def samples(self) -> list[Sample]:
+        return list(map(Sample, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
+
+    def status(self, key: str) -> Status:
+        size, sha256 = self._look_up(key, "bytes", "sha256")
+        return Status(size, int.from_bytes(sha256[:8], signed=True))
+
+    def read(self, key: str) -> bytes:
+        shard, position, sha256 = self._look_up(key, "shard", "position", "sha256")
+        try:
+            reader = self._reader(shard)
+        except RuntimeError as error:
+            raise DamagedError(key, f"cannot be read: {self._paths[shard]}: {error}") from None
+        return read_record(self._paths[shard], reader, position, sha256, key)
+
+    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+        file, damage = tf.numpy_function(self._read_or_tell, [key], (tf.string, tf.string), stateful=False)
+        with tf.control_dependencies(
+            [tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]
+        ):  # tf.debugging's takes 60 us
+            return tf.ensure_shape(tf.identity(file), ())
+
+    def _read_or_tell(self, key: bytes) -> tuple[bytes, bytes]:
+        """The file and nothing, or nothing and what is wrong: an exception would come out of the graph with a traceback in its message."""
+        try:
+            return self.read(key.decode()), b""
+        except DamagedError as error:
+            return b"", str(error).encode()
+
+    def _look_up(self, key: str, *columns: str) -> list[Any]:
+        name = name_of(key)
+        for row in self._rows[
+            np.searchsorted(self._names, name) : np.searchsorted(self._names, name, "right")
+        ].tolist():
+            if self._columns["key"][row].as_py() == key:
+                return [self._columns[column][row].as_py() for column in columns]
+        raise DataError(f"{self._paths[0].parent} holds no picture called {key}")
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        return ArrayRecordReader(str(self._paths[shard]), BY_NUMBER)
+
+
+def open_pack(folder: Path) -> PackSource:
+    """Opens a pack; of the shards only that they are there, as long as they were.
+
+    Raises:
+        DataError: There is no finished pack, or something of it is missing or damaged.
+    """
+    description, index = load(folder)
+    for shard in description.shards:
+        path = folder / shard.name
+        found = path.stat().st_size if path.is_file() else None
+        if found != shard.size:
+            state = "is missing" if found is None else f"has {found:,} bytes where it had {shard.size:,}"
+            raise DataError(
+                f"{path} {state}; restore it from a copy, or run python -m pipeline pack with the data set again"
+            )
+    return PackSource(folder, description, index)
+
+
+def damages(path: Path, sha256: str, rows: pa.Table) -> list[str]:
+    """What is wrong with a shard: a line for the file or for each picture that is no longer what was packed; none if it is whole.
+
+    Args:
+        path: Of the shard.
+        sha256: What its file must have, hexadecimal.
+        rows: Of the index, those of the shard, in the order of their positions.
+    """
+    try:
+        if sha256_of(path) == sha256:
+            return []
+        reader = ArrayRecordReader(str(path), BY_NUMBER)
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    except RuntimeError as error:
+        return [f"{path}: {error}"]
+    found = []
+    for position, (key, digest) in enumerate(zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)):
+        try:
+            read_record(path, reader, position, digest, key)
+        except DamagedError as error:
+            found.append(str(error))
+    return found or [f"{path}: is not the file that was written, but all of its pictures are whole"]
+
+
+def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[Description, list[str]]:
+    """Reads a whole pack and compares it with its hashes.
+
+    Args:
+        folder: Of the pack.
+        progress: Called with the number of pictures done and of all.
+
+    Returns:
+        The description, and the `damages` of all shards.
+
+    Raises:
+        DataError: As of `load`.
+    """
+    description, index = load(folder)
+    found: list[str] = []
+    done = 0
+    for shard in description.shards:
+        found += damages(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
+        done += shard.pictures
+        progress(done, len(index))
+    return description, found

@@ -1,0 +1,167 @@
+"""Samples from tensorflow-datasets, by random access to files prepared as ArrayRecord.
+
+Left to itself the library retries an unreachable server for minutes and waits for a silent one for ever. So the servers of
+what is yet to be fetched are asked for a sign of life first, each in a thread, since name resolution knows no time limit.
+"""
+
+import difflib
+import json
+import textwrap
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import tensorflow as tf
+
+from pipeline.data.sources.base import SPLIT_NAMES, NotFetchedError, Sample
+from pipeline.errors import DataError
+
+REACH_SECONDS = 12.0  # for all servers together
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A prepared data set with the features image and label."""
+
+    class_names: tuple[str, ...]
+    records: Mapping[str, Sequence[Any]]
+    """Per split as the data set names it: the examples, images still encoded."""
+
+    def samples(self) -> list[Sample]:
+        return [
+            Sample(f"{name}/{i}", int(example["label"]), SPLIT_NAMES[name])
+            for name, examples in self.records.items()
+            for i, example in enumerate(examples)
+        ]
+
+    def status(self, key: str) -> None:
+        return None
+
+    def read(self, key: str) -> bytes:
+        name, _, position = key.rpartition("/")
+        return self.records[name][int(position)]["image"]
+
+    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+        file = tf.numpy_function(lambda key: self.read(key.decode()), [key], tf.string, stateful=False)
+        return tf.ensure_shape(file, ())
+
+
+def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
+    """Opens a data set.
+
+    Args:
+        name: As in tensorflow-datasets, `cifar10` or `<data set>/<configuration>`.
+        data_dir: Where tensorflow-datasets keeps its data.
+        fetch: Whether to fetch and prepare the data set if it is not there yet.
+
+    Raises:
+        NotFetchedError: It is not there yet and `fetch` is False.
+        DataError: There is no such data set, it cannot be fetched, or it is not one of labelled pictures.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except Exception as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        if name.partition("/")[0].partition(":")[0] in known:
+            raise DataError(f"data.name: {name}: {_short(error)}") from error
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; {data_dir} does not hold it either"
+        raise DataError(f"data.name: tensorflow-datasets has no data set {name!r}{hint}") from None
+    features = dict(builder.info.features.items())
+    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
+        features.get("label"), tfds.features.ClassLabel
+    ):
+        raise DataError(
+            f"data.name: {name} has the features {', '.join(features)}; needed are a picture named image and a class named label"
+        )
+    if not builder.is_prepared():
+        if not fetch:
+            raise NotFetchedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
+        _prepare(builder, name, data_dir)
+
+    splits = [split for split in builder.info.splits if split in SPLIT_NAMES]
+    if not splits:
+        raise DataError(f"data.name: {name} has only the splits {', '.join(builder.info.splits)}; needed is train")
+    still_encoded = {
+        key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)
+    }
+    try:
+        records = {split: builder.as_data_source(split, decoders=still_encoded) for split in splits}
+    except NotImplementedError:
+        raise DataError(
+            f"{builder.data_path} is prepared as {builder.info.file_format.value}, which cannot be read in any order.\n"
+            f"Delete that folder or set data.path to another: {name} is then prepared anew, as array_record.\n"
+            "A data set of your own: write it with file_format='array_record'."
+        ) from None
+    return TfdsSource(tuple(features["label"].names), records)
+
+
+def _prepare(builder: Any, name: str, data_dir: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    ways_on = (
+        "Two ways on:\n"
+        "  - train on an image folder: data.source=folder data.name=null data.path=FOLDER (with FOLDER/<class>/<image>)\n"
+        "  - prepare it where there is a network, then point data.path at the copied DIR:\n"
+        '      python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='DIR').download_and_prepare(file_format='array_record')\""
+    )
+    by_hand = (
+        builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
+    )  # then the addresses are where people get the files, and the error says how
+    silent = {} if by_hand else unreachable(set(builder.url_infos) - _fetched(data_dir / "downloads"), REACH_SECONDS)
+    if silent:
+        lines = "\n".join(f"  {url}: {reason}" for url, reason in silent.items())
+        raise DataError(f"The data set {name} could not be fetched:\n{lines}\n{ways_on}")
+    try:
+        builder.download_and_prepare(
+            file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except Exception as error:  # whatever its downloaders and parsers raise
+        raise DataError(f"tensorflow-datasets could not prepare {name}: {_short(error)}\n{ways_on}") from error
+
+
+def _fetched(downloads: Path) -> set[str]:
+    """The addresses whose files lie among the downloads; each has its addresses in a file beside it."""
+    return {url for info in downloads.rglob("*.INFO") for url in json.loads(info.read_text()).get("urls", ())}
+
+
+def unreachable(urls: Iterable[str], seconds: float) -> dict[str, str]:
+    """Which web addresses do not answer, and why; one address is asked per server.
+
+    Args:
+        urls: Addresses. Others than http and https are left out.
+        seconds: All the time that there is, whatever hangs.
+
+    Returns:
+        Address to reason; empty if every server answered.
+    """
+    servers = {urlsplit(url).netloc: url for url in sorted(urls, reverse=True) if url.startswith("http")}
+    reasons = dict.fromkeys(servers.values(), f"no answer within {seconds:g} s")
+    threads = [threading.Thread(target=_ask, args=(url, seconds, reasons), daemon=True) for url in servers.values()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return {url: reason for url, reason in dict(reasons).items() if reason}
+
+
+def _ask(url: str, seconds: float, reasons: dict[str, str]) -> None:
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=seconds) as response:
+            reasons[url] = f"the server answers {response.status_code}" if response.status_code >= 500 else ""
+    except requests.RequestException as error:
+        reasons[url] = _short(error.args[0].reason if error.args and hasattr(error.args[0], "reason") else error)
+
+
+def _short(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 500) or type(error).__name__

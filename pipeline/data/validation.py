@@ -1,0 +1,320 @@
+"""What is wrong with a data set: files that do not decode, classes without pictures, duplicates across splits. Training begins with it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from rich.table import Table
+
+from pipeline.config.data import DataConfig
+from pipeline.data.inspection import FORMATS, Trait, inspect_all
+from pipeline.data.manifest import COLUMNS, LeftOut, Manifest
+from pipeline.data.scan_cache import ScanCache
+from pipeline.data.sources.base import SPLITS, Sample, Source, listing
+from pipeline.data.splits import assign_splits, near_duplicates
+from pipeline.errors import DataError
+
+SEVERITIES = ("error", "warning", "fact")
+EXTREME_ASPECT = 5.0  # longer side over shorter; a centre crop then shows less than a fifth of the picture
+TRAITS = {
+    Trait.GREY: "grey: their channel is repeated",
+    Trait.CMYK: "CMYK: converted to RGB without a colour profile",
+    Trait.DEEP: "stored with 16 bits a channel: the upper 8 are kept",
+    Trait.PALETTE: "stored with a palette: looked up",
+    Trait.TRANSPARENT: "with transparency: it is dropped, what lies under it is seen",
+    Trait.ANIMATED: "animated: their first picture is taken",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that was found, in all the places where it was.
+
+    Attributes:
+        kind: A name for machines.
+        severity: An error keeps a run from starting, a warning is told at every start, a fact only by the check.
+        text: A clause with the number of them.
+        items: All of them: a picture, a group of pictures or a class each.
+        remedy: A sentence.
+    """
+
+    kind: str
+    severity: Literal["error", "warning", "fact"]
+    text: str
+    items: tuple[str, ...] = ()
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """With the first items, on several lines."""
+        lines = [
+            f"{self.text}:" if self.items else f"{self.text}.",
+            listing(self.items) if self.items else "",
+            self.remedy,
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def sentence(self) -> str:
+        """With the first items, on one line."""
+        shown = ": " + "; ".join(self.items[:3]) if self.items else ""
+        return f"{self.text}{shown}{'; ...' if len(self.items) > 3 else '.'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What a scan of a data set came to.
+
+    Attributes:
+        manifest: Of the samples that can be used; None where nothing can be learned from them.
+        findings: The gravest first.
+        left_out: The samples that cannot be used.
+    """
+
+    manifest: Manifest | None
+    findings: tuple[Finding, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What keeps a run from starting."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+
+def scan(
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    fewest_classes: int = 2,
+    whole: bool = True,
+) -> Manifest:
+    """The manifest that a run trains on.
+
+    Args:
+        source: Where the samples come from.
+        config: `splits`, `group_near_duplicates`, `on_bad`, `on_leak` and `path` are used.
+        seed: Of the splits.
+        progress: Called with the number of pictures done and of all, from the calling thread.
+        fewest_classes: That must have pictures; to learn, two.
+        whole: Whether the source is all of the data set that `config` names, and not a part of it.
+
+    Raises:
+        DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of these are named.
+    """
+    examination = examine(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
+    if examination.errors or examination.manifest is None:
+        raise DataError("\n".join(map(str, examination.errors)))
+    return examination.manifest
+
+
+def examine(
+    source: Source,
+    config: DataConfig,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    fewest_classes: int = 2,
+    whole: bool = True,
+) -> Examination:
+    """Decodes every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
+
+    Args:
+        source: Where the samples come from.
+        config: As of `scan`.
+        seed: Of the splits.
+        progress: As of `scan`.
+        fewest_classes: As of `scan`.
+        whole: As of `scan`.
+    """
+    samples, classes = source.samples(), len(source.class_names)
+    labelled = [sample for sample in samples if 0 <= sample.label < classes]
+    if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
+        return Examination(None, hopeless)
+    facts, problems = inspect_all(source, samples, ScanCache(config.path), progress, whole=whole)
+    for i, sample in enumerate(samples):
+        if not 0 <= sample.label < classes:
+            problems[i] = f"has the label {sample.label}; valid are 0 to {classes - 1}"
+    left_out = tuple(LeftOut(samples[i].key, problem) for i, problem in sorted(problems.items()))
+    bad = tuple(_bad_files(left_out, len(samples), config.on_bad))
+    if problems:
+        facts = np.delete(facts, list(problems))
+        samples = [sample for i, sample in enumerate(samples) if i not in problems]
+        if lost := tuple(_emptied(source.class_names, labelled, samples)) or tuple(
+            _hopeless(source.class_names, samples, fewest_classes)
+        ):
+            return Examination(None, (*bad, *lost) if config.on_bad == "skip" else bad, left_out)
+    manifest = Manifest(source.class_names, _table(samples, facts, config, seed), left_out=left_out)
+    findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_pictures(manifest, facts)]
+    notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Examination(replace(manifest, notes=notes), tuple(findings), left_out)
+
+
+def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
+    """The manifest's rows. Texts are built by Arrow, which takes a fraction of the memory of as many Python strings."""
+    label = np.fromiter((sample.label for sample in samples), np.int32, len(samples))
+    group = np.arange(len(samples), dtype=np.int64)
+    if config.group_near_duplicates:
+        group = near_duplicates(*(facts[name] for name in ("phash", "thumbnail", "pixels", "perceptual")))
+    sha256 = pa.array(np.frombuffer(facts["sha256"].tobytes().hex().encode(), "S64")).cast(pa.string()).to_pandas()
+    split = assign_splits(label, group, sha256, [sample.split for sample in samples], config.splits, seed=seed)
+    return pd.DataFrame(
+        {
+            "key": pa.array((sample.key for sample in samples), pa.string(), size=len(samples)).to_pandas(),
+            "label": label,
+            "split": pa.array(split).to_pandas(),
+            "group": group,
+            "sha256": sha256,
+            **{name: facts[name] for name in ("height", "width", "orientation")},
+        }
+    ).astype(COLUMNS)
+
+
+def _hopeless(class_names: Sequence[str], samples: Sequence[Sample], fewest_classes: int) -> Iterator[Finding]:
+    """Why no classifier can be learned from the samples, as far as it shows without opening them."""
+    odd = tuple(repr(name) for name in class_names if name.splitlines() != [name])
+    if odd:
+        yield Finding(
+            "class_names",
+            "error",
+            f"{len(odd)} class names are empty or have a line break in them",
+            odd,
+            "Rename them.",
+        )
+    present = {sample.label for sample in samples}
+    if not samples:
+        yield Finding("classes", "error", "The data set holds no labelled picture")
+    elif len(present) < fewest_classes:
+        name = class_names[samples[0].label]
+        yield Finding("classes", "error", f"All pictures are of one class, {name!r}; a classifier needs two at least")
+    elif samples[0].split is not None:
+        in_train = {sample.label for sample in samples if sample.split == "train"}
+        lacking = sorted({(sample.label, sample.split) for sample in samples if sample.label not in in_train})
+        if not in_train:
+            yield Finding("splits", "error", "The data bring splits, but none called train")
+        elif lacking:
+            items = tuple(f"{class_names[label]} (in {split})" for label, split in lacking)
+            remedy = "Give each class pictures in train, or take it out everywhere."
+            yield Finding("splits", "error", "train lacks classes that other splits have", items, remedy)
+
+
+def _bad_files(left_out: Sequence[LeftOut], total: int, on_bad: str) -> Iterator[Finding]:
+    if left_out:
+        items = tuple(f"{key}: {problem}" for key, problem in left_out)
+        text = f"{len(left_out)} of {total} pictures cannot be used"
+        if on_bad == "fail":
+            remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad=skip trains without them."
+            yield Finding("bad_files", "error", text, items, remedy)
+        else:
+            yield Finding("bad_files", "warning", f"{text} and are left out", items)
+
+
+def _emptied(class_names: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> Iterator[Finding]:
+    lost = sorted({sample.label for sample in before} - {sample.label for sample in after})
+    if lost:
+        items = tuple(class_names[label] for label in lost)
+        yield Finding(
+            "classes",
+            "error",
+            f"{len(lost)} classes have no picture that can be used",
+            items,
+            "Give them some, or take them out.",
+        )
+
+
+def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
+    """What pictures have in common that are nearly the same, and what they should have in common and do not."""
+    group = manifest.table["group"].to_numpy()
+    rows = np.flatnonzero(np.bincount(group)[group] > 1)
+    alike = manifest.table.iloc[rows[np.argsort(group[rows], kind="stable")]]
+    alike = alike.assign(label=np.array(manifest.class_names, object)[alike["label"]])
+    members = alike.groupby("group", sort=False)
+    if len(alike):
+        text = f"{len(alike)} pictures are near-duplicates of another, in {members.ngroups} groups"
+        yield Finding("near_duplicates", "warning", text, _groups(alike, "group"))
+    copies = alike[alike["sha256"].duplicated(keep=False)]
+    if len(copies):
+        yield Finding(
+            "identical_files",
+            "fact",
+            f"{len(copies)} files are the same as another, byte for byte",
+            _groups(copies, "sha256"),
+        )
+    leaks = alike[members["split"].transform("nunique") > 1]
+    if len(leaks) and on_leak != "ignore":
+        text = f"{len(leaks)} near-duplicate pictures stand in more than one split, as the data give them"
+        items = _groups(leaks, "group", "split")
+        if on_leak == "error":
+            remedy = (
+                "Figures on val and test would be too good. Delete the copies or move them into one split; or let the program make the "
+                "splits, from data without any; or accept it by data.on_leak=warn."
+            )
+            yield Finding("leaks", "error", text, items, remedy)
+        else:
+            yield Finding("leaks", "warning", text, items)
+    contrary = alike[members["label"].transform("nunique") > 1]
+    if len(contrary):
+        yield Finding(
+            "labels",
+            "warning",
+            f"{len(contrary)} near-duplicate pictures have different labels",
+            _groups(contrary, "group", "label"),
+        )
+
+
+def _groups(rows: pd.DataFrame, by: str, shown: str | None = None) -> tuple[str, ...]:
+    """Each group as `a = b`, with the value of the column `shown` behind every key."""
+    named = rows["key"] + (" (" + rows[shown] + ")" if shown is not None else "")
+    return tuple(named.groupby(rows[by], sort=False).agg(" = ".join))
+
+
+def _classes(manifest: Manifest) -> Iterator[Finding]:
+    counts = manifest.class_counts()
+    for split in SPLITS:
+        lacking = tuple(counts.index[counts[split] == 0])
+        if not counts[split].any():
+            yield Finding("splits", "warning", f"The data have no {split} split")
+        elif lacking:
+            yield Finding("classes", "warning", f"{len(lacking)} classes have no picture in {split}", lacking)
+    single = tuple(counts.index[counts.sum(axis="columns") == 1])
+    if single:
+        yield Finding("classes", "warning", f"{len(single)} classes have a single picture", single)
+
+
+def _pictures(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding]:
+    """What is unusual in the pictures themselves."""
+    keys, sides = manifest.table["key"], manifest.table[["height", "width"]]
+    extreme = sides.max(axis="columns") > EXTREME_ASPECT * sides.min(axis="columns")
+    if extreme.any():
+        items = tuple(f"{keys[i]} ({facts['height'][i]} x {facts['width'][i]})" for i in np.flatnonzero(extreme))
+        yield Finding(
+            "aspects", "warning", f"{len(items)} pictures are more than {EXTREME_ASPECT:g} times as long as wide", items
+        )
+    kinds = {FORMATS[kind]: count for kind, count in enumerate(np.bincount(facts["kind"])) if count}
+    yield Finding("formats", "fact", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
+    turned = facts["orientation"] != 1
+    unusual = {
+        "turned by their camera (EXIF): turned upright": turned,
+        **{text: facts["traits"] & trait != 0 for trait, text in TRAITS.items()},
+    }
+    for text, which in unusual.items():
+        if which.any():
+            yield Finding("traits", "fact", f"{which.sum():,} pictures are {text}", tuple(keys[which]))
+
+
+def class_table(manifest: Manifest) -> Table:
+    """Images per class and split, for the screen."""
+    counts = manifest.class_counts()
+    table = Table(box=None)
+    for column in ("class", *counts.columns):
+        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
+    rows = counts if len(counts) <= 30 else counts.head(10)
+    for name, row in rows.iterrows():
+        table.add_row(str(name), *(f"{count:,}" for count in row))
+    if len(rows) < len(counts):
+        table.add_row(f"and {len(counts) - len(rows)} more classes")
+    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
+    return table

@@ -1,0 +1,101 @@
+"""Accuracy on pictures that have become worse: eight of ImageNet-C's kinds of corruption in five severities (arXiv 1903.12261)."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+import tensorflow as tf
+
+from pipeline.config.augment import Transform
+from pipeline.data.augmentation import AlbumentationsTransforms
+from pipeline.data.input_pipeline import Square
+from pipeline.data.preprocessing import Resize, fit_square
+
+SEVERITIES = (1, 2, 3, 4, 5)
+PAPERS_RESOLUTION = 224  # pixels, that the sizes of blurs refer to
+AREA, NEAREST = 3, 0  # of OpenCV's interpolations
+INDEX_BITS = 40  # an image's index takes so many bits of its seed, the kind the others
+
+# By kind, the transform at a severity, given its number and a length in pixels at 224 px to one at the network's resolution. The strengths
+# are those of the paper's code (hendrycks/robustness, make_imagenet_c.py), the transforms albumentations' nearest: its shot noise works on
+# linear light, its brightness on all channels alike.
+KINDS: dict[str, Callable[[int, Callable[[float], int]], Transform]] = {
+    "gaussian noise": lambda severity, _: _transform(
+        "GaussNoise", std_range=_twice((0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1])
+    ),
+    "shot noise": lambda severity, _: _transform("ShotNoise", scale_range=_twice(1 / (60, 25, 12, 5, 3)[severity - 1])),
+    "defocus blur": lambda severity, px: _transform(
+        "Defocus",
+        radius=_twice(max(1, px((3, 4, 6, 8, 10)[severity - 1]))),
+        alias_blur=_twice((0.1, 0.5, 0.5, 0.5, 0.5)[severity - 1]),
+    ),
+    "motion blur": lambda severity, px: _transform(
+        "MotionBlur", blur_limit=_twice(max(3, 2 * px((5, 7, 8, 12, 15)[severity - 1]) + 1)), allow_shifted=False
+    ),
+    "brightness": lambda severity, _: _transform(
+        "RandomBrightnessContrast",
+        brightness_limit=_twice(0.1 * severity),
+        contrast_limit=(0.0, 0.0),
+        ensure_safe_range=False,
+    ),
+    "contrast": lambda severity, _: _transform(
+        "ColorJitter",
+        brightness=(1.0, 1.0),
+        contrast=_twice((0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]),
+        saturation=(1.0, 1.0),
+        hue=(0.0, 0.0),
+    ),
+    "pixelate": lambda severity, _: _transform(
+        "Downscale",
+        scale_range=_twice((0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]),
+        interpolation_pair={"downscale": AREA, "upscale": NEAREST},
+    ),
+    "jpeg compression": lambda severity, _: _transform(
+        "ImageCompression", quality_range=_twice((25, 18, 15, 10, 7)[severity - 1]), compression_type="jpeg"
+    ),
+}
+
+
+PASSES = len(KINDS) * len(SEVERITIES)
+
+
+def _transform(name: str, **args: Any) -> Transform:
+    return Transform(name=name, args={**args, "p": 1.0})
+
+
+def _twice(value: float) -> tuple[float, float]:
+    return value, value
+
+
+def corruptions(resolution: int, resize: Resize) -> Iterator[tuple[str, int, Square]]:
+    """Every kind at every severity, with what makes a corrupted square of a picture: the same one for the same image, every time.
+
+    Args:
+        resolution: Side R of the network's input, in pixels.
+        resize: The run's.
+
+    Yields:
+        Kind, severity from 1 to 5, and the function for `evaluation_stream`.
+    """
+    for number, (kind, make) in enumerate(KINDS.items()):
+        for severity in SEVERITIES:
+            apply = AlbumentationsTransforms(
+                [make(severity, lambda size: round(size * resolution / PAPERS_RESOLUTION))], resolution
+            )
+            yield kind, severity, _corrupting(apply, number << INDEX_BITS, resolution, resize)
+
+
+def _corrupting(apply: AlbumentationsTransforms, seed: int, resolution: int, resize: Resize) -> Square:
+    def square(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        clean = fit_square(image, resolution, resize)
+        return tf.ensure_shape(
+            tf.numpy_function(apply, [clean, index + seed], tf.uint8, stateful=False), (resolution, resolution, 3)
+        )
+
+    return square
+
+
+def corruption_table(accuracies: dict[tuple[str, int], float]) -> pd.DataFrame:
+    """Accuracies by (kind, severity) as a table: a row per kind, a column per severity, and `mean` of each row."""
+    table = pd.Series(accuracies).unstack().reindex(list(KINDS))
+    return table.assign(mean=table.mean(axis=1)).rename_axis(index="corruption", columns="severity")

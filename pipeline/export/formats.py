@@ -1,0 +1,151 @@
+"""A trained network written for other runtimes, each file with its class names and with what must be done to a picture first.
+
+All of them take what `model.keras` takes, float32 (B, R, R, 3), RGB in [0, 255], and give what it gives, float32 logits (B, K).
+
+| format      | is                     | class names and preprocessing                                               |
+|-------------|------------------------|-----------------------------------------------------------------------------|
+| savedmodel  | SavedModel             | signature `classify`: encoded pictures to probabilities and class names     |
+| litert      | LiteRT (.tflite)       | `labels.txt` and `metadata.json` in a zip archive that follows the model     |
+| litert-int8 | LiteRT, 8-bit integers | as litert                                                                   |
+| onnx        | ONNX                   | `metadata_props`, a JSON value each                                         |
+"""
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.preprocessing import Resize, describe, preprocess
+
+INPUT, OUTPUT = "images", "logits"
+OPSET = 18  # of ONNX, 2023: old enough for the runtimes that are about
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What those who run an exported file must know.
+
+    Attributes:
+        class_names: K names, in the order of the logits.
+        resolution: Side R of the input, in pixels.
+        resize: How a picture becomes a square.
+    """
+
+    class_names: Sequence[str]
+    resolution: int
+    resize: Resize
+
+    @property
+    def signature(self) -> tf.TensorSpec:
+        """The input, of any number of images."""
+        return tf.TensorSpec((None, self.resolution, self.resolution, 3), tf.float32, name=INPUT)
+
+    def describe(self) -> dict[str, Any]:
+        """The same for people and for programs, as JSON values."""
+        side = self.resolution
+        return {
+            "class_names": list(self.class_names),
+            "input": {
+                "name": INPUT,
+                "shape": [None, side, side, 3],
+                "dtype": "float32",
+                "range": [0, 255],
+                "colours": "RGB",
+            },
+            "preprocessing": {"resize": self.resize, "resolution": side, "steps": describe(side, self.resize)},
+            "output": {
+                "name": OUTPUT,
+                "shape": [None, len(self.class_names)],
+                "dtype": "float32",
+                "meaning": "logits, in the order of class_names; their softmax are the probabilities",
+            },
+        }
+
+
+def calibration_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
+    """The training images that int8 is calibrated on: up to `count` rows of the manifest, drawn at random, int64 (n,) ascending."""
+    train = manifest.indices("train")
+    return np.sort(np.random.default_rng(seed).choice(train, min(count, len(train)), replace=False))
+
+
+def write_saved_model(model: keras.Model, contract: Contract, path: Path) -> None:
+    """Writes a SavedModel: `serving_default` takes `images` to `logits`, `classify` encoded pictures to probabilities and class names.
+
+    `classify` takes `encoded`, strings (N,), each a file as `pipeline.data.preprocessing.decode` takes it, and `orientation`, int32 (N,),
+    their EXIF orientations, 1 where a file has none. It gives `probabilities`, float32 (N, K), and `class_names`, strings (K,).
+    """
+    to_square = partial(preprocess, resolution=contract.resolution, resize=contract.resize)
+
+    def classify(encoded: tf.Tensor, orientation: tf.Tensor) -> dict[str, tf.Tensor]:
+        square = tf.TensorSpec((contract.resolution, contract.resolution, 3), tf.uint8)
+        images = tf.map_fn(lambda picture: to_square(*picture), (encoded, orientation), fn_output_signature=square)
+        probabilities = tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
+        return {"probabilities": probabilities, "class_names": tf.constant(list(contract.class_names))}
+
+    pictures = [tf.TensorSpec((None,), tf.string, name="encoded"), tf.TensorSpec((None,), tf.int32, name="orientation")]
+    _save(model, contract, path, classify=tf.function(classify, input_signature=pictures, autograph=False))
+
+
+def write_litert(
+    model: keras.Model, contract: Contract, path: Path, *, calibration: tf.data.Dataset | None = None
+) -> None:
+    """Writes a LiteRT model of LiteRT's own operations.
+
+    Args:
+        model: What to write.
+        contract: What goes with it.
+        path: The file.
+        calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by channel) and
+            activations become 8-bit integers; input and output stay float32.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _save(model, contract, Path(folder))
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])
+        if calibration is not None:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.representative_dataset = lambda: (
+                [images.numpy().astype(np.float32)] for images, *_ in calibration
+            )
+            converter.target_spec.supported_ops = [
+                tf.lite.OpsSet.TFLITE_BUILTINS_INT8
+            ]  # an operation without integers is an error
+        path.write_bytes(converter.convert())
+    with zipfile.ZipFile(path, "a") as archive:  # the runtime reads to the model's end, zip readers from the file's
+        archive.writestr("labels.txt", "\n".join(contract.class_names) + "\n")
+        archive.writestr("metadata.json", json.dumps(contract.describe(), indent=1, ensure_ascii=False))
+
+
+def write_onnx(model: keras.Model, contract: Contract, path: Path) -> None:
+    """Writes an ONNX model. It is checked for inputs that nothing gives."""
+    import onnx
+    import tf2onnx
+
+    serve = _serving(model, contract)
+    converted, _ = tf2onnx.convert.from_function(serve, [contract.signature], opset=OPSET)
+    for key, value in contract.describe().items():
+        converted.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    onnx.checker.check_model(converted, full_check=True)
+    onnx.save(converted, path)
+
+
+def _serving(model: keras.Model, contract: Contract) -> tf.types.experimental.PolymorphicFunction:
+    return tf.function(
+        lambda images: {OUTPUT: model(images, training=False)}, input_signature=[contract.signature], autograph=False
+    )
+
+
+def _save(
+    model: keras.Model, contract: Contract, path: Path, **further: tf.types.experimental.PolymorphicFunction
+) -> None:
+    module = tf.Module()
+    module.weights = [weight.value for weight in model.weights]  # what is followed from here is saved
+    tf.saved_model.save(module, str(path), signatures={"serving_default": _serving(model, contract), **further})

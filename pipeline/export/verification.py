@@ -1,0 +1,145 @@
+"""Whether an exported file is the model: both on every image of a split, through one preprocessing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from pipeline.config.export import ExportConfig
+from pipeline.evaluation.metrics import Predictions, evaluate_predictions, join_batches
+from pipeline.export.loading import Exported, Forward
+from pipeline.models.profile import latency
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The model itself on a split.
+
+    Attributes:
+        split: Its name.
+        class_names: K names, in the order of the logits.
+        predictions: Of its N images.
+        accuracy: Top-1, in [0, 1].
+        logit_std: Standard deviation of all N * K logits: what a difference is to be measured by.
+        latency: Seconds for one image.
+        picture: float32 (1, R, R, 3), a picture of the split, for measuring latencies.
+    """
+
+    split: str
+    class_names: tuple[str, ...]
+    predictions: Predictions
+    accuracy: float
+    logit_std: float
+    latency: float
+    picture: np.ndarray
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An exported file beside the model, over all images of a split.
+
+    Attributes:
+        max_logit_difference: The largest, absolute.
+        agreement: Share of the images whose top-1 class is the model's.
+        accuracy: Top-1, in [0, 1].
+        latency: Seconds for one image.
+        failures: Why the file may not be taken for the model; empty if it may.
+    """
+
+    max_logit_difference: float
+    agreement: float
+    accuracy: float
+    latency: float
+    failures: tuple[str, ...]
+
+
+def refer(
+    forward: Forward, class_names: Sequence[str], dataset: tf.data.Dataset, split: str, progress: Progress | None = None
+) -> Reference:
+    """Runs the model over a split.
+
+    Args:
+        forward: The model.
+        class_names: K names.
+        dataset: The split's batches, as of `evaluation_stream`.
+        split: Its name.
+        progress: Called with the number of batches done and of all.
+
+    Raises:
+        RunError: If a logit is not finite.
+    """
+    predictions = _predict(forward, dataset, progress)
+    accuracy = evaluate_predictions(predictions, class_names, split).top1
+    [picture] = [images[:1].numpy().astype(np.float32) for images, *_ in dataset.take(1)]
+    seconds = latency(lambda: forward(picture))
+    return Reference(
+        split, tuple(class_names), predictions, accuracy, float(predictions.logits.std()), seconds, picture
+    )
+
+
+def prove(
+    exported: Exported,
+    reference: Reference,
+    dataset: tf.data.Dataset,
+    limits: ExportConfig,
+    *,
+    exact: bool,
+    progress: Progress | None = None,
+) -> Proof:
+    """Runs an exported network over the split that the model was run over, and compares.
+
+    Args:
+        exported: The network as it came out of its file.
+        reference: The model.
+        dataset: The same batches.
+        limits: What it must come up to.
+        exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
+        progress: As of `refer`.
+    """
+    predictions = _predict(exported.forward, dataset, progress)
+    logits, wanted = predictions.logits, reference.predictions.logits
+    assert np.array_equal(predictions.index, reference.predictions.index)
+    difference = float(np.abs(logits - wanted).max())
+    agreement = float((logits.argmax(axis=1) == wanted.argmax(axis=1)).mean())
+    failures = [] if exported.class_names == reference.class_names else ["the class names in it are not the model's"]
+    accuracy = float("nan")
+    if np.isfinite(logits).all():
+        accuracy = evaluate_predictions(predictions, reference.class_names, reference.split).top1
+        failures += _shortfalls(difference, agreement, accuracy, reference, limits, exact=exact)
+    else:
+        failures.append("its logits are not all finite")
+    return Proof(difference, agreement, accuracy, latency(lambda: exported.forward(reference.picture)), tuple(failures))
+
+
+def _shortfalls(
+    difference: float, agreement: float, accuracy: float, reference: Reference, limits: ExportConfig, *, exact: bool
+) -> list[str]:
+    found = []
+    if exact and difference > limits.max_logit_difference * reference.logit_std:
+        found.append(
+            f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' standard deviation; "
+            f"export.max_logit_difference allows {limits.max_logit_difference:g}"
+        )
+    if agreement < limits.min_agreement:
+        found.append(f"top-1 agreement is {agreement:.2%}; export.min_agreement asks for {limits.min_agreement:.2%}")
+    lost = round(
+        reference.accuracy - accuracy, 9
+    )  # of two shares, which may be a last digit above a limit that they meet
+    if lost > limits.max_accuracy_loss:
+        found.append(
+            f"accuracy is {lost:.2%} below the model's; export.max_accuracy_loss allows {limits.max_accuracy_loss:.2%}"
+        )
+    return found
+
+
+def _predict(forward: Forward, dataset: tf.data.Dataset, progress: Progress | None) -> Predictions:
+    total, batches = int(dataset.cardinality()), []
+    for images, labels, _, index in dataset:
+        classes = labels.numpy().argmax(axis=1).astype(np.int32)
+        batches.append([index.numpy(), classes, forward(images.numpy().astype(np.float32))])
+        if progress is not None:
+            progress(len(batches), total)
+    return join_batches(batches)

@@ -1,0 +1,308 @@
+"""Compound scaling as a search (arXiv 1905.11946, section 3.3): for alpha, beta and gamma, and for the largest phi within a budget.
+
+Every figure is that of a network that was built, never of a formula; where no weight is looked at, it is built without any.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TypeVar
+
+import keras
+import tensorflow as tf
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.models.efficientnet import CLASSIFIER, STAGES, STEM_FILTERS, TOP_FILTERS, efficientnet, stage_repeats
+from pipeline.models.profile import cost, estimated_memory, latency
+from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_multipliers, from_phi, round_filters
+
+STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
+SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a variant comes to once it is built.
+
+    Attributes:
+        blocks: MBConv blocks.
+        parameters: Trainable ones; the moving statistics of batch normalisation do not count, as in the paper.
+        flops: Multiply-adds of one image.
+        memory: Estimated bytes of a training step in float32, with two optimizer slots and a moving average.
+    """
+
+    blocks: int
+    parameters: int
+    flops: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One triple of the grid search, at phi = 1.
+
+    Attributes:
+        alpha: Multiplier of the depth.
+        beta: Multiplier of the width.
+        gamma: Multiplier of the resolution.
+        flops_ratio: Multiply-adds of the network so scaled, over B0's.
+    """
+
+    alpha: float
+    beta: float
+    gamma: float
+    flops_ratio: float
+
+    @property
+    def product(self) -> float:
+        """alpha * beta^2 * gamma^2, which foretells the ratio but for the rounding."""
+        return compound(self.alpha, self.beta, self.gamma)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on something that grows with phi.
+
+    Attributes:
+        name: For messages, such as `parameters`.
+        limit: The most it may be.
+        measure: Takes a variant to its figure, in the unit of the limit.
+        show: Writes a figure with its unit.
+    """
+
+    name: str
+    limit: float
+    measure: Callable[[Variant], float]
+    show: Callable[[float], str] = "{:g}".format
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The largest member of the compound line within all budgets.
+
+    Attributes:
+        phi: Compound coefficient, a multiple of 0.01.
+        variant: What it scales to.
+        binding: Name of the budget that the next larger phi exceeds; None at the end of the line.
+    """
+
+    phi: float
+    variant: Variant
+    binding: str | None
+
+
+def without_values(variant: Variant, num_classes: int = 1000) -> keras.Model:
+    """A network whose weights have shapes and no values, so that L2 takes no 2 GB. Clears Keras's global state: names count anew."""
+    with keras.StatelessScope(initialize_variables=False):
+        model = efficientnet(variant, num_classes=num_classes)
+    keras.utils.clear_session(free_memory=False)  # or Keras goes on keeping them, to give them values later
+    return model
+
+
+def architecture(variant: Variant) -> tuple[int | bool, ...]:
+    """What rounding leaves of a variant. Variants that are equal in this are the same network, but for dropout."""
+    end_width = 1.0 if variant.lite else variant.width
+    filters = [round_filters(stage.filters, variant.width) for stage in STAGES]
+    ends = [round_filters(STEM_FILTERS, end_width), round_filters(TOP_FILTERS, end_width)]
+    return (variant.lite, variant.resolution, *stage_repeats(variant), *filters, *ends)
+
+
+def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant], T]:
+    """The same function, which measures no network twice."""
+    known: dict[tuple[int | bool, ...], T] = {}
+
+    def measure_once(variant: Variant) -> T:
+        key = architecture(variant)
+        if key not in known:
+            known[key] = measure(variant)
+        return known[key]
+
+    return measure_once
+
+
+def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> Size:
+    """Builds a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
+    model = without_values(variant, num_classes)
+    counted = cost(model)
+    memory = estimated_memory(model, batch_size)
+    return Size(sum(stage_repeats(variant)), counted.trainable_parameters, counted.flops, memory)
+
+
+def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
+    """Seconds that the network takes for one image, as a tf.function on TensorFlow's default device, the result's way back included."""
+    model = efficientnet(variant, num_classes=num_classes)
+    infer = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
+    images = tf.zeros((1, variant.resolution, variant.resolution, 3))
+    taken = latency(lambda: infer(images).numpy())
+    keras.utils.clear_session(free_memory=False)
+    return taken
+
+
+def compound(alpha: float, beta: float, gamma: float) -> float:
+    """alpha * beta^2 * gamma^2: by what the multiply-adds grow per unit of phi, before rounding."""
+    return alpha * beta**2 * gamma**2
+
+
+def grid(
+    alphas: Iterable[float], betas: Iterable[float], gammas: Iterable[float], tolerance: float
+) -> list[tuple[float, float, float]]:
+    """The triples whose alpha * beta^2 * gamma^2 is within `tolerance` of 2 (the paper's own gives 1.92)."""
+    return [triple for triple in product(alphas, betas, gammas) if abs(compound(*triple) - 2) <= tolerance]
+
+
+def flops_ratios(
+    triples: Sequence[tuple[float, float, float]],
+    flops: Callable[[Variant], float],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Candidate]:
+    """Measures the triples of a grid at phi = 1.
+
+    Args:
+        triples: alpha, beta, gamma each.
+        flops: Takes a variant to its multiply-adds.
+        progress: Told the number done and of all.
+
+    Returns:
+        The candidates, that whose ratio to B0 is closest to 2 first.
+    """
+    base = flops(VARIANTS["b0"])
+    candidates = []
+    for done, (alpha, beta, gamma) in enumerate(triples, 1):
+        ratio = flops(from_multipliers(beta, alpha, round(VARIANTS["b0"].resolution * gamma))) / base
+        candidates.append(Candidate(alpha, beta, gamma, ratio))
+        progress(done, len(triples))
+    return sorted(candidates, key=lambda found: (abs(found.flops_ratio - 2), abs(found.product - 2)))
+
+
+def largest_within(budgets: Sequence[Budget]) -> Solution:
+    """Solves for phi by bisection, one budget after the other, each only up to what those before it allow.
+
+    Args:
+        budgets: In the order of their cost, cheapest first. Each must not fall as phi grows; a latency does so up to its noise.
+
+    Raises:
+        UserError: Not even the smallest phi is within a budget.
+    """
+    first, end = SMALLEST_PHI * STEPS_PER_PHI, LARGEST_PHI * STEPS_PER_PHI
+    top, binding = end, None
+    for budget in budgets:
+
+        def fits(step: int, budget: Budget = budget) -> bool:
+            return budget.measure(from_phi(step / STEPS_PER_PHI)) <= budget.limit
+
+        if not fits(first):
+            smallest = from_phi(SMALLEST_PHI)
+            raise UserError(
+                f"{budget.name}: no network on the compound line is within {budget.show(budget.limit)}; the smallest, phi = {SMALLEST_PHI} "
+                f"at {smallest.resolution} px, takes {budget.show(budget.measure(smallest))}; allow at least that"
+            )
+        if top < end and fits(top):
+            continue
+        low, high = first, top + (top == end)  # low fits; high does not, or lies beyond the end
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        if low < top:
+            top, binding = low, budget.name
+    return Solution(top / STEPS_PER_PHI, from_phi(top / STEPS_PER_PHI), binding)
+
+
+def nearest_published(variant: Variant) -> Variant:
+    """Of B0 to B8 and L2, the one whose width, depth and resolution are nearest by ratio."""
+
+    def distance(other: Variant) -> float:
+        ratios = (variant.width / other.width, variant.depth / other.depth, variant.resolution / other.resolution)
+        return sum(abs(math.log(ratio)) for ratio in ratios)
+
+    return min((other for other in VARIANTS.values() if not other.lite), key=distance)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much of a network published weights would fill.
+
+    Attributes:
+        source: The published variant.
+        fitting: Layers with weights, the classifier aside, that have equal names and shapes in both.
+        total: Those of the network.
+        identical: Whether neither has a layer that the other lacks: all of it fits, and nothing is left over.
+    """
+
+    source: str
+    fitting: int
+    total: int
+    identical: bool
+
+
+def best_fit(variant: Variant) -> Fit:
+    """The published variant with weights to be had by name that fills most of a network."""
+
+    def shapes(of: Variant) -> dict[str, list[tuple[int, ...]]]:
+        layers = without_values(of).layers
+        return {
+            layer.name: [tuple(w.shape) for w in layer.weights]
+            for layer in layers
+            if layer.weights and layer.name != CLASSIFIER
+        }
+
+    wanted = shapes(variant)
+    fits = []
+    for name in IMAGENET_VARIANTS:
+        if VARIANTS[name].lite == variant.lite:
+            there = shapes(VARIANTS[name])
+            fitting = sum(there.get(layer) == shape for layer, shape in wanted.items())
+            fits.append(Fit(name, fitting, len(wanted), wanted == there))
+    return max(fits, key=lambda fit: (fit.identical, fit.fitting))
+
+
+def training_config(solution: Solution, fit: Fit, data_path: Path, *, batch_size: int, header: str) -> str:
+    """A config that trains a solution on a folder of photos.
+
+    Args:
+        solution: The network.
+        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned; else what fits of them
+            is where training starts.
+        data_path: The folder: <class>/<image>.
+        batch_size: Images per step.
+        header: Lines for the comment at its top: the budgets and what they came to.
+
+    Returns:
+        YAML.
+    """
+    variant = solution.variant
+    scaled = f"width {variant.width:.3f}, depth {variant.depth:.3f}, {variant.resolution} px"
+    if fit.identical:
+        model = {"variant": fit.source, "resolution": variant.resolution, "weights": "imagenet"}
+        stages = [
+            {"epochs": 2, "trainable": "head", "base_lr": 0.02},
+            {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True},
+        ]
+        said = [
+            f"Rounded, this is {fit.source} at {variant.resolution} px: its ImageNet weights fit whole and are fine-tuned."
+        ]
+    else:
+        weights = f"imagenet:{fit.source}" if fit.fitting else None
+        model = {"variant": {"phi": solution.phi}, "weights": weights, "batch_norm_momentum": 0.9}
+        stages = [{"epochs": 60, "warmup_epochs": 3.0}]
+        said = ["Starts from random values: no published weights fit."]
+        if fit.fitting:
+            said = [
+                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, in {fit.fitting} of {fit.total} backbone",
+                "layers; the others are random at first, so all are trained. Without a network to fetch them: model.weights=null.",
+            ]
+    values = {
+        "seed": 42,
+        "model": model,
+        "data": {"source": "folder", "path": str(data_path)},
+        "augment": {"transforms": [{"RandomResizedCrop": {"scale": [0.35, 1.0]}}, {"HorizontalFlip": {"p": 0.5}}]},
+        "optimizer": {"name": "adamw", "base_lr": 0.008, "schedule": "cosine", "weight_decay": 1e-4, "ema": 0.98},
+        "train": {"global_batch_size": batch_size, "label_smoothing": 0.1, "stages": stages},
+        "tracking": {"experiment": "scaled"},
+    }
+    comment = [*header.splitlines(), f"phi = {solution.phi:g}: {scaled}.", *said]
+    return "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

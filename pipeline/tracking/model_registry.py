@@ -1,0 +1,105 @@
+"""A name in MLflow's model registry: its versions, and the one of them that is the champion."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.errors import RunError
+from pipeline.tracking.mlflow_store import alone_with, explained
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ALIAS = "champion"
+
+
+class Version(NamedTuple):
+    """A registered model."""
+
+    number: str
+    run_id: str
+    """MLflow's id of the run that it comes from."""
+
+
+class Registry:
+    """The versions of one name.
+
+    Attributes:
+        name: Under which they are registered.
+    """
+
+    def __init__(self, client: "MlflowClient", uri: str, name: str) -> None:
+        """Takes MLflow and its address; nothing is contacted yet."""
+        self.name, self._client, self._uri = name, client, uri
+
+    @contextmanager
+    def contest(self) -> Iterator[None]:
+        """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by.
+
+        Raises:
+            ConfigError: If the file's folder does not take a lock.
+        """
+        with ExitStack() as held:
+            with explained(self._uri):
+                held.enter_context(alone_with(self._uri, ".contest.lock"))
+            yield
+
+    def champion(self) -> Version | None:
+        """The version that has the alias; None where none has.
+
+        Raises:
+            ConfigError: If the registry cannot be reached.
+        """
+        with explained(self._uri):
+            if not self._client.search_registered_models(f"name = '{self.name}'"):
+                return None
+            number = self._client.get_registered_model(self.name).aliases.get(ALIAS)
+            if number is None:
+                return None
+            return Version(str(number), self._client.get_model_version(self.name, str(number)).run_id or "")
+
+    def add(self, model_uri: str) -> Version:
+        """Registers a logged model as the next version.
+
+        Args:
+            model_uri: As `Tracker.log_model` returns it.
+
+        Raises:
+            ConfigError: If the registry does not take it.
+        """
+        import mlflow
+
+        with explained(self._uri):
+            added = mlflow.register_model(model_uri, self.name)
+        return Version(str(added.version), added.run_id or "")
+
+    def settle(self, version: Version, why: str, *, crowned: bool) -> None:
+        """Gives a version its description and, where it won, the alias; versions of the same run, whose end was cut off, are deleted."""
+        with explained(self._uri):
+            self._client.update_model_version(self.name, version.number, why)
+            if crowned:
+                self._client.set_registered_model_alias(self.name, ALIAS, version.number)
+            for other in self._client.search_model_versions(f"name = '{self.name}' and run_id = '{version.run_id}'"):
+                if str(other.version) != version.number:
+                    self._client.delete_model_version(self.name, str(other.version))
+
+    def download(self, version: Version, name: str, folder: Path) -> Path:
+        """Fetches a file from the artifacts of a version's run.
+
+        Raises:
+            RunError: If they have no such file.
+            ConfigError: If MLflow cannot be reached.
+        """
+        from mlflow.exceptions import MlflowException
+
+        with explained(self._uri):
+            try:
+                files = {file.path for file in self._client.list_artifacts(version.run_id, str(Path(name).parent))}
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                files = set()  # the run is gone
+            if name in files:
+                return Path(self._client.download_artifacts(version.run_id, name, str(folder)))
+        raise RunError(f"the run of version {version.number} has no {name} in MLflow")

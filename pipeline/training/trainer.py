@@ -1,0 +1,299 @@
+"""The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.config.schema import Config
+from pipeline.config.train import StageConfig
+from pipeline.data.data_service import watched
+from pipeline.distributed.devices import Runtime
+from pipeline.errors import ConfigError
+from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
+from pipeline.training.callbacks import Hook
+from pipeline.training.nan_policy import give_up, learning_rate_factor
+from pipeline.training.optimizers import learning_rate
+from pipeline.training.state import State
+from pipeline.training.train_step import TrainStep
+
+REPORTS_PER_EPOCH = 20
+SECONDS_PER_PROGRESS = 0.5
+STEPS_PER_DECISION = 10  # of several processes, which have to look at the same steps whether one is asked to stop
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of steps with one set of trainable weights.
+
+    Attributes:
+        number: Its place among the stages, from 0.
+        config: As the YAML has it.
+        first: Its first step, counted from the start of the run.
+        stop: The step behind its last.
+        learning_rate: Of the step counted from the start of the stage.
+    """
+
+    number: int
+    config: StageConfig
+    first: int
+    stop: int
+    learning_rate: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage trains, and on what.
+
+    Attributes:
+        model: What the step calls: the network, or only its head where the stream gives the features of a frozen backbone.
+        stream: Gives the endless stream of global batches from a step on.
+        validate: Gives the metrics of the validation split for the network as it is now, by name; called with the moving average in place.
+            Empty where there is no such split.
+    """
+
+    model: keras.Model
+    stream: Callable[[int], tf.data.Dataset]
+    validate: Callable[[], Mapping[str, float]]
+
+
+def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
+    """Turns epochs into steps, once."""
+    stages: list[Stage] = []
+    for stage in config.train.stages:
+        first = stages[-1].stop if stages else 0
+        rate = learning_rate(
+            config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch
+        )
+        stages.append(Stage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
+    return tuple(stages)
+
+
+def trains(stage: StageConfig, layer: keras.layers.Layer) -> bool:
+    """Whether a stage moves the weights of a layer, and the statistics of batch normalisation."""
+    lowest = (
+        {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
+        if stage.trainable in ("head", "all")
+        else int(stage.trainable.removeprefix("block"))
+    )
+    frozen_statistics = stage.freeze_batch_norm and isinstance(layer, keras.layers.BatchNormalization)
+    return block_of(layer.name) >= lowest and not frozen_statistics
+
+
+def set_trainable(model: keras.Model, stage: StageConfig) -> None:
+    """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
+    for layer in model.layers:
+        layer.trainable = trains(stage, layer)
+
+
+def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[StageConfig]) -> None:
+    """Makes sure that no layer that starts from random values stays as it is.
+
+    Args:
+        model: The network.
+        new: Names of its layers that no weights were loaded into.
+        stages: Of the whole run.
+
+    Raises:
+        ConfigError: No stage trains such a layer.
+    """
+    stuck = [name for name in new if not any(trains(stage, model.get_layer(name)) for stage in stages)]
+    if stuck:
+        named = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
+        raise ConfigError(
+            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so far: {named}; let a "
+            "stage train all, and one with freeze_batch_norm: false if some are batch normalisation (_bn)"
+        )
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The run was asked to stop and did so behind a whole step, its state handed to the hooks."""
+
+
+class Trainer:
+    """Takes a state through the stages of its run."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        steps_per_epoch: int,
+        hooks: Sequence[Hook],
+        stop_requested: Callable[[], bool],
+        on_not_finite: Callable[[State], None] = give_up,
+        *,
+        class_weights: np.ndarray | None = None,
+    ) -> None:
+        """Plans the run.
+
+        Args:
+            config: What to train and for how long.
+            runtime: Where.
+            steps_per_epoch: Steps between two validations.
+            hooks: Told of progress, epochs and checkpoints.
+            stop_requested: Asked after every step, by several processes after every tenth; True ends the run there.
+            on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
+                run should go on, with the step among its `skipped` or at an earlier step.
+            class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one each.
+        """
+        self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
+        self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
+        self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
+        self.stages = plan(config, steps_per_epoch)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.stages[-1].stop
+
+    def run(self, state: State, work: Callable[[Stage], Work]) -> list[dict[str, float]]:
+        """Trains from `state.step` to the end of the last stage.
+
+        Args:
+            state: Changed in place.
+            work: Says what a stage trains on; asked when the stage begins or is gone on with, what is trainable being settled.
+
+        Returns:
+            The history: a record for each epoch, those before a resume included.
+
+        Raises:
+            TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
+            Interrupted: If a stop was requested.
+        """
+        while state.step < self.total_steps:
+            stage = next(stage for stage in self.stages if state.step < stage.stop)
+            if self._is_exhausted(stage, state.history):
+                for hook in self._hooks:
+                    hook.on_stage_left((stage.stop - state.step) // self._steps_per_epoch)
+                state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
+                continue
+            set_trainable(state.model, stage.config)
+            self._run_stage(stage, state, work(stage))
+        return state.history
+
+    def _batches(self, work: Work, start: int) -> Iterator[Any]:
+        batches: Iterable[Any] = self._runtime.feed(work.stream(start))
+        servers = self._config.runtime.data_service
+        return watched(batches, servers) if servers else iter(batches)
+
+    def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
+        """A step of a stage, what is trainable being settled. It moves the averages of what is followed by the time that it is compiled."""
+        with self._runtime.strategy.scope():
+            return TrainStep(
+                model,
+                state.optimizer,
+                state.average,
+                state.totals,
+                self._config,
+                self._runtime,
+                layer_decay=stage.config.layer_decay,
+                class_weights=self._class_weights,
+            )
+
+    def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
+        train_step, warm = self.step_of(stage, state, work.model), False
+        left_out = state.step - self._counted(state)  # by early stopping of the stages before
+        shown = time.monotonic()
+        batches = self._batches(work, state.step)
+        while state.step < stage.stop:
+            batch, rate = next(batches), stage.learning_rate(state.step - stage.first) * learning_rate_factor(state)
+            if state.step not in state.skipped:
+                began = time.monotonic()
+                train_step(batch, rate)
+                if not warm:
+                    state.totals.read()  # waits for the device
+                    seconds, warm = time.monotonic() - began, True
+                    for hook in self._hooks:
+                        hook.on_first_step(stage.config, seconds)
+            state.step += 1
+            epoch_ends = state.step % self._steps_per_epoch == 0
+            report = state.step % self._report_every == 0
+            save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
+            if not (report or save or self._looks_up(state.step, shown)):
+                continue  # without waiting for the device
+            if bool(state.totals.halted.numpy()):
+                state.step = (
+                    self._counted(state) + left_out
+                )  # steps behind one that is not finite changed nothing, like it
+                state.totals.halted.assign(False)
+                self._on_not_finite(state)
+                if state.step < stage.first:
+                    return
+                batches = self._batches(work, state.step)
+                continue
+            metrics = self._means(state, rate)
+            shown = time.monotonic()
+            for hook in self._hooks:
+                hook.on_progress(state.step, metrics)
+                if report:
+                    hook.on_step(state.step, metrics)
+            if epoch_ends:
+                self._end_epoch(state, metrics, work.validate)
+            stops = self._runtime.processes.any(self._stop_requested())
+            if save or stops:
+                for hook in self._hooks:
+                    hook.on_checkpoint(state)
+                if stops or self._runtime.processes.any(self._stop_requested()):
+                    raise Interrupted
+            if epoch_ends and self._is_exhausted(stage, state.history):
+                return
+
+    def _looks_up(self, step: int, shown: float) -> bool:
+        """Whether to wait for the device behind a step: to show how far it is, or to stop."""
+        if self._runtime.processes.size > 1:
+            return step % STEPS_PER_DECISION == 0
+        return self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS
+
+    def _means(self, state: State, rate: float) -> dict[str, float]:
+        """The epoch's means so far."""
+        sums = state.totals.read()
+        images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
+        return {
+            "train/loss": sums["loss"] / images,
+            "train/accuracy": sums["correct"] / images,
+            "train/gradient_norm": sums["gradient_norm"] / steps,
+            "learning_rate": rate,
+        }
+
+    def _counted(self, state: State) -> int:
+        """Steps that were applied or passed over."""
+        return int(state.optimizer.iterations.numpy()) + len(state.skipped)
+
+    def _end_epoch(
+        self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]
+    ) -> None:
+        with state.averaged():
+            validation = validate()
+        if self._runtime.processes.size > 1:  # one process's rounding decides what is best and where a stage ends
+            told = self._runtime.processes.from_chief(
+                lambda: {"metrics": json.dumps({**metrics, **validation}).encode()}
+            )
+            metrics, validation = json.loads(told["metrics"]), {}
+        record = {"epoch": state.step // self._steps_per_epoch, "step": state.step, **metrics, **validation}
+        state.history.append(record)
+        if self._improves(record, state.best):
+            state.best = record
+        state.totals.reset()
+        for hook in self._hooks:
+            hook.on_epoch(record)
+
+    def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:
+        key = f"val/{self._config.train.best_metric}"
+        sign = -1 if self._config.train.best_metric == "loss" else 1
+        return key in record and (best is None or sign * (record[key] - best[key]) > by)
+
+    def _is_exhausted(self, stage: Stage, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether early stopping leaves the stage: a function of the history, so that a run that is resumed or goes back decides alike."""
+        rule, best, waited = self._config.train.early_stopping, None, 0
+        if rule is None:
+            return False
+        for record in history:
+            if stage.first < record["step"] < stage.stop:
+                improves = self._improves(record, best, rule.min_delta)
+                best, waited = (record, 0) if improves else (best, waited + 1)
+        return waited >= rule.patience

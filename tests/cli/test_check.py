@@ -1,0 +1,127 @@
+"""python -m pipeline check as a user runs it."""
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_screen import FakeScreen
+from PIL import Image
+
+from pipeline.cli import check
+from pipeline.errors import UserError
+
+PROJECT = Path(__file__).parents[2]
+
+
+def picture(seed: int) -> bytes:
+    coarse, file = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config of two classes of ten photos each."""
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / "photos" / name / f"{number}.png").write_bytes(picture(100 * label + number))
+    (tmp_path / "config.yaml").write_text(f"data: {{source: folder, path: {tmp_path / 'photos'}}}\n")
+    return tmp_path / "config.yaml"
+
+
+def run(config: Path, *words: str) -> tuple[int, str]:
+    screen = FakeScreen()
+    return check.main(["--config", str(config), *words], screen), screen.said
+
+
+def test_usable_data_end_with_0_and_a_verdict(config: Path) -> None:
+    code, said = run(config)
+    assert code == 0
+    assert "20 usable pictures" in said
+    assert "20 PNG" in said
+    assert said.rstrip().endswith("usable")
+    assert [line.split() for line in said.splitlines() if line.strip().startswith("cat")] == [["cat", "7", "1", "2"]]
+
+
+def test_bad_files_end_with_2_unless_they_are_skipped(config: Path) -> None:
+    (config.parent / "photos/cat/cut.png").write_bytes(picture(7)[:-60])
+    code, said = run(config)
+    assert code == 2
+    assert "cat/cut.png: is a damaged PNG" in said
+    assert "not usable: 1 of 21 pictures cannot be used" in said
+    code, said = run(config, "data.on_bad=skip")
+    assert code == 0
+    assert "1 of 21 pictures cannot be used and are left out: cat/cut.png: is a damaged PNG" in said
+
+
+def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
+    photos = config.parent / "photos"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (photos / split / name).mkdir(parents=True)
+    for path in list(photos.glob("*/*.png")):
+        path.rename(photos / ("test" if path.stem == "0" else "train") / path.relative_to(photos))
+    for name in ("cat", "dog"):
+        (photos / name).rmdir()
+    (photos / "test/cat/again.png").write_bytes(picture(3))
+    code, said = run(config)
+    assert code == 2
+    assert "test/cat/again.png (test) = train/cat/3.png (train)" in said
+    assert run(config, "data.on_leak=warn")[0] == 0
+    assert "more than one split" not in run(config, "data.on_leak=ignore")[1]
+
+
+def test_json_holds_every_finding_with_every_file(config: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        (config.parent / f"photos/dog/bad{number:02}.png").touch()
+    code, said = run(config, "--json", str(tmp_path / "found.json"))
+    assert code == 2
+    assert "and 10 more" in said
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["usable"] is False
+    assert found["pictures"] == 20
+    assert found["classes"]["cat"] == {"train": 7, "val": 1, "test": 2}
+    assert found["bad_files"] == [{"path": f"dog/bad{number:02}.png", "problem": "is empty"} for number in range(30)]
+    [bad] = [finding for finding in found["findings"] if finding["kind"] == "bad_files"]
+    assert (bad["severity"], len(bad["items"])) == ("error", 30)
+
+
+def test_data_that_cannot_be_learned_from_are_told_without_a_table(config: Path, tmp_path: Path) -> None:
+    for path in (config.parent / "photos/dog").iterdir():
+        path.unlink()
+    (config.parent / "photos/dog/bad.png").touch()
+    code, said = run(config, "data.on_bad=skip", "--json", str(tmp_path / "found.json"))
+    assert code == 2
+    assert "1 classes have no picture that can be used:\n           dog\n" in said
+    assert json.loads((tmp_path / "found.json").read_text())["classes"] is None
+
+
+def test_a_report_without_a_folder_to_go_to_is_refused_before_the_scan(config: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        run(config, "--json", "nowhere/at/all.json")
+
+
+def test_the_program_ends_with_its_code_and_without_a_traceback(config: Path) -> None:
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline", *words], cwd=PROJECT, capture_output=True, text=True, check=False
+        )
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "data.path=PHOTOS" in start("check", "--help").stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2, "seconds of processor time"
+    (config.parent / "photos/cat/empty.png").touch()
+    result = start("check", "--config", str(config))
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "cat/empty.png: is empty" in result.stdout
+    result = start("check", "--config", str(config), "data.on_bad=perhaps")
+    assert result.returncode == 2
+    assert "data.on_bad" in result.stderr
+    assert "Traceback" not in result.stderr

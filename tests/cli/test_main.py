@@ -1,0 +1,112 @@
+"""python -m pipeline as a user runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.cli.scale import BYTES, COUNT, SECONDS, quantity, steps
+from pipeline.config.loader import load_config
+
+PROJECT = Path(__file__).parents[2]
+BENCH = ("bench", "--config", "configs/lite0_digits.yaml")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "option"), [("scale", "--latency"), ("export", "--formats"), ("pack", "--tfrecord")]
+)
+def test_help_is_instant(program: str, option: str) -> None:
+    start = time.monotonic()
+    result = run(program, "--help")
+    assert time.monotonic() - start < 2
+    assert result.returncode == 0
+    assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scale", "--latency", "50parsecs"], "write it like 50ms (units: us, ms, s)"),
+        (["scale", "--latency", "50"], "write it like 50ms"),
+        (["scale", "--memory", "4G"], "KiB, MiB, GiB"),
+        (["scale", "--params", "-8e6"], "--params"),
+        (["scale", "--params", "0"], "above 0"),
+        (["scale", "--params", "8e6", "--search"], "one at a time"),
+        (["scale", "--params", "8e6", "--write", "x.yaml"], "--data-path"),
+        (["scale", "--write", "x.yaml", "--data-path", "p"], "needs a budget"),
+        (["scale", "--search", "--alpha", "2:1:0.1"], "must rise"),
+        (["scale", "--params", "8e6", "--write", "pyproject.toml", "--data-path", "p"], "exists already"),
+        (["scale", "--params", "8e6", "--write", "none/x.yaml", "--data-path", "p"], "no folder none"),
+        ([*BENCH, "--seconds", "0"], "--seconds must be above 0"),
+        ([*BENCH, "--pairs", "0"], "--pairs must be at least 1"),
+        ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
+        ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
+        ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
+        (["serve", "--address", "here"], "write it like host1:5050"),
+        (["pack", "--config", "configs/lite0_digits.yaml"], "--out says where the pack goes"),
+        (["pack", "--verify", "tests", "--out", "x"], "--out says where the pack goes"),
+        (["pack", "--verify", "tests"], "tests holds no finished pack"),
+        (["pack", "--config", "configs/lite0_digits.yaml", "--out", "tests"], "tests exists and is no pack"),
+        (
+            ["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--first-label", "1"],
+            "--first-label belongs to --tfrecord",
+        ),
+        (["pack", "--tfrecord", "train=none-*", "--out", "x"], "--tfrecord train=none-*: there is no such file"),
+        (["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--shard-size", "5"], "write it like 256MB"),
+        (
+            ["export", "--run", "tests", "--formats", "onnx,litret"],
+            "there is no format 'litret'; did you mean 'litert'?",
+        ),
+        (["export", "--run", "tests", "data.resize=squash"], "only keys of export can be changed here"),
+        (["export", "--run", "tests"], "tests: is not a run's directory"),
+    ],
+)
+def test_a_wrong_request_is_refused_by_name(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("units", "unit"), [(units, unit) for units in (COUNT, BYTES, SECONDS) for unit in units])
+def test_a_unit_multiplies(units: dict[str, float], unit: str) -> None:
+    assert quantity(units, "")(f"1.5{unit}") == 1.5 * units[unit]
+
+
+@given(st.integers(1000, 2000), st.integers(0, 50), st.integers(1, 100))
+def test_a_range_holds_both_ends(start: int, count: int, step: int) -> None:
+    stop = start + count * step
+    if stop <= 4000:
+        values = steps(f"{start / 1000}:{stop / 1000}:{step / 1000}")
+        assert values == pytest.approx([(start + i * step) / 1000 for i in range(count + 1)])
+
+
+def test_the_largest_network_is_written_as_a_config_and_never_over_another(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    result = run("scale", "--params", "1.5M", "--classes", "10", "--write", str(file), "--data-path", "PHOTOS")
+    assert result.returncode == 0, result.stderr
+    assert "binds" in result.stdout
+    assert load_config(file).data.path == Path("PHOTOS")
+
+
+@pytest.mark.slow
+def test_the_family_has_the_published_rows() -> None:
+    rows = {line.split()[0]: line.split() for line in run("scale").stdout.splitlines() if line.strip()}
+    assert rows["b0"][1:8] == ["1.0", "1.0", "224", "0.2", "16", "5,288,548", "0.39"]
+    assert rows["l2"][1:8] == ["4.3", "5.3", "800", "0.5", "88", "480,309,308", "475.70"]
+    assert rows["lite4"][5:7] == ["30", "13,006,568"]
+
+
+def test_a_search_lists_the_papers_triple() -> None:
+    lines = run("scale", "--search", "--alpha", "1.2", "--beta", "1.1", "--gamma", "1.15").stdout.splitlines()
+    assert lines[1].split()[:4] == ["1.2", "1.1", "1.15", "1.920"]

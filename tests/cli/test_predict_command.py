@@ -1,0 +1,154 @@
+"""python evaluate.py on pictures: what it refuses, and what it writes."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import pytest
+from PIL import Image
+
+from pipeline.cli import evaluate
+from pipeline.console import Screen
+
+PROJECT = Path(__file__).parents[2]
+LITE0 = ("--weights", "imagenet", "--variant", "lite0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*LITE0, "x.jpg"], "x.jpg: there is no such file"),
+        ([*LITE0, "photos/*.gif"], "photos/*.gif: no file matches"),
+        ([*LITE0, "empty"], "empty: the folder holds no picture"),
+        ([*LITE0, "photos", "--top", "0"], "--top must be at least 1. Received: 0"),
+        ([*LITE0, "photos", "--format", "xml"], "invalid choice: 'xml'"),
+        ([*LITE0, "photos", "--out", "figures"], "a new file that ends in .csv or .jsonl. Received: figures"),
+        ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format is of standard output"),
+        ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; make it first"),
+        ([*LITE0, "photos", "--out", "old.csv"], "old.csv: exists already"),
+        ([*LITE0, "photos", "--data", "photos"], "--split and --data are for measuring"),
+        ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top belong to pictures"),
+        (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to pictures"),
+        (["--run", "latest", "--views", "flip", "--corruptions"], "give one of them"),
+        (
+            ["--run", "latest", "--views", "flip", "photos"],
+            "--views and --corruptions are for measuring a run on its own data",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+    for name in ("photos/a.png", "empty/readme.txt", "old.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("what was there")
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / "evaluate.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.monotonic() - start < 4
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "old.csv").read_text() == "what was there"
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """Its logits are a tenth of the picture's mean red, green and blue."""
+    inputs = keras.Input((None, None, 3))
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(0.1)(inputs)))
+    config = SimpleNamespace(variant=SimpleNamespace(resolution=32), data=SimpleNamespace(resize="crop"))
+    return SimpleNamespace(model=model, class_lists=(("r", "g", "b"), ("red", "green, dark", "blue")), config=config)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """A red picture, one that is none, a blue picture."""
+    paths = [tmp_path / name for name in ('r"ö,.png', "none.png", "blue.png")]
+    Image.new("RGB", (40, 30), (250, 10, 0)).save(paths[0])
+    paths[1].write_text("no picture")
+    Image.new("RGB", (40, 30), (0, 10, 250)).save(paths[2])
+    return paths
+
+
+def label(network: Any, paths: list[Path], *, output: Any = None, **arguments: Any) -> int:
+    given = argparse.Namespace(**{"format": None, "out": None, "top": None} | arguments)
+    return evaluate.label(network, paths, given, output, Screen())
+
+
+def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> None:
+    output = io.StringIO()
+    assert label(network, pictures, output=output, format="csv", top=2) == 1
+    [red, none, blue] = csv.DictReader(io.StringIO(output.getvalue()))
+    assert list(red) == ["path", "error", "class1", "probability1", "class2", "probability2"]
+    assert [row["path"] for row in (red, none, blue)] == list(map(str, pictures))
+    assert (red["class1"], red["class2"], blue["class1"], blue["class2"]) == (
+        "r red",
+        "g green, dark",
+        "b blue",
+        "g green, dark",
+    )
+    assert float(red["probability1"]) == pytest.approx(1)
+    assert none["error"] == "is not a picture, or of a format that is not read here"
+    assert (red["error"], none["class1"], none["probability2"]) == ("", "", "")
+
+
+def test_json_lines_have_an_object_for_every_picture(network: Any, pictures: list[Path]) -> None:
+    output = io.StringIO()
+    assert label(network, pictures, output=output, format="jsonl") == 1
+    [red, none, _] = map(json.loads, output.getvalue().splitlines())
+    assert list(red) == ["path", "top", "error"]
+    assert [entry["class"] for entry in red["top"]] == ["r red", "g green, dark", "b blue"]
+    assert sum(entry["probability"] for entry in red["top"]) == pytest.approx(1, abs=1e-5)
+    assert red["error"] is None
+    assert none == {
+        "path": str(pictures[1]),
+        "top": [],
+        "error": "is not a picture, or of a format that is not read here",
+    }
+
+
+def test_rows_go_into_a_new_file_and_what_is_said_to_the_screen(
+    network: Any, pictures: list[Path], tmp_path: Path, capfd: Any
+) -> None:
+    pictures.append(tmp_path / os.fsdecode(b"\xff.png"))
+    assert label(network, pictures, format="jsonl", out=tmp_path / "labels.jsonl") == 1
+    said = capfd.readouterr()
+    assert said.out == "2 pictures labelled, 2 could not be read\n"
+    assert [line.partition(": ")[2] for line in said.err.splitlines()] == [
+        "is not a picture, or of a format that is not read here",
+        "cannot be opened: No such file or directory",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == list(map(str, pictures)), "also the name that is not UTF-8"
+
+
+def test_the_screen_shows_a_table_for_every_picture(network: Any, pictures: list[Path], capfd: Any) -> None:
+    assert label(network, pictures[::2]) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert re.findall(r"100\.0% .* (\w red|b blue)", said.out) == ["r red", "b blue"]
+    assert said.out.endswith("2 pictures labelled\n")
+
+
+def test_an_output_that_nobody_reads_any_more_ends_it_quietly(network: Any, pictures: list[Path], capfd: Any) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = os.fdopen(writer, "w")
+    assert label(network, pictures, output=output, format="csv") == 141
+    with pytest.raises(BrokenPipeError):  # its last row is still in it
+        output.close()
+    assert capfd.readouterr() == ("", "")

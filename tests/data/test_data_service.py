@@ -1,0 +1,189 @@
+"""Servers prepare the very batches that this process would have prepared, in its order; and a run ends where one of them is gone."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from pipeline.config.loader import load_config
+from pipeline.config.schema import Config
+from pipeline.data.data_service import check_servers, served, start_server, watched
+from pipeline.data.input_pipeline import training_stream
+from pipeline.data.sources.catalog import open_source
+from pipeline.data.validation import scan
+from pipeline.distributed.devices import Share
+from pipeline.errors import ConfigError, RunError, TrainingError
+
+PROJECT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """One that is free, as is the one above it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server, suppress(OSError):
+            port = int(server.getsockname()[1])
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
+def serve(address: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", "serve", "--address", address]
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def first_line(server: "subprocess.Popen[str]") -> str:
+    assert server.stdout is not None
+    return server.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[str]]:
+    """Two servers, each a process of its own."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    running = [serve(address) for address in addresses]
+    for server in running:
+        assert first_line(server).startswith("serving at")
+    yield addresses
+    for server in running:
+        server.kill()
+        server.communicate()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for label in "ab":
+        (folder / label).mkdir()
+        for number in range(20):
+            picture = rng.integers(0, 256, (40 + number, 48, 3)).astype(np.uint8)
+            Image.fromarray(picture).save(folder / label / f"{number}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("share", [Share(), Share(1, 2)], ids=["whole", "share"])
+def test_the_batches_of_servers_are_those_of_this_process(
+    servers: list[str], photos: Path, number: int, share: Share
+) -> None:
+    config = Config.model_validate(
+        {
+            "model": {"variant": "b0", "weights": None, "resolution": 32},
+            "data": {"source": "folder", "path": str(photos)},
+            "augment": {
+                "transforms": ["RandomResizedCrop", "HorizontalFlip"],
+                "randaugment": {"num_ops": 2, "magnitude": 9},
+                "mixup": 0.2,
+            },
+            "train": {"global_batch_size": 16},
+            "runtime": {"data_service": servers[:number]},
+        }
+    )
+    source = open_source(config.data)
+    manifest = scan(source, config.data, seed=1)
+
+    def stream(server: int, of: int) -> tf.data.Dataset:
+        return training_stream(
+            manifest, source, config, start_step=2 + server, stride=of, share=share, workers=tf.data.AUTOTUNE
+        )
+
+    dataset = served(stream, servers[:number])
+    assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+    here = training_stream(manifest, source, config, start_step=2, share=share).take(7).as_numpy_iterator()
+    for one, other in zip(dataset.take(7).as_numpy_iterator(), here, strict=True):
+        for there_part, here_part in zip(one, other, strict=True):
+            np.testing.assert_array_equal(there_part, here_part)
+
+
+def test_a_run_ends_where_a_server_is_gone() -> None:
+    """TensorFlow alone would wait for it for ever."""
+    address = f"127.0.0.1:{free_port()}"
+
+    def stuck() -> Iterator[int]:
+        yield 1
+        time.sleep(60)
+
+    batches = watched(stuck(), [address], patience=0.2)
+    assert next(batches) == 1
+    with pytest.raises(TrainingError, match=f"nothing answers at {address} .*; then go on with --resume"):
+        next(batches)
+
+
+def test_a_slow_server_is_waited_for(servers: list[str]) -> None:
+    def slow() -> Iterator[int]:
+        time.sleep(0.7)
+        yield 1
+
+    assert next(watched(slow(), servers, patience=0.2)) == 1
+
+
+def test_what_goes_wrong_on_a_server_is_said() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise tf.errors.NotFoundError(None, None, "no such file: a.jpg\nmore")
+
+    batches = watched(broken(), ["127.0.0.1:1"])
+    assert next(batches) == 1
+    with pytest.raises(
+        TrainingError, match=r"a server of runtime.data_service failed \(no such file: a.jpg\); start the servers again"
+    ):
+        next(batches)
+
+
+def test_other_errors_and_an_end_come_through() -> None:
+    assert list(watched([1, 2], ["127.0.0.1:1"])) == [1, 2]
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("odd")
+
+    with pytest.raises(ValueError, match="odd"):
+        list(watched(broken(), ["127.0.0.1:1"]))
+
+
+def test_a_server_that_is_not_there_is_named(servers: list[str]) -> None:
+    check_servers(servers)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(
+        RunError,
+        match=f"nothing answers at {address} .*; start it there by: python -m pipeline serve --address {address}",
+    ):
+        check_servers([servers[0], address])
+
+
+def test_a_port_that_is_taken_is_named(servers: list[str]) -> None:
+    with pytest.raises(RunError, match=f"--address {servers[0]}: cannot be served at"):
+        start_server(servers[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["augment.backend=albumentations"], "albumentations are Python functions, which do not travel"),
+        (["data.source=tfds", "data.name=tf_flowers", "data.path=null"], "source tfds is read by Python functions"),
+        (["runtime.data_service=[]"], "runtime.data_service"),
+        (["runtime.data_service=[host]"], "runtime.data_service"),
+    ],
+)
+def test_what_does_not_travel_is_refused(settings: list[str], message: str, photos: Path) -> None:
+    first = "runtime.data_service=[host:1]"
+    with pytest.raises(ConfigError, match=message):
+        load_config(PROJECT / "configs/lite0_folder.yaml", [f"data.path={photos}", first, *settings])
+
+
+def test_a_server_of_its_own_ends_when_asked() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    process = serve(address)
+    assert first_line(process).startswith(f"serving at {address} with ")
+    check_servers([address])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert process.communicate() == ("", "")

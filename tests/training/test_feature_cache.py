@@ -1,0 +1,155 @@
+"""A frozen backbone that is computed once: the same run, faster."""
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.config.schema import Config
+from pipeline.config.train import StageConfig
+from pipeline.console import Screen
+from pipeline.data.input_pipeline import steps_per_epoch
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources.digits import DigitsSource
+from pipeline.distributed.devices import set_up
+from pipeline.errors import TrainingError
+from pipeline.models.efficientnet import LayerTypes, efficientnet, plain_copy
+from pipeline.models.layers import PerReplicaDropout
+from pipeline.training.feature_cache import MOST_BYTES, are_constant, backbone_and_head
+from pipeline.training.optimizers import MovingAverage, build_optimizer
+from pipeline.training.stage_data import Stages
+from pipeline.training.state import State
+from pipeline.training.train_step import Totals
+from pipeline.training.trainer import Interrupted, Trainer, plan
+
+IMAGES = 80
+HEAD = StageConfig(epochs=2, trainable="head", augment=False)
+CONFIG = Config.model_validate(
+    {
+        "model": {"variant": {"width": 0.25, "depth": 0.3, "resolution": 32}, "weights": None},
+        "data": {"source": "digits", "resize": "squash"},
+        "optimizer": {"name": "adamw", "base_lr": 0.05, "ema": 0.9},
+        "train": {"global_batch_size": 16, "stages": [HEAD.model_dump(), {"epochs": 1, "trainable": "all"}]},
+        "runtime": {"precision": "float32"},
+    }
+)
+
+
+def digits() -> tuple[Manifest, DigitsSource]:
+    source = DigitsSource()
+    samples = source.samples()[:IMAGES]
+    table = pd.DataFrame(
+        {
+            "key": [sample.key for sample in samples],
+            "label": np.array([sample.label for sample in samples], np.int32),
+            "split": ["val" if number % 5 == 0 else "train" for number in range(IMAGES)],
+            "group": np.arange(IMAGES),
+            "sha256": "",
+            "height": np.int32(8),
+            "width": np.int32(8),
+            "orientation": np.uint8(1),
+        }
+    )
+    return Manifest(source.class_names, table), source
+
+
+def train() -> tuple[State, list[dict[str, float]]]:
+    keras.utils.clear_session()
+    manifest, source = digits()
+    runtime = set_up(CONFIG)
+    model = efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout), seed=CONFIG.seed)
+    state = State(
+        model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    )
+    stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False)
+    trainer = Trainer(CONFIG, runtime, steps_per_epoch(len(manifest.indices("train")), 16), [], lambda: False)
+    return state, trainer.run(state, stages.work)
+
+
+@pytest.mark.slow
+def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout's masks, slots, averages and the order of the images are the same; a stage that follows finds nothing different."""
+    state, history = train()
+    calls: list[str] = []
+    monkeypatch.setattr("pipeline.training.stage_data.are_constant", lambda *_: calls.append("asked"))
+    plain_state, plain_history = train()
+    assert calls == ["asked"] * 2
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+    for record, plain in zip(history[:2], plain_history[:2], strict=True):
+        assert record == pytest.approx(plain, rel=1e-4)
+    for group, variables in state.groups().items():
+        for name, variable in variables.items():
+            wanted = plain_state.groups()[group][name].numpy().astype(np.float64)
+            np.testing.assert_allclose(
+                variable.numpy().astype(np.float64), wanted, rtol=1e-2, atol=2e-4, err_msg=f"{group} {name}"
+            )
+    start = efficientnet(CONFIG.variant, num_classes=10, seed=CONFIG.seed).get_layer("predictions").kernel.numpy()
+    assert np.abs(state.model.get_layer("predictions").kernel.numpy() - start).max() > 1e-2, "the head has learned"
+
+
+def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
+    model = efficientnet(CONFIG.variant, num_classes=10, seed=3)
+    kernel = model.get_layer("predictions").kernel
+    kernel.assign(np.random.default_rng(1).normal(0, 1e4, kernel.shape))  # random logits are near zero
+    images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
+    wanted = model(images).numpy()
+    backbone, head = backbone_and_head(model)
+    np.testing.assert_allclose(head(backbone(images)).numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert wanted.std() > 0.1
+    head.layers[-1].bias.assign_add(np.ones(10))
+    np.testing.assert_allclose(model(images).numpy(), wanted + 1, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(plain_copy(model)(images).numpy(), model(images).numpy())
+
+
+@pytest.mark.parametrize(
+    ("augment", "stages", "constant"),
+    [
+        ({}, [HEAD], True),
+        ({"mixup": 0.2}, [HEAD], True),
+        ({}, [StageConfig(epochs=1, trainable="head")], True),
+        ({"mixup": 0.2}, [StageConfig(epochs=1, trainable="head")], False),
+        ({"transforms": ["HorizontalFlip"]}, [HEAD, StageConfig(epochs=1, trainable="head")], False),
+        ({}, [StageConfig(epochs=1, trainable="block7", augment=False)], False),
+        ({}, [StageConfig(epochs=1), HEAD], False),
+    ],
+)
+def test_features_are_kept_where_nothing_before_the_head_changes(augment: dict, stages: list, constant: bool) -> None:
+    config = Config.model_validate({"data": {"source": "digits"}, "augment": augment})
+    assert are_constant(config, stages, num_images=1000, width=1280) is constant
+
+
+def test_features_that_would_fill_the_memory_are_not_kept() -> None:
+    most = MOST_BYTES // (4 * 1280)
+    assert are_constant(CONFIG, [HEAD], most, 1280)
+    assert not are_constant(CONFIG, [HEAD], most + 1, 1280)
+
+
+def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
+    manifest, source = digits()
+    runtime, model = (
+        set_up(CONFIG),
+        efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
+    )
+    state = State(
+        model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    )
+    stage = plan(CONFIG, 4)[0]
+    stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: True)
+    with pytest.raises(Interrupted):
+        stages.work(stage)
+    state.average.follow(model.get_layer("stem_conv").weights)
+    assert stages.work(stage).model is model
+
+
+def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_the_input() -> None:
+    manifest, source = digits()
+    runtime, model = (
+        set_up(CONFIG),
+        efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
+    )
+    state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, Totals())
+    model.get_layer("predictions").bias.assign(np.full(10, np.nan))
+    with pytest.raises(
+        TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"
+    ):
+        Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False).evaluate("val")
