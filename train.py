@@ -3,7 +3,7 @@
 import sys
 
 from pipeline.cli.train import main
-from pipeline.console import run_program
+from pipeline.console import run_cli
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run_cli(main))

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from pipeline.console import Screen, run_program
+from pipeline.console import Console, run_cli
 
 PROGRAMS = {
     "bench": "how fast a config trains: step, stream and both; against plain Keras",
@@ -17,7 +17,7 @@ PROGRAMS = {
 }
 
 
-def main(screen: Screen) -> int:
+def main(screen: Console) -> int:
     """Runs the program that is named first on the command line; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline")
     programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
@@ -28,4 +28,4 @@ def main(screen: Screen) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run_cli(main))

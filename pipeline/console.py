@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich import console as rich_console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from pipeline.errors import TrainingError, UserError
 
 
-class Screen:
+class Console:
     """The terminal, kept for the program's own words.
 
     Once `divert_to` is called, everything that is written to standard output or standard error by anybody else, compiled libraries
@@ -29,10 +29,10 @@ class Screen:
     def __init__(self) -> None:
         self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
         self._err: TextIO = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-        self.console = Console(file=self._out, highlight=False, soft_wrap=not self._out.isatty())
+        self.console = rich_console.Console(file=self._out, highlight=False, soft_wrap=not self._out.isatty())
         self.log: Path | None = None
 
-    def divert_to(self, log: Path | None) -> None:
+    def redirect_library_output(self, log: Path | None) -> None:
         """Sends the libraries' output to the end of `log`, or nowhere if it is None."""
         sys.stdout.flush()
         sys.stderr.flush()
@@ -45,19 +45,19 @@ class Screen:
         logging.captureWarnings(True)
         warnings.simplefilter("default")
 
-    def give_output(self) -> TextIO:
+    def reserve_stdout(self) -> TextIO:
         """Gives standard output to rows for other programs. What is said from now on goes to standard error, and no bar is shown."""
-        self.console = Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
+        self.console = rich_console.Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
         return self._out
 
-    def say(self, text: Any = "", *, details: str | None = None) -> None:
+    def print(self, text: Any = "", *, details: str | None = None) -> None:
         """Shows a line of text or one of rich's renderables; a line goes to the log, too, or its details in its place."""
         self.console.print(text, markup=False, emoji=False)
         if isinstance(text, str) and self.log is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    def progress(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
         """Shows how far something has come; inside the block, call what is given with the number done and of all, None if not known."""
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
@@ -87,18 +87,18 @@ class _Count(ProgressColumn):
         )
 
 
-def this_python() -> str:
+def python_executable() -> str:
     """The interpreter that runs this, as a word of a command to be typed in the current folder."""
     here = Path(sys.executable)
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
-def run_program(program: Callable[[Screen], int]) -> int:
+def run_cli(program: Callable[[Console], int]) -> int:
     """Runs a program and turns what it raises into a message and an exit code: 2 for bad input, 1 for a failure.
 
     SIGTERM unwinds it as Ctrl-C does, so that what it has open is closed.
     """
-    screen = Screen()
+    screen = Console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return program(screen)

@@ -28,7 +28,7 @@ class TrainingError(Exception):
     """Training cannot go on, through no mistake in its input. Programs print the message and leave with exit code 1."""
 
 
-def nearest(key: str, valid: Iterable[str]) -> str:
+def suggest(key: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown key: the nearest valid one, else the valid ones where they are few, else nothing."""
     valid = list(valid)
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)

@@ -157,7 +157,7 @@ def run(job: dict[str, Any]) -> None:
     import tensorflow as tf
 
     from pipeline.cli import train
-    from pipeline.console import run_program
+    from pipeline.console import run_cli
 
     os.chdir(job["folder"])
     if job["tf_config"] is not None:
@@ -176,7 +176,7 @@ def run(job: dict[str, Any]) -> None:
     for trap in job["traps"]:
         set_trap(trap, Path(job["marker"]))
     sys.argv = ["train.py", *job["arguments"]]
-    sys.exit(run_program(train.main))
+    sys.exit(run_cli(train.main))
 
 
 def serve() -> None:

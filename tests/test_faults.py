@@ -40,12 +40,12 @@ augment:
   transforms: [{RandomResizedCrop: {scale: [0.5, 1.0]}}, HorizontalFlip]
   randaugment: {num_ops: 2, magnitude: 9}
   mixup: 0.2
-optimizer: {base_lr: 0.5, warmup_epochs: 0.5, ema: 0.9}
+optimizer: {base_lr: 0.5, warmup_epochs: 0.5, ema_decay: 0.9}
 train:
   global_batch_size: 16
   stages: [{epochs: 2, trainable: block7}, {epochs: 2}]
   checkpoint_every_steps: 2
-runtime: {precision: float32, input_workers: 2}
+runtime: {precision: float32, num_workers: 2}
 tracking: {experiment: faults}
 """
 EPOCH, STAGE, END = 4, 8, 16  # steps
@@ -57,9 +57,9 @@ VARIANTS = {
         "augment.backend=albumentations",
         "augment.transforms=[{RandomResizedCrop: {scale: [0.5, 1.0]}}, HorizontalFlip, {Rotate: {limit: 20}}]",
     ],
-    "accumulation": ["train.accumulation=2"],
+    "accumulation": ["train.gradient_accumulation_steps=2"],
     "features": [  # of a frozen backbone, computed once
-        "train.stages=[{epochs: 2, trainable: head, augment: false}, {epochs: 2, layer_decay: 0.8}]",
+        "train.stages=[{epochs: 2, trainable: head, use_augmentation: false}, {epochs: 2, layer_decay: 0.8}]",
         "train.class_weights={class 1: 2}",
     ],
 }
@@ -260,7 +260,7 @@ class Launcher(LauncherProcess):
         """The uninterrupted run, with a checkpoint for every step; made when first asked for."""
         name = f"whole {variant}"
         if not (self.folder / name).exists():
-            assert self.run(name, "train.checkpoint_every_steps=1", "train.keep_checkpoints=1000", variant=variant) == 0
+            assert self.run(name, "train.checkpoint_every_steps=1", "train.max_checkpoints=1000", variant=variant) == 0
         return name
 
 
@@ -317,7 +317,7 @@ def assert_checkpoints_are_those_of(whole: Path, run: Path) -> int:
     """Compares every checkpoint of a run with the uninterrupted run's of the same step; returns the step of the newest good one."""
     newest = 0
     for found in sorted((run / "checkpoints").glob("step-*")):
-        if checkpoint.problem(found) is None:
+        if checkpoint.verify_checkpoint(found) is None:
             newest = int(found.name.removeprefix("step-"))
             assert len(contents(found)) > 300
             assert differing(contents(found), contents(whole / "checkpoints" / found.name)) == []
@@ -363,7 +363,7 @@ def suffer(
         if (directory / "mlflow.json").exists():
             assert launcher.mlflow_run(run).info.status == fault.status, what
         if fault.damage is not None:
-            flip_a_bit(checkpoint.newest_verified(directory / "checkpoints")[0] / fault.damage)
+            flip_a_bit(checkpoint.latest_valid_checkpoint(directory / "checkpoints")[0] / fault.damage)
         newest = assert_checkpoints_are_those_of(launcher.folder / whole, directory)
 
 
@@ -401,7 +401,7 @@ def test_the_network_has_every_kind_of_block_and_no_smaller_one_has(tmp_path):
 
     def kinds(depth: float) -> set[str]:
         (tmp_path / "config.yaml").write_text(CONFIG.replace("depth: 0.3", f"depth: {depth}"))
-        model = efficientnet(load_config(tmp_path / "config.yaml").variant, num_classes=3, survival=0.8)
+        model = efficientnet(load_config(tmp_path / "config.yaml").variant, num_classes=3, drop_path_rate=0.2)
         found = {"expansion"} if any("expand_conv" in layer.name for layer in model.layers) else set()
         for layer in model.layers:
             if "dwconv" in layer.name:
@@ -432,7 +432,7 @@ def begun(launcher: Launcher) -> str:
         {"function": "pipeline.training.trainer:set_trainable", "when": "before", "action": "kill", "steps": STAGE}
     ]
     assert (
-        launcher.run(name, "train.checkpoint_every_steps=1", "train.keep_checkpoints=1000", traps=traps)
+        launcher.run(name, "train.checkpoint_every_steps=1", "train.max_checkpoints=1000", traps=traps)
         == -signal.SIGKILL
     )
     assert assert_checkpoints_are_those_of(launcher.folder / name, launcher.folder / name) == STAGE
@@ -500,10 +500,10 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
         assert launcher.run(survivor, "--resume", *arguments) == 2
         return launcher.screen(survivor).read_text()
 
-    change = ["train.label_smoothing=0.2", "optimizer.ema=0.8"]
-    said = refused(*change, "--allow-change", "optimizer.ema")
+    change = ["train.label_smoothing=0.2", "optimizer.ema_decay=0.8"]
+    said = refused(*change, "--allow-change", "optimizer.ema_decay")
     assert "  train.label_smoothing: was 0.1, is 0.2" in said
-    assert "ema: was" not in said
+    assert "ema_decay: was" not in said
     picture = launcher.folder / "photos" / "class 1" / "3.png"
     content = picture.read_bytes()
     picture.write_bytes((launcher.folder / "photos" / "class 1" / "4.png").read_bytes())
@@ -521,16 +521,16 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
         "optimizer",
         "--allow-change",
         "train.label_smoothing",
-        "train.keep_checkpoints=5",
+        "train.max_checkpoints=5",
     ]
     assert launcher.run(survivor, "--resume", *allowed, traps=TERMINATED.traps(8)) == 143
-    newest, _ = checkpoint.newest_verified(directory / "checkpoints")
+    newest, _ = checkpoint.latest_valid_checkpoint(directory / "checkpoints")
     assert newest == directory / "checkpoints" / "step-00000008"
-    changes = ["optimizer.ema: 0.9 -> 0.8 behind step 7", "train.label_smoothing: 0.1 -> 0.2 behind step 7"]
+    changes = ["optimizer.ema_decay: 0.9 -> 0.8 behind step 7", "train.label_smoothing: 0.1 -> 0.2 behind step 7"]
     noted = checkpoint.read_manifest(newest)["changes"]
     assert [f"{one['key']}: {one['was']} -> {one['is']} behind step {one['step']}" for one in noted] == changes
     config = load_config(directory / "config.yaml")
-    assert (config.optimizer.ema, config.train.label_smoothing) == (0.8, 0.2)
+    assert (config.optimizer.ema_decay, config.train.label_smoothing) == (0.8, 0.2)
     assert launcher.mlflow_run(survivor).data.tags["changes"].splitlines() == changes
 
 
@@ -636,7 +636,7 @@ def test_the_weights_do_not_depend_on_the_number_of_input_workers(launcher):
     found = []
     for name, workers in (("workers 1", 1), ("workers 2", 2), ("workers 4", 4), ("workers 2 again", 2)):
         traps = [{"steps": 7, **one} for one in TERMINATED.traps(7)]
-        assert launcher.run(name, *arguments, f"runtime.input_workers={workers}", traps=traps) == 143
+        assert launcher.run(name, *arguments, f"runtime.num_workers={workers}", traps=traps) == 143
         found.append(contents(launcher.folder / name / "checkpoints" / "step-00000007"))
     assert len(found[0]) > 500
     assert [differing(found[0], other) for other in found[1:]] == [[], [], []]

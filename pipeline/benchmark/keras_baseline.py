@@ -12,15 +12,20 @@ from typing import Any, Literal
 
 from pipeline import GIVEN_ENVIRONMENT
 from pipeline.benchmark import keras_fit
-from pipeline.benchmark.throughput import Bench
+from pipeline.benchmark.throughput import ThroughputBenchmark
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import ConfigError, RunError
 
 Rival = Literal["keras-fit", "keras-step"]
 
 
-def against(
-    bench: Bench, rival: Rival, *, seconds: float, pairs: int, progress: Callable[[int, int], None] | None = None
+def run_keras_baseline(
+    bench: ThroughputBenchmark,
+    rival: Rival,
+    *,
+    seconds: float,
+    pairs: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
     """Times training and Keras in turns.
 
@@ -54,7 +59,7 @@ def against(
     return list(zip(bench.clock.rates, theirs, strict=True))
 
 
-def _spec(bench: Bench, alone: bool) -> dict[str, Any]:
+def _spec(bench: ThroughputBenchmark, alone: bool) -> dict[str, Any]:
     """What to train, for `pipeline.benchmark.keras_fit`."""
     config, variant = bench.config, bench.config.variant
     stage = config.train.stages[0]
@@ -76,14 +81,17 @@ def _spec(bench: Bench, alone: bool) -> dict[str, Any]:
     } | ({"files": None} if alone else _files(bench))
 
 
-def _files(bench: Bench) -> dict[str, Any]:
+def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
     source, settings = bench.source, bench.config.augment
     if not isinstance(source, FileSource):
         raise ConfigError(
             "--against keras-fit reads pictures from files: take a config whose data.source is folder or csv"
         )
     transforms = {transform.name: transform.args for transform in settings.transforms}
-    plain = not (settings.randaugment or settings.mixup or settings.cutmix) and bench.config.train.stages[0].augment
+    plain = (
+        not (settings.randaugment or settings.mixup or settings.cutmix)
+        and bench.config.train.stages[0].use_augmentation
+    )
     even = transforms.get("HorizontalFlip", {}).get("p", 0.5) == 0.5
     if not (plain and even) or not {"RandomResizedCrop"} <= set(transforms) <= {"RandomResizedCrop", "HorizontalFlip"}:
         raise ConfigError(

@@ -13,25 +13,32 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixup import group_mixing, mixing_group
 from pipeline.data.randaugment import randaugment
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
-from pipeline.distributed.devices import Runtime, set_up
-from pipeline.training.assembly import build_network, new_state
-from pipeline.training.callbacks import Hook
-from pipeline.training.memory import check_batch, fit_batch
-from pipeline.training.recipe import class_weights, settle
-from pipeline.training.stage_data import Stages
-from pipeline.training.state import State
+from pipeline.distributed.devices import Runtime, setup_devices
+from pipeline.training.assembly import create_model, create_train_state
+from pipeline.training.callbacks import Callback
+from pipeline.training.memory import check_batch, resolve_batch_size
+from pipeline.training.recipe import class_weights, resolve_recipe
+from pipeline.training.stage_data import StageData
+from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
-from pipeline.training.trainer import Interrupted, Stage, Trainer, Work, plan, set_trainable
-from pipeline.training.xla import settle_xla
+from pipeline.training.trainer import (
+    StageInputs,
+    Trainer,
+    TrainingInterrupted,
+    TrainStage,
+    build_schedule,
+    set_trainable,
+)
+from pipeline.training.xla import resolve_xla
 
 ENDLESS = 10**6  # epochs, of the one stage that is measured
 ROUNDS = 3  # of every measurement, in turns: the machine's speed changes under it
@@ -40,7 +47,7 @@ TIMED_PICTURES = 256  # at most, for the time of each part of the stream
 
 
 @dataclass(frozen=True)
-class Figures:
+class BenchmarkResult:
     """What a bench found. Rates are images per second over all replicas, each the median of the rounds.
 
     Attributes:
@@ -69,10 +76,10 @@ class Figures:
         return "step" if self.step <= self.stream else "stream"
 
 
-class Bench:
+class ThroughputBenchmark:
     """A stage of a config's training, ready to be timed. Weights are random: no figure depends on them."""
 
-    def __init__(self, config: Config, screen: Screen, *, stage: int | None = None) -> None:
+    def __init__(self, config: Config, screen: Console, *, stage: int | None = None) -> None:
         """Reads the data and builds what a run would.
 
         Args:
@@ -84,24 +91,26 @@ class Bench:
             UserError: Where the run would.
         """
         self._screen = screen
-        self.runtime: Runtime = set_up(config)
-        self.source: Source = open_source(config.data)
-        with screen.counting("reading the data") as count:
+        self.runtime: Runtime = setup_devices(config)
+        self.source: DataSource = open_source(config.data)
+        with screen.progress("reading the data") as count:
             self.manifest: Manifest = scan(self.source, config.data, seed=config.seed, progress=count)
-        model, _ = build_network(config, self.runtime, self.manifest.class_names, screen, weights=None)
-        config = settle(fit_batch(config, self.runtime, model), self.manifest)
+        model, _ = create_model(config, self.runtime, self.manifest.class_names, screen, weights=None)
+        config = resolve_recipe(resolve_batch_size(config, self.runtime, model), self.manifest)
         check_batch(config, self.runtime)
         counts = self.manifest.class_counts()["train"].tolist()
         steps = steps_per_epoch(sum(counts), config.train.batch_size)
-        config, self.runtime, _ = settle_xla(config, self.runtime, model, plan(config, steps))
+        config, self.runtime, _ = resolve_xla(config, self.runtime, model, build_schedule(config, steps))
         endless = config.train.stage(stage).model_copy(update={"epochs": ENDLESS})
         train = config.train.model_copy(
             update={"stages": (endless,), "early_stopping": None, "checkpoint_every_steps": None}
         )
         self.config = config.model_copy(update={"train": train})
-        self.state: State = new_state(self.config, self.runtime, model)
-        self.stages = Stages(self.config, self.runtime, self.manifest, self.source, self.state, screen, lambda: False)
-        self.clock = Clock()
+        self.state: TrainState = create_train_state(self.config, self.runtime, model)
+        self.stages = StageData(
+            self.config, self.runtime, self.manifest, self.source, self.state, screen, lambda: False
+        )
+        self.clock = ThroughputTimer()
         self._trainer = OneStepTrainer(
             self.config,
             self.runtime,
@@ -110,7 +119,7 @@ class Bench:
             self.clock.is_over,
             class_weights=class_weights(config, self.manifest.class_names, counts),
         )
-        self._stage: Stage = self._trainer.stages[0]
+        self._stage: TrainStage = self._trainer.stages[0]
         set_trainable(model, self._stage.config)
 
     @property
@@ -118,10 +127,10 @@ class Bench:
         """Images of a step."""
         return self.config.train.batch_size
 
-    def measure(self, seconds: float) -> Figures:
+    def measure(self, seconds: float) -> BenchmarkResult:
         """Times everything, each part for about so long over all rounds; in each round step, stream and both, in this order."""
         firsts, rates = [], []
-        with self._screen.counting("timing step, stream and both") as count:
+        with self._screen.progress("timing step, stream and both") as count:
             for number in range(ROUNDS):
                 first_step, step = self.time_step(seconds / ROUNDS)
                 first_batch, stream = self.time_stream(seconds / ROUNDS)
@@ -130,12 +139,12 @@ class Bench:
                 count(number + 1, ROUNDS)
         step, stream, training = np.median(rates, axis=0).tolist()
         share = float(np.median([both / min(alone) for *alone, both in rates]))
-        return Figures(step, stream, training, share, *firsts[0], self.time_parts(), peak_bytes())
+        return BenchmarkResult(step, stream, training, share, *firsts[0], self.time_parts(), peak_bytes())
 
     def time_step(self, seconds: float) -> tuple[float, float]:
         """Seconds to the end of the first step, and images per second of those after it."""
         batch = next(self._batches())
-        train_step = self._trainer.step_of(self._stage, self.state, self.state.model)
+        train_step = self._trainer.make_train_step(self._stage, self.state, self.state.model)
 
         def take(steps: int) -> float:
             start = time.perf_counter()
@@ -179,8 +188,8 @@ class Bench:
         """
         self.clock.begin(seconds, self.batch_size, rounds, pause)
         stream = self._repeated if alone else self.stages.stream
-        with suppress(Interrupted):
-            self._trainer.run(self.state, lambda stage: Work(self.state.model, stream, dict))
+        with suppress(TrainingInterrupted):
+            self._trainer.run(self.state, lambda stage: StageInputs(self.state.model, stream, dict))
         return float(np.mean(self.clock.rates))
 
     def time_parts(self) -> dict[str, float]:
@@ -195,7 +204,7 @@ class Bench:
             transform.name == "RandomResizedCrop" for transform in settings.transforms
         )
         parts: dict[str, Callable[..., tf.Tensor]] = {
-            "read": lambda key, *_: source.encoded(key),
+            "read": lambda key, *_: source.read_tf(key),
             "decode and crop" if cropped else "decode": lambda encoded, *rest: augment.decode(encoded, *rest[:-1]),
             "resize and flip" if settings.backend == "native" else "transforms": lambda image, *rest: augment.transform(
                 image, rest[-2]
@@ -221,7 +230,7 @@ class Bench:
         each = [max(0.0, after - before) * 1e3 / len(rows) for before, after in pairwise(so_far)]
         times = dict(zip([*parts, "batch"], each, strict=True))
         if settings.mixup or settings.cutmix:
-            images = next(iter(whole))[: mixing_group(self.batch_size, config.train.accumulation)]
+            images = next(iter(whole))[: mixing_group(self.batch_size, config.train.gradient_accumulation_steps)]
             mix, labels = (
                 group_mixing(config),
                 tf.one_hot(tf.zeros(len(images), tf.int32), len(self.manifest.class_names)),
@@ -251,13 +260,13 @@ class OneStepTrainer(Trainer):
 
     _step: TrainStep | None = None
 
-    def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
+    def make_train_step(self, stage: TrainStage, state: TrainState, model: keras.Model) -> TrainStep:
         """That step."""
-        self._step = self._step or super().step_of(stage, state, model)
+        self._step = self._step or super().make_train_step(stage, state, model)
         return self._step
 
 
-class Clock(Hook):
+class ThroughputTimer(Callback):
     """Times rounds of the training loop. It starts behind the first step of the loop, which may be compiled, and behind each pause."""
 
     def __init__(self) -> None:

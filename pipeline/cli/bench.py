@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from pipeline.config.loader import load_config
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.errors import UserError
 from pipeline.runs import run_directory
 
 if TYPE_CHECKING:
-    from pipeline.benchmark.throughput import Figures
+    from pipeline.benchmark.throughput import BenchmarkResult
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     config = load_config(arguments.config, arguments.overrides)
@@ -60,47 +60,49 @@ def main(words: Sequence[str], screen: Screen) -> int:
         raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; make it first")
     if config.recipe is None:
         config.train.stage(arguments.stage)  # answers at once if there is none
-    screen.divert_to(None)
+    screen.redirect_library_output(None)
 
-    from pipeline.benchmark.throughput import Bench
-    from pipeline.training.memory import explained
+    from pipeline.benchmark.throughput import ThroughputBenchmark
+    from pipeline.training.memory import translate_oom_error
 
-    bench = Bench(config, screen, stage=arguments.stage)
+    bench = ThroughputBenchmark(config, screen, stage=arguments.stage)
     variant, trained = bench.config.variant, bench.config.train.stages[0].trainable
     title = (
         f"EfficientNet-{variant.name} at {variant.resolution} px on {bench.runtime.describe()}, {bench.batch_size} images per step, "
         f"training {trained}"
     )
-    screen.say(title)
+    screen.print(title)
     figures: dict[str, Any] = {
         "what": title,
         "config": str(arguments.config),
         "overrides": arguments.overrides,
         **machine(),
     }
-    screen.say("timing; let nothing else run beside it ...")
+    screen.print("timing; let nothing else run beside it ...")
     if arguments.against is None:
-        with explained(bench.config, bench.runtime, bench.state.model):
+        with translate_oom_error(bench.config, bench.runtime, bench.state.model):
             measured = bench.measure(arguments.seconds)
-        show(measured, screen)
+        print_result(measured, screen)
         figures |= asdict(measured) | {"bound": measured.bound}
     else:
-        from pipeline.benchmark.keras_baseline import against
+        from pipeline.benchmark.keras_baseline import run_keras_baseline
 
         with (
-            explained(bench.config, bench.runtime, bench.state.model),
-            screen.counting(f"in turns with {arguments.against}") as count,
+            translate_oom_error(bench.config, bench.runtime, bench.state.model),
+            screen.progress(f"in turns with {arguments.against}") as count,
         ):
-            pairs = against(bench, arguments.against, seconds=arguments.seconds, pairs=arguments.pairs, progress=count)
-        ratios = show_pairs(pairs, arguments.against, screen)
+            pairs = run_keras_baseline(
+                bench, arguments.against, seconds=arguments.seconds, pairs=arguments.pairs, progress=count
+            )
+        ratios = print_pairs(pairs, arguments.against, screen)
         figures |= {"against": arguments.against, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
         run_directory.write(arguments.json, json.dumps(figures, indent=1) + "\n")
-        screen.say(f"figures  {arguments.json}")
+        screen.print(f"figures  {arguments.json}")
     return 0
 
 
-def show(figures: "Figures", screen: Screen) -> None:
+def print_result(figures: "BenchmarkResult", screen: Console) -> None:
     """Prints the rates, who holds whom back, and the parts of the stream."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row(
@@ -113,20 +115,20 @@ def show(figures: "Figures", screen: Screen) -> None:
     )
     table.add_row("both together", f"{figures.training:,.1f} images/s", f"{figures.share:.1%} of the smaller one")
     table.add_row("peak memory", f"{figures.peak_bytes / 2**30:.2f} GiB", "")
-    screen.say(table)
+    screen.print(table)
     other = {"step": "stream", "stream": "step"}[figures.bound]
     ratio = max(figures.step, figures.stream) / min(figures.step, figures.stream)
-    screen.say(f"the {figures.bound} is what holds training back: the {other} alone is {ratio:,.1f} times as fast")
+    screen.print(f"the {figures.bound} is what holds training back: the {other} alone is {ratio:,.1f} times as fast")
     parts = Table(
         title="the stream, milliseconds for an image on one thread", title_justify="left", box=None, pad_edge=False
     )
     for name in (*figures.parts, "together"):
         parts.add_column(name, justify="right")
     parts.add_row(*(f"{value:.2f}" for value in (*figures.parts.values(), sum(figures.parts.values()))))
-    screen.say(parts)
+    screen.print(parts)
 
 
-def show_pairs(pairs: Sequence[tuple[float, float]], rival: str, screen: Screen) -> list[float]:
+def print_pairs(pairs: Sequence[tuple[float, float]], rival: str, screen: Console) -> list[float]:
     """Prints the rounds and their ratios, which are returned."""
     ratios = [here / there for here, there in pairs]
     table = Table(box=None, pad_edge=False)
@@ -134,8 +136,8 @@ def show_pairs(pairs: Sequence[tuple[float, float]], rival: str, screen: Screen)
         table.add_column(name, justify="right")
     for number, ((here, there), ratio) in enumerate(zip(pairs, ratios, strict=True), 1):
         table.add_row(f"round {number}", f"{here:,.1f}", f"{there:,.1f}", f"{ratio:.2f}")
-    screen.say(table)
-    screen.say(
+    screen.print(table)
+    screen.print(
         f"{statistics.median(ratios):.2f} times {rival} (median of {len(pairs)}; {min(ratios):.2f} to {max(ratios):.2f})"
     )
     return ratios

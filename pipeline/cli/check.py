@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from pipeline.config.loader import load_config
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.errors import UserError
 from pipeline.runs import run_directory
 
 if TYPE_CHECKING:
-    from pipeline.data.validation import Examination
+    from pipeline.data.validation import ValidationReport
 
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
 
@@ -36,51 +36,55 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; make it first")
-    screen.divert_to(None)
+    screen.redirect_library_output(None)
 
     import tensorflow as tf
 
     from pipeline.data.sources.catalog import open_source
-    from pipeline.data.validation import examine
+    from pipeline.data.validation import validate
 
     tf.config.set_visible_devices([], "GPU")
     source = open_source(config.data)
     start = time.monotonic()
-    with screen.counting("checking the data") as count:
-        examination = examine(source, config.data, seed=config.seed, progress=count)
-    show(examination, time.monotonic() - start, screen)
+    with screen.progress("checking the data") as count:
+        examination = validate(source, config.data, seed=config.seed, progress=count)
+    print_report(examination, time.monotonic() - start, screen)
     if arguments.json is not None:
         run_directory.write(arguments.json, as_json(examination))
-        screen.say(f"all findings  {arguments.json}")
+        screen.print(f"all findings  {arguments.json}")
     return 2 if examination.errors else 0
 
 
-def show(examination: "Examination", seconds: float, screen: Screen) -> None:
+def print_report(examination: "ValidationReport", seconds: float, screen: Console) -> None:
     """Prints the classes, the findings with their first files, and the verdict."""
     from pipeline.data.validation import class_table
 
     if examination.manifest is not None:
-        screen.say(class_table(examination.manifest))
+        screen.print(class_table(examination.manifest))
         pictures = len(examination.manifest.table)
-        screen.say(f"\n{pictures:,} usable pictures; checked in {seconds:,.1f} s, {pictures / seconds:,.0f} a second\n")
+        screen.print(
+            f"\n{pictures:,} usable pictures; checked in {seconds:,.1f} s, {pictures / seconds:,.0f} a second\n"
+        )
     for finding in examination.findings:
         text = str(finding) if finding.severity == "error" else finding.sentence()
-        screen.say(
+        screen.print(
             Text.assemble((f"{finding.severity:<8} ", STYLES[finding.severity]), text.replace("\n", "\n" + " " * 9))
         )
     if examination.errors:
-        screen.say(Text("\nnot usable: " + ", ".join(finding.text for finding in examination.errors), STYLES["error"]))
+        screen.print(
+            Text("\nnot usable: " + ", ".join(finding.text for finding in examination.errors), STYLES["error"])
+        )
     else:
-        screen.say(Text("\nusable", "bold green"))
+        screen.print(Text("\nusable", "bold green"))
 
 
-def as_json(examination: "Examination") -> str:
+def as_json(examination: "ValidationReport") -> str:
     """Everything that was found."""
     manifest = examination.manifest
     return json.dumps(

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.console import Screen, this_python
+from pipeline.console import Console, python_executable
 from pipeline.errors import RunError, UserError
 from pipeline.runs import run_directory
 from pipeline.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from pipeline.data.sources.base import Source
-    from pipeline.evaluation.compare import Measured, Pair
-    from pipeline.evaluation.report.comparison_report import History, Setting
+    from pipeline.data.sources.base import DataSource
+    from pipeline.evaluation.compare import RunComparison, RunPredictions
+    from pipeline.evaluation.report.comparison_report import ConfigDiff, History
 
 SHOWN = 5  # images on the screen for each pair and direction; the page has all
 STYLES = {"better": "bold green", "worse": "bold red", "open": "bold yellow"}
@@ -42,13 +42,13 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     named = find(arguments.runs)
     split = measured_split(named, arguments.split)
     last = list(named.values())[-1]
-    screen.divert_to(last.log)
+    screen.redirect_library_output(last.log)
 
     from pipeline.evaluation.compare import compare, read_measured
     from pipeline.evaluation.report.comparison_report import comparison_page
@@ -57,7 +57,7 @@ def main(words: Sequence[str], screen: Screen) -> int:
     runs = [read_measured(name, split, run.predictions(split), run.manifest) for name, run in named.items()]
     pairs = compare(runs)
     settings = different_settings(named)
-    show(pairs, settings, runs, screen)
+    print_comparison(pairs, settings, runs, screen)
 
     source = open_pictures(named, screen) if any(len(pair.changed) for pair in pairs) else None
     page = comparison_page(runs, pairs, settings=settings, histories=histories(named), source=source)
@@ -65,12 +65,12 @@ def main(words: Sequence[str], screen: Screen) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     run_directory.write(directory / f"{split}.html", page)
     run_directory.write(directory / f"{split}.json", as_json(pairs, settings))
-    screen.say(f"\nthe page  {directory / f'{split}.html'}")
+    screen.print(f"\nthe page  {directory / f'{split}.html'}")
     if (tracked := last.mlflow_run()) is None:
-        screen.say(f"{last.path} is not tracked in MLflow: nothing is logged there")
+        screen.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
     else:
         log_comparison(last.load_config(), tracked, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory)
-        screen.say(f"logged to the run {tracked[1]} in MLflow")
+        screen.print(f"logged to the run {tracked[1]} in MLflow")
     return 0
 
 
@@ -98,17 +98,17 @@ def measured_split(named: Mapping[str, RunDirectory], wanted: str | None) -> str
     missing = [run for run in named.values() if not run.predictions(split).exists()]
     if missing:
         option = f" --split {split}" if wanted or measured else ""
-        commands = "\n".join(f"  {this_python()} evaluate.py --run {run.path}{option}" for run in missing)
+        commands = "\n".join(f"  {python_executable()} evaluate.py --run {run.path}{option}" for run in missing)
         paths = ", ".join(str(run.path) for run in missing)
         other = f", or compare by --split {measured[0]}" if measured and split not in measured else ""
         raise RunError(f"{paths}: not measured on the split {split} yet{other}. Measure by\n{commands}")
     return split
 
 
-def different_settings(named: Mapping[str, RunDirectory]) -> list["Setting"]:
+def different_settings(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
     """In what the runs' configs, data and libraries differ."""
     from pipeline.data.manifest import Manifest
-    from pipeline.evaluation.report.comparison_report import Setting
+    from pipeline.evaluation.report.comparison_report import ConfigDiff
     from pipeline.runs.provenance import flatten
 
     told = []
@@ -117,7 +117,7 @@ def different_settings(named: Mapping[str, RunDirectory]) -> list["Setting"]:
         digest = {"data (digest of all pictures, labels and splits)": Manifest.load(run.manifest).digest()[:12]}
         told.append(dict(flatten(run.load_config().model_dump(mode="json"))) | digest | versions)
     keys = dict.fromkeys(key for values in told for key in values)
-    settings = [Setting(key, tuple(values.get(key, "-") for values in told)) for key in keys]
+    settings = [ConfigDiff(key, tuple(values.get(key, "-") for values in told)) for key in keys]
     return [setting for setting in settings if len(set(setting.values)) > 1]
 
 
@@ -129,13 +129,13 @@ def histories(named: Mapping[str, RunDirectory]) -> dict[str, "History"]:
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:
     """The manifest of the run's newest good checkpoint; nothing where there is none."""
-    from pipeline.training.checkpoint import newest_verified, read_manifest
+    from pipeline.training.checkpoint import latest_valid_checkpoint, read_manifest
 
-    newest, _ = newest_verified(run.checkpoints)
+    newest, _ = latest_valid_checkpoint(run.checkpoints)
     return {} if newest is None else read_manifest(newest)
 
 
-def open_pictures(named: Mapping[str, RunDirectory], screen: Screen) -> "Source | None":
+def open_pictures(named: Mapping[str, RunDirectory], screen: Console) -> "DataSource | None":
     """The first run's data that are still at hand: the compared images are the same in all of them."""
     from pipeline.data.sources.catalog import open_source
 
@@ -145,36 +145,41 @@ def open_pictures(named: Mapping[str, RunDirectory], screen: Screen) -> "Source 
             return open_source(run.load_config().data, fetch=False)
         except UserError as error:
             problem = str(error).partition("\n")[0]
-    screen.say(f"the page shows no pictures: {problem}")
+    screen.print(f"the page shows no pictures: {problem}")
     return None
 
 
-def show(pairs: Sequence["Pair"], settings: Sequence["Setting"], runs: Sequence["Measured"], screen: Screen) -> None:
+def print_comparison(
+    pairs: Sequence["RunComparison"],
+    settings: Sequence["ConfigDiff"],
+    runs: Sequence["RunPredictions"],
+    screen: Console,
+) -> None:
     """Prints the verdicts, what was set otherwise, and the first of the images that changed sides."""
     for pair in pairs:
-        screen.say(Text.assemble((pair.claim, STYLES[pair.verdict]), ": ", pair.evidence))
-    screen.say(Text("All this is about these networks; the same config with another seed gives another.", "dim"))
+        screen.print(Text.assemble((pair.claim, STYLES[pair.verdict]), ": ", pair.evidence))
+    screen.print(Text("All this is about these networks; the same config with another seed gives another.", "dim"))
     if settings:
         table = Table(box=None, pad_edge=False, title="\nset otherwise", title_justify="left")
         for column in ("key", *(run.name for run in runs)):
             table.add_column(column, header_style="dim", overflow="fold")
         for setting in settings:
             table.add_row(*(Text(text) for text in (setting.name, *setting.values)))
-        screen.say(table)
+        screen.print(table)
     for pair in pairs:
         for turned, rows in groupby(pair.changed.to_dict("records"), key=lambda row: row["turned"]):
             images = list(rows)
-            screen.say(f"\nfrom {turned}, {pair.a} to {pair.b}: {len(images):,}")
+            screen.print(f"\nfrom {turned}, {pair.a} to {pair.b}: {len(images):,}")
             for row in images[:SHOWN]:
-                screen.say(
+                screen.print(
                     f"  {row['key']}  ({row['true_class']}): {row['predicted_a']} {row['probability_a']:.1%} -> "
                     f"{row['predicted_b']} {row['probability_b']:.1%}"
                 )
             if len(images) > SHOWN:
-                screen.say(f"  and {len(images) - SHOWN:,} more")
+                screen.print(f"  and {len(images) - SHOWN:,} more")
 
 
-def as_json(pairs: Sequence["Pair"], settings: Sequence["Setting"]) -> str:
+def as_json(pairs: Sequence["RunComparison"], settings: Sequence["ConfigDiff"]) -> str:
     """All that was found."""
     return json.dumps(
         {

@@ -4,19 +4,21 @@ from pathlib import Path
 
 import keras
 
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.errors import TrainingError, UserError
 from pipeline.evaluation.results import Results
-from pipeline.evaluation.run_evaluation import Subject
-from pipeline.models.efficientnet import plain_copy
+from pipeline.evaluation.run_evaluation import RunEvaluator
+from pipeline.models.efficientnet import to_inference_model
 from pipeline.runs.run_directory import RunDirectory
-from pipeline.tracking.mlflow_logger import Tracker
-from pipeline.tracking.promotion import contend
-from pipeline.training.stage_data import Stages
-from pipeline.training.state import State
+from pipeline.tracking.mlflow_logger import MLflowLogger
+from pipeline.tracking.promotion import register_and_promote
+from pipeline.training.stage_data import StageData
+from pipeline.training.state import TrainState
 
 
-def conclude(subject: Subject, stages: Stages, state: State, *, writes: bool) -> Results | None:
+def evaluate_final_model(
+    subject: RunEvaluator, stages: StageData, state: TrainState, *, writes: bool
+) -> Results | None:
     """Makes the network as it is now, averaged, the run's: saves it, measures it, and writes its report.
 
     Args:
@@ -33,14 +35,14 @@ def conclude(subject: Subject, stages: Stages, state: State, *, writes: bool) ->
         validation = subject.predict_validation()
         if not writes:
             return None
-        save_plain(state.model, subject.run.final)
-        results = subject.judge(predictions, evaluation, subject.fit_temperature(validation))
+        save_inference_model(state.model, subject.run.final)
+        results = subject.summarize_with_intervals(predictions, evaluation, subject.fit_temperature(validation))
         subject.write(results)
     return results
 
 
-def send_results(
-    tracker: Tracker, results: Results, run: RunDirectory, split: str, step: int, name: str | None, screen: Screen
+def log_results(
+    tracker: MLflowLogger, results: Results, run: RunDirectory, split: str, step: int, name: str | None, screen: Console
 ) -> None:
     """Gives MLflow the files, the final network and its figures of a run that is complete; registers the network where it has a name.
 
@@ -62,7 +64,7 @@ def send_results(
                 tracker.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
         model = tracker.log_model(run.final, "model", step=step)
         if name is not None:
-            screen.say(contend(tracker.registry(name), model, run, split))
+            screen.print(register_and_promote(tracker.registry(name), model, run, split))
         tracker.log_results(results.headline(), step)
     except UserError as error:
         raise TrainingError(
@@ -70,9 +72,9 @@ def send_results(
         ) from None
 
 
-def save_plain(model: keras.Model, path: Path) -> None:
+def save_inference_model(model: keras.Model, path: Path) -> None:
     """Saves the network as it is now, of plain Keras layers in float32, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"new-{path.name}")
-    plain_copy(model).save(aside)
+    to_inference_model(model).save(aside)
     aside.replace(path)

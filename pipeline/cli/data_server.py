@@ -6,8 +6,8 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from pipeline.config.address import parse
-from pipeline.console import Screen
+from pipeline.config.address import parse_address
+from pipeline.console import Console
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -23,16 +23,16 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(words)
     try:
-        parse(arguments.address)
+        parse_address(arguments.address)
     except ValueError as error:
         parser.error(f"--address: {error}")
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program until it is asked to stop; returns its exit code."""
     arguments = parse_arguments(words)
-    screen.divert_to(None)
+    screen.redirect_library_output(None)
 
     import tensorflow as tf
 
@@ -43,7 +43,7 @@ def main(words: Sequence[str], screen: Screen) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.set())
-    screen.say(f"serving at {arguments.address} with {os.cpu_count()} processor cores; Ctrl-C ends it")
+    screen.print(f"serving at {arguments.address} with {os.cpu_count()} processor cores; Ctrl-C ends it")
     while not stop.wait(0.5):
         pass
     del server

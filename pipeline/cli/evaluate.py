@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import Config
-from pipeline.console import Screen, this_python
+from pipeline.console import Console, python_executable
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.evaluation.image_paths import STDIN, picture_paths
 from pipeline.models.variants import VARIANTS
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import keras
 
     from pipeline.data.manifest import Manifest
-    from pipeline.data.sources.base import Source
+    from pipeline.data.sources.base import DataSource
     from pipeline.distributed.devices import Runtime
     from pipeline.evaluation.metrics import Predictions
 
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main(screen: Screen) -> int:
+def main(screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments()
     if (
@@ -121,26 +121,26 @@ def main(screen: Screen) -> int:
     if arguments.images and arguments.out is not None and not arguments.out.parent.is_dir():
         raise UserError(f"{arguments.out}: there is no folder {arguments.out.parent}; make it first")
     pictures = picture_paths(arguments.images, sys.stdin.buffer if STDIN in arguments.images else ())
-    output = screen.give_output() if arguments.format in ("csv", "jsonl") and not arguments.out else None
+    output = screen.reserve_stdout() if arguments.format in ("csv", "jsonl") and not arguments.out else None
     if arguments.weights:
-        screen.divert_to(None)
-        network = published(arguments.weights, arguments.variant, screen)
+        screen.redirect_library_output(None)
+        network = load_pretrained_model(arguments.weights, arguments.variant, screen)
     else:
         run = run_directory.find(arguments.run)
         if not run.model.exists():
             raise RunError(
-                f"{run.path}: has no model.keras yet; finish it with: {this_python()} train.py --config ... --run-dir {run.path} --resume"
+                f"{run.path}: has no model.keras yet; finish it with: {python_executable()} train.py --config ... --run-dir {run.path} --resume"
             )
-        screen.divert_to(run.log)
-        network = trained(run)
+        screen.redirect_library_output(run.log)
+        network = load_run(run)
     if arguments.images:
-        return label(network, pictures, arguments, output, screen)
+        return predict_images(network, pictures, arguments, output, screen)
     if arguments.data:
-        return measure_on(network, arguments, screen)
-    return measure(network, run, arguments, screen)
+        return evaluate_external_data(network, arguments, screen)
+    return evaluate_run(network, run, arguments, screen)
 
 
-class Network(NamedTuple):
+class LoadedModel(NamedTuple):
     """What is measured, ready to run."""
 
     model: "keras.Model"
@@ -150,7 +150,7 @@ class Network(NamedTuple):
     """Its `variant`, `data.resize` and `runtime` matter here."""
     runtime: "Runtime"
 
-    def predictor(self, manifest: "Manifest", source: "Source", screen: Screen) -> Callable[..., "Predictions"]:
+    def predictor(self, manifest: "Manifest", source: "DataSource", screen: Console) -> Callable[..., "Predictions"]:
         """A function from a split to its outputs, by the preprocessing of training's validation or what its further arguments say."""
         from pipeline.data.input_pipeline import evaluation_stream
         from pipeline.evaluation.metrics import Predictor
@@ -160,36 +160,36 @@ class Network(NamedTuple):
 
         def predict(split: str, **how: Any) -> "Predictions":
             dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size, **how)
-            with screen.counting(f"measuring {split}") as count:
+            with screen.progress(f"measuring {split}") as count:
                 return forward(dataset, progress=count)
 
         return predict
 
 
-def trained(run: RunDirectory) -> Network:
+def load_run(run: RunDirectory) -> LoadedModel:
     """A run's final network."""
     import keras
 
     from pipeline.data.manifest import Manifest
-    from pipeline.distributed.devices import set_up
+    from pipeline.distributed.devices import setup_devices
 
     config = run.load_config()
-    runtime = set_up(config)
+    runtime = setup_devices(config)
     with runtime.strategy.scope():
         model = keras.saving.load_model(run.model, compile=False)
-    return Network(model, (Manifest.load(run.manifest).class_names,), config, runtime)
+    return LoadedModel(model, (Manifest.load(run.manifest).class_names,), config, runtime)
 
 
-def published(weights: str, name: str, screen: Screen) -> Network:
+def load_pretrained_model(weights: str, name: str, screen: Console) -> LoadedModel:
     """A network of ImageNet's classes with published weights."""
-    from pipeline.distributed.devices import set_up
+    from pipeline.distributed.devices import setup_devices
     from pipeline.models.efficientnet import efficientnet
     from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained
 
     config = Config(
         model=ModelConfig(variant=name, weights=None), data=DataConfig(source="digits")
     )  # a config without data there is not
-    runtime = set_up(config)
+    runtime = setup_devices(config)
     synsets, names = zip(*imagenet_classes(), strict=True)
     with runtime.strategy.scope():
         model = efficientnet(config.variant, num_classes=len(names))
@@ -198,68 +198,78 @@ def published(weights: str, name: str, screen: Screen) -> Network:
         raise WeightsError(
             f"{report}. These are not the weights of a whole {name} with ImageNet's classes; a run is evaluated by --run"
         )
-    screen.say(f"weights: {report}")
-    return Network(model, (synsets, names), config, runtime)
+    screen.print(f"weights: {report}")
+    return LoadedModel(model, (synsets, names), config, runtime)
 
 
-def measure(network: Network, run: RunDirectory, arguments: argparse.Namespace, screen: Screen) -> int:
+def evaluate_run(network: LoadedModel, run: RunDirectory, arguments: argparse.Namespace, screen: Console) -> int:
     """Evaluates a run on a split of its own data, for its directory and MLflow; returns the exit code."""
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources.catalog import open_source
     from pipeline.evaluation.metrics import evaluate_predictions
     from pipeline.evaluation.report.tables import table
     from pipeline.evaluation.robustness import PASSES
-    from pipeline.evaluation.run_evaluation import Subject
+    from pipeline.evaluation.run_evaluation import RunEvaluator
     from pipeline.tracking.mlflow_logger import log_evaluation
 
     manifest, source = Manifest.load(run.manifest), open_source(network.config.data)
-    subject = Subject(network.model, network.config, run, manifest, source, network.predictor(manifest, source, screen))
+    subject = RunEvaluator(
+        network.model, network.config, run, manifest, source, network.predictor(manifest, source, screen)
+    )
     split = arguments.split or subject.split
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
     if arguments.views:
-        results = subject.seen_in(split, arguments.views)
+        results = subject.with_tta(split, arguments.views)
     else:
         predictions = subject.predict(split)
         evaluation = evaluate_predictions(predictions, manifest.class_names, split)
-        results = subject.with_batch_norm_gap(subject.judge(predictions, evaluation, subject.temperature()))
+        results = subject.with_batch_norm_gap(
+            subject.summarize_with_intervals(predictions, evaluation, subject.temperature())
+        )
     if arguments.corruptions:
-        screen.say(f"measuring {split} on corrupted pictures: {PASSES} more passes ...")
+        screen.print(f"measuring {split} on corrupted pictures: {PASSES} more passes ...")
         results = subject.with_corruptions(results)
     subject.write(results)
-    screen.say(table(results))
+    screen.print(table(results))
     folder, page = run.evaluation(results.evaluation.split), subject.page(results.evaluation.split)
-    screen.say(f"report   {page}")
-    screen.say(f"figures  {folder}")
+    screen.print(f"report   {page}")
+    screen.print(f"figures  {folder}")
     if (tracked := run.mlflow_run()) is not None:
         log_evaluation(network.config, tracked, results.headline(), folder, page)
-        screen.say(f"logged to the run {tracked[1]} in MLflow")
+        screen.print(f"logged to the run {tracked[1]} in MLflow")
     return 0
 
 
-def measure_on(network: Network, arguments: argparse.Namespace, screen: Screen) -> int:
+def evaluate_external_data(network: LoadedModel, arguments: argparse.Namespace, screen: Console) -> int:
     """Evaluates a network on labelled data that it was not made for, among all of its own classes; returns the exit code."""
-    from pipeline.evaluation.external_data import SPLIT, align, open_labelled, scan_labelled
+    from pipeline.evaluation.external_data import SPLIT, align, open_external_data, scan_external_data
     from pipeline.evaluation.metrics import evaluate_predictions
     from pipeline.evaluation.report.tables import table, write_results
-    from pipeline.evaluation.results import judge
+    from pipeline.evaluation.results import summarize_with_intervals
 
-    source, data = open_labelled(arguments.data, arguments.split)
+    source, data = open_external_data(arguments.data, arguments.split)
     alignment = align(source.class_names, network.class_lists, arguments.class_map)
-    with screen.counting("reading the data") as count:
-        manifest = scan_labelled(source, data, count)
+    with screen.progress("reading the data") as count:
+        manifest = scan_external_data(source, data, count)
     predictions = alignment(network.predictor(manifest, source, screen)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, arguments.data.name)
-    results = judge(predictions, evaluation, manifest.table["key"].tolist(), manifest.table["group"].to_numpy(), None)
-    screen.say(table(results))
+    results = summarize_with_intervals(
+        predictions, evaluation, manifest.table["key"].tolist(), manifest.table["group"].to_numpy(), None
+    )
+    screen.print(table(results))
     if arguments.out is not None:
         write_results(results, arguments.out)
-        screen.say(f"written to {arguments.out}")
+        screen.print(f"written to {arguments.out}")
     return 0
 
 
-def label(
-    network: Network, pictures: Iterable[Path], arguments: argparse.Namespace, output: TextIO | None, screen: Screen
+def predict_images(
+    network: LoadedModel,
+    pictures: Iterable[Path],
+    arguments: argparse.Namespace,
+    output: TextIO | None,
+    screen: Console,
 ) -> int:
     """Labels pictures with their most probable classes: on the screen, or in rows where there is an `output` or --out.
 
@@ -277,12 +287,12 @@ def label(
             output = stack.enter_context(
                 arguments.out.open("x", encoding="utf-8", errors="backslashreplace", newline="")
             )
-        count = stack.enter_context(screen.counting("labelling"))
+        count = stack.enter_context(screen.progress("labelling"))
         rows = None if output is None else csv_rows(output, k) if arguments.format == "csv" else json_rows(output)
         try:
             for prediction in predict_files(network.model, names, pictures, resolution=resolution, resize=resize, k=k):
                 if rows is None:
-                    screen.say(prediction_table(prediction))
+                    screen.print(prediction_table(prediction))
                 else:
                     rows(prediction)
                     if prediction.error is not None:
@@ -292,7 +302,7 @@ def label(
                 count(done, None)
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
-    screen.say(
+    screen.print(
         f"{done - failed:,} picture{'s' * (done - failed != 1)} labelled"
         + (f", {failed:,} could not be read" if failed else "")
     )

@@ -17,15 +17,15 @@ from rich.text import Text
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.console import Screen, this_python
-from pipeline.errors import RunError, UserError, nearest
+from pipeline.console import Console, python_executable
+from pipeline.errors import RunError, UserError, suggest
 from pipeline.export.directory import FAILED, FILES, ExportDirectory, prepare
 from pipeline.runs import run_directory
 from pipeline.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from pipeline.export.loading import Exported
-    from pipeline.export.verification import Proof, Reference
+    from pipeline.export.loading import LoadedExport
+    from pipeline.export.verification import ParityReport, ReferenceResult
 
 PACKAGES = {  # what a format is written and loaded back with, beside TensorFlow: its modules, and the packages that they are in
     "savedmodel": {},
@@ -37,12 +37,12 @@ LOSSY = ("litert-int8",)
 BATCH = 32  # images, at most
 
 
-class Outcome(NamedTuple):
+class ExportResult(NamedTuple):
     """What became of a format."""
 
     size: int | None
     """Bytes; None where it could not be written."""
-    proof: "Proof | None"
+    proof: "ParityReport | None"
     """None where it could not be run, either."""
     failures: tuple[str, ...]
     """Why it is not the model; empty if it is."""
@@ -53,7 +53,7 @@ def formats(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in FILES:
-            raise argparse.ArgumentTypeError(f"there is no format {name!r}{nearest(name, FILES)}")
+            raise argparse.ArgumentTypeError(f"there is no format {name!r}{suggest(name, FILES)}")
     return names
 
 
@@ -80,20 +80,20 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     run = run_directory.find(arguments.run)
     if not run.model.exists():
         raise RunError(
-            f"{run.path}: has no model.keras yet; finish it with: {this_python()} train.py --config ... --run-dir {run.path} --resume"
+            f"{run.path}: has no model.keras yet; finish it with: {python_executable()} train.py --config ... --run-dir {run.path} --resume"
         )
     config = load_config(run.config, arguments.overrides)
     check_packages(arguments.formats)
-    with run.alone():
+    with run.exclusive_lock():
         digest = hashlib.sha256(run.model.read_bytes()).hexdigest()
         directory = prepare(arguments.out or run.export, arguments.formats, digest)
-        screen.divert_to(run.log)
+        screen.redirect_library_output(run.log)
         return export(run, config, directory, arguments.formats, arguments.split, digest, screen)
 
 
@@ -109,7 +109,7 @@ def check_packages(names: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"{', '.join(dict.fromkeys(missing.values()))} needs {', '.join(missing)}, which is not installed: "
-            f"{this_python()} -m pip install --constraint constraints.txt '.[export]', or choose other --formats"
+            f"{python_executable()} -m pip install --constraint constraints.txt '.[export]', or choose other --formats"
         )
 
 
@@ -120,7 +120,7 @@ def export(
     names: Sequence[str],
     split: str | None,
     digest: str,
-    screen: Screen,
+    screen: Console,
 ) -> int:
     """Writes and proves every format, then puts all of them in their places; returns the exit code."""
     import keras
@@ -131,7 +131,7 @@ def export(
     from pipeline.data.sources.catalog import open_source
     from pipeline.export import formats as written
     from pipeline.export import loading as loaded
-    from pipeline.export.verification import prove, refer
+    from pipeline.export.verification import check_parity, run_reference
 
     tf.config.set_visible_devices(
         [], "GPU"
@@ -143,30 +143,30 @@ def export(
         raise RunError(f"{run.path}: its data have no split {split}")
     source, contract = (
         open_source(config.data),
-        written.Contract(manifest.class_names, config.variant.resolution, config.data.resize),
+        written.ModelSignature(manifest.class_names, config.variant.resolution, config.data.resize),
     )
     images = evaluation_stream(manifest, source, config, split, batch_size=min(BATCH, config.train.micro_batch_size))
     some = written.calibration_rows(manifest, config.export.calibration_images, config.seed)
     calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=some)
-    ways: dict[str, tuple[Callable[..., None], Callable[[Path], Exported]]] = {
+    ways: dict[str, tuple[Callable[..., None], Callable[[Path], LoadedExport]]] = {
         "savedmodel": (written.write_saved_model, loaded.open_saved_model),
         "litert": (written.write_litert, loaded.open_litert),
         "litert-int8": (partial(written.write_litert, calibration=calibration), loaded.open_litert),
         "onnx": (written.write_onnx, loaded.open_onnx),
     }
     model = keras.saving.load_model(run.model, compile=False)
-    screen.say(
+    screen.print(
         f"{run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px, compared on all images of {split}"
     )
-    with screen.counting(f"model.keras: measuring {split}") as count:
-        reference = refer(loaded.run_model(model), contract.class_names, images, split, count)
+    with screen.progress(f"model.keras: measuring {split}") as count:
+        reference = run_reference(loaded.run_model(model), contract.class_names, images, split, count)
     outcomes = {}
     with directory.staged() as staging:
         for name in names:
             write, load = ways[name]
-            with screen.counting(f"{name}: measuring {split}") as count:
+            with screen.progress(f"{name}: measuring {split}") as count:
                 compare = partial(
-                    prove,
+                    check_parity,
                     reference=reference,
                     dataset=images,
                     limits=config.export,
@@ -179,8 +179,8 @@ def export(
             {name: entry(name, outcome, reference, config) for name, outcome in outcomes.items()},
             contract.class_names,
         )
-    show(outcomes, reference, run.model.stat().st_size, screen)
-    screen.say(f"written to {directory.path}")
+    print_results(outcomes, reference, run.model.stat().st_size, screen)
+    screen.print(f"written to {directory.path}")
     return 1 if any(outcome.failures for outcome in outcomes.values()) else 0
 
 
@@ -188,31 +188,31 @@ def attempt(
     name: str,
     path: Path,
     write: Callable[[Path], None],
-    load: "Callable[[Path], Exported]",
-    compare: "Callable[[Exported], Proof]",
-) -> Outcome:
+    load: "Callable[[Path], LoadedExport]",
+    compare: "Callable[[LoadedExport], ParityReport]",
+) -> ExportResult:
     """Writes a format, loads it back and compares. Whatever converters and runtimes raise is a failure of this format alone."""
     try:
         write(path)
     except Exception as error:
         logging.getLogger("pipeline").exception("%s cannot be written", name)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return Outcome(None, None, (f"cannot be written: {_short(error)}",))
+        return ExportResult(None, None, (f"cannot be written: {_short(error)}",))
     files = path.rglob("*") if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
     try:
         proof = compare(load(path))
     except Exception as error:
         logging.getLogger("pipeline").exception("%s cannot be run", name)
-        return Outcome(size, None, (f"cannot be loaded back and run: {_short(error)}",))
-    return Outcome(size, proof, proof.failures)
+        return ExportResult(size, None, (f"cannot be loaded back and run: {_short(error)}",))
+    return ExportResult(size, proof, proof.failures)
 
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def entry(name: str, outcome: Outcome, reference: "Reference", config: Config) -> dict[str, Any]:
+def entry(name: str, outcome: ExportResult, reference: "ReferenceResult", config: Config) -> dict[str, Any]:
     """What `metadata.json` says of a format."""
     from pipeline.distributed.devices import processor
 
@@ -244,7 +244,9 @@ def entry(name: str, outcome: Outcome, reference: "Reference", config: Config) -
     return found
 
 
-def show(outcomes: Mapping[str, Outcome], reference: "Reference", model_size: int, screen: Screen) -> None:
+def print_results(
+    outcomes: Mapping[str, ExportResult], reference: "ReferenceResult", model_size: int, screen: Console
+) -> None:
     """Prints a row for the model and for each format, and why those that failed did."""
     table = Table(box=None, pad_edge=False)
     for title in ("", "MB", "largest logit difference", "top-1 agreement", "accuracy", "ms per image", ""):
@@ -271,11 +273,11 @@ def show(outcomes: Mapping[str, Outcome], reference: "Reference", model_size: in
         )
         verdict = Text("failed", "bold red") if failures else Text("passed", "green")
         table.add_row(name, "-" if size is None else f"{size / 1e6:.1f}", *figures, verdict)
-    screen.say(table)
-    screen.say(
+    screen.print(table)
+    screen.print(
         f"over {len(reference.predictions.index):,} images of {reference.split}, where the logits' standard deviation is "
         f"{reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
     )
     for name, outcome in outcomes.items():
         for failure in outcome.failures:
-            screen.say(Text(f"{name} failed: {failure}", "red"))
+            screen.print(Text(f"{name} failed: {failure}", "red"))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from pipeline.cli.scale import BYTES, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
-from pipeline.console import Screen, this_python
+from pipeline.console import Console, python_executable
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    from pipeline.data.pack_inputs import Origin
-    from pipeline.data.sources.pack import Description
+    from pipeline.data.pack_inputs import PackInput
+    from pipeline.data.sources.pack import PackMetadata
 
 TFRECORD_ONLY = ("classes", "first_label", "image_feature", "label_feature", "class_feature")
 
@@ -74,11 +74,11 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    screen.divert_to(None)
+    screen.redirect_library_output(None)
 
     import pyarrow.compute as pc
     import tensorflow as tf
@@ -88,31 +88,37 @@ def main(words: Sequence[str], screen: Screen) -> int:
         verify(arguments.verify, screen)
         return 0
 
-    from pipeline.data.packing import Limit, pack
+    from pipeline.data.packing import ShardLimit, pack
 
     origin = tfrecord_origin(arguments) if config is None else source_origin(config.data, arguments.out)
-    limit = Limit(arguments.shard_size) if arguments.shard_images is None else Limit(math.inf, arguments.shard_images)
+    limit = (
+        ShardLimit(arguments.shard_size)
+        if arguments.shard_images is None
+        else ShardLimit(math.inf, arguments.shard_images)
+    )
     start = time.monotonic()
-    with screen.counting("packing") as count:
+    with screen.progress("packing") as count:
         packed = pack(origin, arguments.out, limit, count)
     seconds, size, pictures = time.monotonic() - start, pc.sum(packed.index["bytes"]).as_py(), len(packed.index)
-    show(arguments.out, packed.description, screen)
+    print_pack(arguments.out, packed.description, screen)
     if packed.written == pictures:
-        screen.say(
+        screen.print(
             f"written  {size / 1e6:,.1f} MB in {seconds:,.1f} s, {size / 1e6 / seconds:,.0f} MB/s, read back and found right"
         )
     elif packed.written:
-        screen.say(
+        screen.print(
             f"written  {packed.written:,} pictures in {seconds:,.1f} s; the others were there, and all are whole"
         )
     else:
-        screen.say(f"written  nothing: all of it was there, and is whole (read in {seconds:,.1f} s)")
+        screen.print(f"written  nothing: all of it was there, and is whole (read in {seconds:,.1f} s)")
     path = shlex.quote(str(arguments.out))
-    screen.say(f"train    {this_python()} train.py --config CONFIG data.source=pack data.path={path} data.name=null")
+    screen.print(
+        f"train    {python_executable()} train.py --config CONFIG data.source=pack data.path={path} data.name=null"
+    )
     return 0
 
 
-def source_origin(data: DataConfig, folder: Path) -> "Origin":
+def source_origin(data: DataConfig, folder: Path) -> "PackInput":
     """The data set of a config, to be packed into a folder.
 
     Raises:
@@ -128,7 +134,7 @@ def source_origin(data: DataConfig, folder: Path) -> "Origin":
     return SourceOrigin(open_source(data))
 
 
-def tfrecord_origin(arguments: argparse.Namespace) -> "Origin":
+def tfrecord_origin(arguments: argparse.Namespace) -> "PackInput":
     """The TFRecord files of the command line.
 
     Raises:
@@ -161,28 +167,28 @@ def class_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def verify(folder: Path, screen: Screen) -> None:
+def verify(folder: Path, screen: Console) -> None:
     """Reads a pack and says that it is whole.
 
     Raises:
         DataError: It is not; what is damaged is listed.
     """
-    from pipeline.data.sources.base import listing
+    from pipeline.data.sources.base import format_list
     from pipeline.data.sources.pack import verify as read
 
-    with screen.counting("reading the pack") as count:
+    with screen.progress("reading the pack") as count:
         description, damaged = read(folder, count)
     if damaged:
         remedy = "Run python -m pipeline pack with the data set again, which mends it, or restore it from a copy."
-        raise DataError(f"{folder}: {len(damaged)} things are damaged:\n{listing(damaged)}\n{remedy}")
-    show(folder, description, screen)
-    screen.say("whole    every shard has the SHA-256 that it was written with")
+        raise DataError(f"{folder}: {len(damaged)} things are damaged:\n{format_list(damaged)}\n{remedy}")
+    print_pack(folder, description, screen)
+    screen.print("whole    every shard has the SHA-256 that it was written with")
 
 
-def show(folder: Path, description: "Description", screen: Screen) -> None:
+def print_pack(folder: Path, description: "PackMetadata", screen: Console) -> None:
     """Says what a pack holds."""
     pictures, size = (sum(getattr(shard, name) for shard in description.shards) for name in ("pictures", "size"))
-    screen.say(
+    screen.print(
         f"pack     {folder}: {pictures:,} pictures of {len(description.class_names):,} classes, {size / 1e6:,.1f} MB in "
         f"{len(description.shards):,} shards"
     )

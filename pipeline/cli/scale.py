@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.console import Screen, this_python
+from pipeline.console import Console, python_executable
 from pipeline.errors import UserError
 from pipeline.models.variants import ALPHA, BETA, GAMMA, VARIANTS, phi_of
 
 if TYPE_CHECKING:
-    from pipeline.models.compound_search import Fit, Solution
+    from pipeline.models.compound_search import Solution, WeightOverlap
 
 COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 BYTES = {
@@ -121,12 +121,12 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Screen) -> int:
+def main(words: Sequence[str], screen: Console) -> int:
     """Runs the program; returns its exit code."""
     arguments = parse_arguments(words)
     if arguments.write is not None:
         check_writable(arguments.write)
-    screen.divert_to(None)
+    screen.redirect_library_output(None)
     if arguments.search:
         search(arguments, screen)
     elif arguments.solving:
@@ -136,12 +136,12 @@ def main(words: Sequence[str], screen: Screen) -> int:
     return 0
 
 
-def family(arguments: argparse.Namespace, screen: Screen) -> None:
+def family(arguments: argparse.Namespace, screen: Console) -> None:
     """Prints every published variant, and what the formula gives at its resolution."""
     from pipeline.models.compound_search import size_of
 
     rows = []
-    with screen.counting("building the family") as count:
+    with screen.progress("building the family") as count:
         for done, variant in enumerate(VARIANTS.values(), 1):
             size = size_of(variant, num_classes=arguments.classes, batch_size=arguments.batch_size)
             phi = phi_of(variant.resolution)
@@ -151,17 +151,17 @@ def family(arguments: argparse.Namespace, screen: Screen) -> None:
                 f"{size.blocks:6} {size.parameters:12,} {size.flops / 1e9:8.2f} G{line}"
             )
             count(done, len(VARIANTS))
-    screen.say(f"{'':66} the formula at this resolution")
-    screen.say("variant width depth pixels dropout blocks   parameters  mult-adds       phi  width  depth")
+    screen.print(f"{'':66} the formula at this resolution")
+    screen.print("variant width depth pixels dropout blocks   parameters  mult-adds       phi  width  depth")
     for row in rows:
-        screen.say(row)
-    screen.say(
+        screen.print(row)
+    screen.print(
         f"\nThe formula: width {BETA}^phi, depth {ALPHA}^phi, 224 * {GAMMA}^phi pixels. The published B1 to B7 were picked by hand near "
         f"that line.\nTrainable parameters with {arguments.classes:,} classes; multiply-adds per image, both of the network as built."
     )
 
 
-def search(arguments: argparse.Namespace, screen: Screen) -> None:
+def search(arguments: argparse.Namespace, screen: Console) -> None:
     """Prints the triples of the grid, by how closely they double the multiply-adds."""
     from pipeline.models.compound_search import flops_ratios, grid, once_per_architecture, size_of
 
@@ -172,14 +172,14 @@ def search(arguments: argparse.Namespace, screen: Screen) -> None:
             "take smaller steps, wider ranges or a larger tolerance"
         )
     flops = once_per_architecture(lambda variant: size_of(variant).flops)
-    with screen.counting("building the candidates") as count:
+    with screen.progress("building the candidates") as count:
         candidates = flops_ratios(triples, flops, count)
-    screen.say("alpha (depth)  beta (width)  gamma (resolution)  product  measured")
+    screen.print("alpha (depth)  beta (width)  gamma (resolution)  product  measured")
     for found in candidates[: arguments.top]:
-        screen.say(
+        screen.print(
             f"{found.alpha:13g}  {found.beta:12g}  {found.gamma:18g}  {found.product:7.3f}  {found.flops_ratio:8.3f}"
         )
-    screen.say(
+    screen.print(
         f"\n{min(arguments.top, len(candidates))} of {len(candidates)} triples with alpha * beta^2 * gamma^2 within "
         f"{arguments.tolerance:g} of 2. measured: the multiply-adds of the network\nso scaled over B0's; it differs from "
         "the product because repeats are rounded up and "
@@ -188,7 +188,7 @@ def search(arguments: argparse.Namespace, screen: Screen) -> None:
     )
 
 
-def solve(arguments: argparse.Namespace, screen: Screen) -> None:
+def solve(arguments: argparse.Namespace, screen: Console) -> None:
     """Prints the largest network of the compound line within the budgets, and writes its config if asked to."""
     import tensorflow as tf
 
@@ -219,7 +219,7 @@ def solve(arguments: argparse.Namespace, screen: Screen) -> None:
         ("latency", arguments.latency, latency, lambda value: f"{value * 1e3:,.1f} ms"),
     )
     budgets = [Budget(*given) for given in possible if given[1] is not None]
-    screen.say("building networks along the compound line" + ("; timing them" if arguments.latency else ""))
+    screen.print("building networks along the compound line" + ("; timing them" if arguments.latency else ""))
     solution = largest_within(budgets)
     variant, near = solution.variant, nearest_published(solution.variant)
     lines = [f"{'budget':<14} {'limit':>14} {'network':>14}   left"]
@@ -237,16 +237,16 @@ def solve(arguments: argparse.Namespace, screen: Screen) -> None:
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         lines.append(f"latency: median of warm inferences of one image in float32 on {devices[0].name}, {processor()}")
     built = size(variant)
-    screen.say(
+    screen.print(
         f"phi = {solution.phi:g}: {{width: {variant.width:.4f}, depth: {variant.depth:.4f}, resolution: {variant.resolution}}}"
     )
-    screen.say(
+    screen.print(
         f"{built.parameters:,} parameters with {arguments.classes:,} classes, {built.flops / 1e9:.3f} G multiply-adds"
     )
-    screen.say(
+    screen.print(
         f"nearest published: {near.name}, {{width: {near.width}, depth: {near.depth}, resolution: {near.resolution}}}\n"
     )
-    screen.say("\n".join(lines))
+    screen.print("\n".join(lines))
     if arguments.write is not None:
         write_config(arguments, "\n".join(lines), solution, best_fit(variant), screen)
 
@@ -259,7 +259,9 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
-def write_config(arguments: argparse.Namespace, header: str, solution: "Solution", fit: "Fit", screen: Screen) -> None:
+def write_config(
+    arguments: argparse.Namespace, header: str, solution: "Solution", fit: "WeightOverlap", screen: Console
+) -> None:
     """Writes the config of a solution; never over a file that is there."""
     from pipeline.models.compound_search import training_config
 
@@ -269,4 +271,4 @@ def write_config(arguments: argparse.Namespace, header: str, solution: "Solution
             file.write(text)
     except OSError as error:
         raise UserError(f"{arguments.write}: cannot be written ({error.strerror}); give --write another name") from None
-    screen.say(f"\nwritten: {arguments.write}; train with: {this_python()} train.py --config {arguments.write}")
+    screen.print(f"\nwritten: {arguments.write}; train with: {python_executable()} train.py --config {arguments.write}")

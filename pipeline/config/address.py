@@ -3,7 +3,7 @@
 import re
 
 
-def parse(address: str) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
     """Takes an address apart.
 
     Args:

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Section
-from pipeline.errors import nearest
+from pipeline.config.base import StrictModel
+from pipeline.errors import suggest
 
 NATIVE_ARGUMENTS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
 
 
-class RandAugmentConfig(Section):
+class RandAugmentConfig(StrictModel):
     """RandAugment (Cubuk et al. 2020, arXiv 1909.13719)."""
 
     num_ops: Annotated[int, Field(ge=1, le=8)] = 2
@@ -21,7 +21,7 @@ class RandAugmentConfig(Section):
     """Strength on the official scale of 0 to 30; the paper takes 17 for B5 and 28 for B7."""
 
 
-class Transform(Section):
+class Transform(StrictModel):
     """One augmentation by name, with its arguments."""
 
     name: str
@@ -41,7 +41,7 @@ class Transform(Section):
         return value
 
 
-class AugmentConfig(Section):
+class AugmentConfig(StrictModel):
     """What training does to the pictures. Evaluation does none of it."""
 
     backend: Literal["albumentations", "native"] = "native"
@@ -57,7 +57,7 @@ class AugmentConfig(Section):
 
     @field_validator("transforms", mode="after")
     @classmethod
-    def _known(cls, transforms: tuple[Transform, ...], info: Any) -> tuple[Transform, ...]:
+    def _check_transforms(cls, transforms: tuple[Transform, ...], info: Any) -> tuple[Transform, ...]:
         backend = info.data.get("backend")
         for transform in transforms:
             if backend == "native":
@@ -75,7 +75,7 @@ def check_native(name: str, arguments: Mapping[str, Any]) -> None:
         )
     for key, value in arguments.items():
         if key not in NATIVE_ARGUMENTS[name]:
-            raise ValueError(f"{name} has no argument {key!r}{nearest(key, NATIVE_ARGUMENTS[name])}")
+            raise ValueError(f"{name} has no argument {key!r}{suggest(key, NATIVE_ARGUMENTS[name])}")
         if key == "p" and not (_is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{name}: p is a probability from 0 to 1; received {value!r}")
         if key in ("scale", "ratio"):
@@ -101,10 +101,10 @@ def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
     exported = {each: value for each, value in vars(albumentations).items() if isinstance(value, type)}
     known = {each: value for each, value in exported.items() if issubclass(value, albumentations.BasicTransform)}
     if name not in known:
-        raise ValueError(f"albumentations has no transform {name!r}{nearest(name, known)}")
+        raise ValueError(f"albumentations has no transform {name!r}{suggest(name, known)}")
     schema: Any = known[name].InitSchema  # type: ignore[attr-defined]
     unknown = [key for key in arguments if key not in schema.model_fields or key == "strict"]
     if unknown:
         raise ValueError(
-            "; ".join(f"{name} has no argument {key!r}{nearest(key, schema.model_fields)}" for key in unknown)
+            "; ".join(f"{name} has no argument {key!r}{suggest(key, schema.model_fields)}" for key in unknown)
         )

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Section
+from pipeline.config.base import StrictModel
 
 
-class SplitsConfig(Section):
+class SplitsConfig(StrictModel):
     """Shares of the splits that the program makes itself."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.7
@@ -24,7 +24,7 @@ class SplitsConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """Where the pictures come from and how they are cut to the input's square."""
 
     source: Literal["folder", "csv", "pack", "tfds", "digits"]
@@ -38,7 +38,7 @@ class DataConfig(Section):
     """Used for the splits that the data do not bring along."""
     group_near_duplicates: bool = True
     """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
-    on_bad: Literal["fail", "skip"] = "fail"
+    on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do about files that cannot be used: fail lists them all and stops; skip leaves them out and lists them in a report."""
     on_leak: Literal["error", "warn", "ignore"] = "error"
     """What to do about near-duplicates in more than one of the splits that the data bring along."""
@@ -47,11 +47,11 @@ class DataConfig(Section):
 
     @field_validator("path", mode="after")
     @classmethod
-    def _home(cls, path: Path | None) -> Path | None:
+    def _expand_home(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path is not None else None
 
     @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> "DataConfig":
+    def _check_source_keys(self) -> "DataConfig":
         needed = {"folder": "image folder", "csv": "CSV file", "pack": "folder that python -m pipeline pack wrote"}.get(
             self.source
         )

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, Section
+from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, StrictModel
 
 
-class ExportConfig(Section):
+class ExportConfig(StrictModel):
     """What an exported file must come up to, over all images of a split, to be taken for the model."""
 
     min_agreement: Annotated[float, Field(ge=0, le=1)] = 0.99

@@ -13,11 +13,22 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.base import Section
+from pipeline.config.base import StrictModel
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError, nearest
+from pipeline.errors import ConfigError, suggest
 
 KeyPath = tuple[str | int, ...]
+RENAMED = {  # keys of earlier versions, with what to write now
+    "model.survival": "model.drop_path_rate (1 - survival)",
+    "optimizer.ema": "optimizer.ema_decay",
+    "train.accumulation": "train.gradient_accumulation_steps",
+    "train.keep_checkpoints": "train.max_checkpoints",
+    "train.restore_best": "train.restore_best_weights",
+    "train.stages.augment": "train.stages.use_augmentation",
+    "tracking.register": "tracking.registered_model_name",
+    "runtime.input_workers": "runtime.num_workers",
+    "data.on_bad": "data.on_bad_image",
+}
 Origins = dict[KeyPath, str]  # where each key was written: file:line, or the override on the command line
 
 
@@ -36,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     values, origins = _read(Path(path), ())
     if any(override.startswith("recipe=") for override in overrides):
-        _make_way(values)
+        _drop_keys_of_recipe(values)
     for override in overrides:
         _apply_override(values, origins, override)
     try:
@@ -80,7 +91,7 @@ def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict
         )
     base, base_origins = _read(path.parent / parent, (*trail, path.resolve()), f"{origins['extends',]}: extends: ")
     if values.get("recipe") is not None:
-        _make_way(base)
+        _drop_keys_of_recipe(base)
     _merge(base, values, (), base_origins, origins)
     return base, base_origins
 
@@ -109,10 +120,12 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
             line = f"{file}:{key_node.start_mark.line + 1}"
             if not isinstance(key, str):
                 raise ConfigError(
-                    f"{line}: {dotted(path) or 'the config'}: keys must be names; received {key_node.value!r}"
+                    f"{line}: {dotted_path(path) or 'the config'}: keys must be names; received {key_node.value!r}"
                 )
             if key in mapping:
-                raise ConfigError(f"{line}: {dotted((*path, key))}: is given twice (first at {origins[(*path, key)]})")
+                raise ConfigError(
+                    f"{line}: {dotted_path((*path, key))}: is given twice (first at {origins[(*path, key)]})"
+                )
             origins[(*path, key)] = line
             mapping[key] = _construct(value_node, (*path, key), origins, file, depth + 1)
         return mapping
@@ -123,10 +136,10 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as error:  # such as the date 2026-13-45
-        raise ConfigError(f"{place}: {dotted(path)}: {error}") from None
+        raise ConfigError(f"{place}: {dotted_path(path)}: {error}") from None
 
 
-def _make_way(values: dict[str, Any]) -> None:
+def _drop_keys_of_recipe(values: dict[str, Any]) -> None:
     """Takes out what a recipe chooses: a config that is given one is not held to what those that it changes say of these keys."""
     values.pop("optimizer", None)
     if isinstance(values.get("train"), dict):
@@ -169,10 +182,10 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
                 target[part] = {}
             target = target[part]
         else:
-            raise ConfigError(f"{place}: there is no {dotted(path)} to set {last} in")
+            raise ConfigError(f"{place}: there is no {dotted_path(path)} to set {last} in")
     if isinstance(target, list):
         if not (isinstance(last, int) and last < len(target)):
-            raise ConfigError(f"{place}: {dotted(path)} has the items 0 to {len(target) - 1}, not {last}")
+            raise ConfigError(f"{place}: {dotted_path(path)} has the items 0 to {len(target) - 1}, not {last}")
         target[last] = value
     else:
         target[str(last)] = value
@@ -181,13 +194,13 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
     origins[(*path, last)] = place
 
 
-def _section(path: KeyPath) -> type[Section] | None:
+def _section(path: KeyPath) -> type[StrictModel] | None:
     """The schema's section at a path, or None where the path leads to a value or off the schema."""
-    section: type[Section] | None = Config
+    section: type[StrictModel] | None = Config
     for part in path:
         field = section.model_fields.get(str(part)) if section is not None else None
         annotation = field.annotation if field is not None else None
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
     return section
 
 
@@ -215,7 +228,7 @@ def _unwrap(annotation: Any) -> list[Any]:
 
 
 def _is_section(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Section)
+    return isinstance(value, type) and issubclass(value, StrictModel)
 
 
 def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -> str:
@@ -227,7 +240,8 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
     place = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None) or next(below, file)
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        message = "unknown key" + nearest(str(path[-1]), _valid_keys(path[:-1]))
+        current = RENAMED.get(".".join(part for part in path if isinstance(part, str)))
+        message = f"is now {current}" if current else "unknown key" + suggest(str(path[-1]), _valid_keys(path[:-1]))
     elif kind == "missing":
         message = "is missing; give it a value"
     elif kind == "value_error":
@@ -236,8 +250,8 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
         message = f"{error['msg'][0].lower()}{error['msg'][1:]}; received {_short(given)}"
         if kind == "literal_error" and isinstance(given, str):
             options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-            message += "".join(part for part in [nearest(given, options)] if "did you mean" in part)
-    return f"{place}: {dotted(path)}: {message}" if path else f"{place}: {message}"
+            message += "".join(part for part in [suggest(given, options)] if "did you mean" in part)
+    return f"{place}: {dotted_path(path)}: {message}" if path else f"{place}: {message}"
 
 
 def _written_path(loc: KeyPath, values: Any) -> KeyPath:
@@ -268,6 +282,6 @@ def _short(value: Hashable) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def dotted(path: KeyPath) -> str:
+def dotted_path(path: KeyPath) -> str:
     """A key path as it is written on the command line; a key that would break the line is quoted."""
     return ".".join(text if (text := str(part)).isprintable() else repr(text) for part in path)

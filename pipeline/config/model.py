@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline.config.base import Fraction, Section
+from pipeline.config.base import Fraction, StrictModel
 from pipeline.models.variants import VARIANTS
 
 
-class Phi(Section):
+class Phi(StrictModel):
     """A variant by its compound coefficient."""
 
     phi: Annotated[float, Field(ge=-6, le=9)]
     """0 is B0; the resolution is 224 * 1.15^phi."""
 
 
-class Multipliers(Section):
+class Multipliers(StrictModel):
     """A variant by its multipliers of B0."""
 
     width: Annotated[float, Field(gt=0, le=10)]
@@ -34,7 +34,7 @@ def _variant_form(value: Any) -> str:
     return "multipliers" if isinstance(value, Mapping | Multipliers) else "name"
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """The network."""
 
     variant: Annotated[
@@ -52,13 +52,14 @@ class ModelConfig(Section):
     """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights; null goes by names."""
     dropout: Fraction | None = None
     """Rate in front of the classifier; null takes the variant's own."""
-    survival: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Probability that the last block survives stochastic depth; the first always does, between them it falls linearly."""
+    drop_path_rate: Fraction = 0.2
+    """Stochastic depth (arXiv 1603.09382): probability that the last block is dropped; it rises linearly from 0 at the
+    first block."""
     batch_norm_momentum: Fraction = 0.99
     """Of the moving statistics. 0.99 is the paper's; runs of a few hundred steps from random weights want about 0.9."""
 
     @model_validator(mode="after")
-    def _map_has_weights(self) -> "ModelConfig":
+    def _class_map_needs_weights(self) -> "ModelConfig":
         if self.class_map is not None and self.weights is None:
             raise ValueError(
                 "class_map says where the rows of the weights' classifier go; set weights, or leave class_map out"

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import PositiveFloat, Section
+from pipeline.config.base import PositiveFloat, StrictModel
 
 Schedule = Literal["exponential", "cosine", "constant"]
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(StrictModel):
     """How the weights move. The defaults are the paper's recipe."""
 
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
@@ -26,5 +26,5 @@ class OptimizerConfig(Section):
     """Linear rise at the start of each stage."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
     """rmsprop, sgd: factor of half the squared norm in the loss; adamw: decoupled. Never on batch normalisation's weights."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
     """Decay of the moving average of all weights and statistics, min(ema, (1 + step) / (10 + step)); null for none."""

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.config.address import parse
-from pipeline.config.base import PositiveInt, Section
+from pipeline.config.address import parse_address
+from pipeline.config.base import PositiveInt, StrictModel
 
 
 def _address(text: str) -> str:
-    parse(text)
+    parse_address(text)
     return text
 
 
@@ -17,11 +17,11 @@ Address = Annotated[str, AfterValidator(_address)]
 """host:port"""
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(StrictModel):
     """The machine."""
 
-    strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
-    """one: one device; mirrored: MirroredStrategy over all GPUs of the machine; multi_worker: MultiWorkerMirroredStrategy over the GPUs of
+    strategy: Literal["auto", "single", "mirrored", "multi_worker"] = "auto"
+    """single: one device; mirrored: MirroredStrategy over all GPUs of the machine; multi_worker: MultiWorkerMirroredStrategy over the GPUs of
     all processes that TF_CONFIG names; auto: what there is, TF_CONFIG before several GPUs before one device."""
     sync_batch_norm: bool = True
     """Over several replicas, normalise by the statistics of the whole micro-batch. false: each replica by its own share of it, which spares
@@ -32,7 +32,7 @@ class RuntimeConfig(Section):
     """auto: on one GPU where the run is long enough to repay the compilation, by what both took there before or by estimate; off on the
     CPU, which it slows down, and above one replica, as it fails on several logical CPU devices (for several GPUs say true). A run's
     config.yaml has the choice, and a resume keeps to it."""
-    input_workers: PositiveInt | None = None
+    num_workers: PositiveInt | None = None
     """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
     data_service: Annotated[tuple[Address, ...], Field(min_length=1)] | None = None
     """Servers that prepare the training pictures, [host1:5050, host2:5050], each started by python -m pipeline serve, for machines whose

@@ -6,7 +6,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from pipeline.config.augment import AugmentConfig
-from pipeline.config.base import Section
+from pipeline.config.base import StrictModel
 from pipeline.config.data import DataConfig
 from pipeline.config.export import ExportConfig
 from pipeline.config.model import ModelConfig, Multipliers, Phi
@@ -14,11 +14,11 @@ from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.tracking import TrackingConfig
 from pipeline.config.train import TrainConfig
-from pipeline.errors import nearest
+from pipeline.errors import suggest
 from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_multipliers, from_phi
 
 
-class Config(Section):
+class Config(StrictModel):
     """Everything that a run is made from."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
@@ -34,14 +34,14 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _weights_exist(self) -> "Config":
+    def _weights_are_available(self) -> "Config":
         origin, _, name = (self.model.weights or "").partition(":")
         if origin != "imagenet":
             return self
         published = ", ".join(IMAGENET_VARIANTS)
         if name and name not in IMAGENET_VARIANTS:
             raise ValueError(
-                f"model.weights: imagenet is to be had for {published}, not for {name!r}{nearest(name, IMAGENET_VARIANTS)}"
+                f"model.weights: imagenet is to be had for {published}, not for {name!r}{suggest(name, IMAGENET_VARIANTS)}"
             )
         if not name and self.model.variant not in IMAGENET_VARIANTS:
             raise ValueError(
@@ -56,7 +56,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _recipe_has_its_hands_free(self) -> "Config":
+    def _recipe_excludes_explicit_keys(self) -> "Config":
         if self.recipe is not None:
             given = [
                 *(["optimizer"] if "optimizer" in self.model_fields_set else []),
@@ -74,7 +74,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _servers_need_no_python(self) -> "Config":
+    def _data_service_excludes_python(self) -> "Config":
         if self.runtime.data_service is not None:
             if self.augment.backend != "native":
                 raise ValueError(
@@ -89,7 +89,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _nothing_stays_random(self) -> "Config":
+    def _no_layer_stays_random(self) -> "Config":
         if (
             self.model.weights is None
             and self.recipe is None
@@ -119,9 +119,9 @@ class Config(Section):
             base.lite,
         )
 
-    def of_every_process(self) -> str:
+    def cross_process_fingerprint(self) -> str:
         """JSON of what has to be the same in every process of a run: all but where things are, and this machine's own business."""
-        runtime = {"input_workers", "data_service"}
+        runtime = {"num_workers", "data_service"}
         return self.model_dump_json(
             exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": {"weights", "class_map"}}
         )
@@ -132,5 +132,5 @@ class Config(Section):
         if self.recipe is not None:
             del values["optimizer"], values["train"]["stages"]
         if self.train.global_batch_size == "auto":
-            del values["train"]["accumulation"]
+            del values["train"]["gradient_accumulation_steps"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

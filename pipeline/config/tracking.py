@@ -1,28 +1,23 @@
 """The section `tracking`: MLflow."""
 
 import re
-import warnings
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from pipeline.config.base import Section
+from pipeline.config.base import StrictModel
 
 MlflowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_length=100)]
 
-warnings.filterwarnings(
-    "ignore", 'Field name "register"'
-)  # pydantic's, of ABCMeta.register, which every model has and none uses
 
-
-class TrackingConfig(Section):
+class TrackingConfig(StrictModel):
     """MLflow."""
 
     experiment: MlflowName = "default"
     """Name of the experiment in MLflow and of the folder under runs/."""
     uri: str | None = None
     """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
-    register: MlflowName | None = None
+    registered_model_name: MlflowName | None = None
     """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion if none has it, or if
     the paired test on the same images says that it beats the one that has it."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, Section
+from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, StrictModel
 from pipeline.config.optimizer import Schedule
 from pipeline.errors import ConfigError
 
@@ -13,7 +13,7 @@ Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "b
 Metric = Literal["accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "loss"]
 
 
-class StageConfig(Section):
+class StageConfig(StrictModel):
     """A stretch of training with one set of trainable weights. Its schedule starts anew."""
 
     epochs: PositiveInt
@@ -29,11 +29,11 @@ class StageConfig(Section):
     """Freeze batch normalisation, its scales and shifts included, where its block is trained, too; in frozen blocks it always is."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discriminative learning rates (arXiv 1801.06146): each block moves by this factor of the one behind it; the classifier by 1."""
-    augment: bool = True
+    use_augmentation: bool = True
     """false prepares the pictures as in evaluation. From its start on, a run that trains the head so computes the backbone once."""
 
 
-class EarlyStoppingConfig(Section):
+class EarlyStoppingConfig(StrictModel):
     """Leaves a stage that no longer helps; the run goes on with the next one."""
 
     patience: PositiveInt
@@ -42,14 +42,14 @@ class EarlyStoppingConfig(Section):
     """What best_metric must improve by to count."""
 
 
-class Skip(Section):
+class SkipNanSteps(StrictModel):
     """What `train.on_nan` may be beside a word."""
 
     skip: PositiveInt
     """Steps that may be passed over in the whole run."""
 
 
-class TrainConfig(Section):
+class TrainConfig(StrictModel):
     """How long and in what portions."""
 
     global_batch_size: Annotated[
@@ -57,7 +57,7 @@ class TrainConfig(Section):
         Discriminator(lambda value: "word" if isinstance(value, str) and not value.isdigit() else "number"),
     ] = 32
     """Images per step over all replicas. auto: about 256, in as many micro-batches as the devices' memory asks for by estimate."""
-    accumulation: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
@@ -74,27 +74,27 @@ class TrainConfig(Section):
     """Of the validation split; decides which epoch is kept in best/, and early stopping. The test split decides nothing."""
     early_stopping: EarlyStoppingConfig | None = None
     """null trains every stage to its end."""
-    restore_best: bool = False
+    restore_best_weights: bool = False
     """Make the best epoch's network the run's result, model.keras, in place of the last one's."""
-    keep_checkpoints: PositiveInt = 2
+    max_checkpoints: PositiveInt = 2
     """Newest ones; the best epoch's and the last epoch's are kept besides."""
     checkpoint_every_steps: PositiveInt | None = None
     """A checkpoint is written after each epoch and, if this is set, whenever the step is a multiple of it."""
     on_nan: Annotated[
-        Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[Skip, Tag("skip")],
-        Discriminator(lambda value: "skip" if isinstance(value, Mapping | Skip) else "word"),
+        Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[SkipNanSteps, Tag("skip")],
+        Discriminator(lambda value: "skip" if isinstance(value, Mapping | SkipNanSteps) else "word"),
     ] = "stop"
     """When a step's loss or gradient is not finite (nothing of it is applied, its batch is saved): stop; {skip: 3} passes over that many
     such steps in the whole run; rollback goes back to the start of the epoch with the learning rate halved, three times at most."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> "TrainConfig":
+    def _check_batch_is_divisible(self) -> "TrainConfig":
         if self.global_batch_size == "auto":
-            if "accumulation" in self.model_fields_set:
-                raise ValueError("global_batch_size: auto chooses accumulation; leave it out")
-        elif self.global_batch_size % self.accumulation:
+            if "gradient_accumulation_steps" in self.model_fields_set:
+                raise ValueError("global_batch_size: auto chooses gradient_accumulation_steps; leave it out")
+        elif self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of accumulation ({self.accumulation})"
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
         return self
 
@@ -117,4 +117,4 @@ class TrainConfig(Section):
     @property
     def micro_batch_size(self) -> int:
         """Images that go through the network at once, over all replicas."""
-        return self.batch_size // self.accumulation
+        return self.batch_size // self.gradient_accumulation_steps

@@ -16,7 +16,14 @@ import tensorflow as tf
 
 from pipeline.config.augment import Transform
 from pipeline.config.schema import Config
-from pipeline.data.preprocessing import JPEG_METHOD, decode, fit_square, orientation_steps, shrink_or_grow, turn_upright
+from pipeline.data.preprocessing import (
+    JPEG_METHOD,
+    apply_exif_orientation,
+    decode,
+    orientation_steps,
+    resize_bilinear,
+    resize_to_square,
+)
 from pipeline.errors import ConfigError
 
 CROP_ATTEMPTS = 10  # as torchvision's and albumentations' RandomResizedCrop
@@ -98,7 +105,7 @@ def _native(config: Config) -> Augmentation:
         return decode_window(encoded, window, upright, orientation, resolution)
 
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
-        image = fit_square(image, resolution, resize) if crop is None else shrink_or_grow(image, resolution)
+        image = resize_to_square(image, resolution, resize) if crop is None else resize_bilinear(image, resolution)
         if flip is not None:
             image = tf.cond(drawn[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
         return tf.ensure_shape(image, (resolution, resolution, 3))
@@ -171,7 +178,7 @@ def decode_window(
         halvings = tf.reduce_sum(
             tf.cast(tf.minimum(height, width) >= [2 * resolution, 4 * resolution, 8 * resolution], tf.int32)
         )
-        return turn_upright(
+        return apply_exif_orientation(
             tf.switch_case(halvings, [lambda ratio=ratio: decode_stored(ratio) for ratio in (1, 2, 4, 8)]), orientation
         )
 
@@ -227,14 +234,14 @@ def _albumentations(config: Config) -> Augmentation:
     transforms, resolution, resize = config.augment.transforms, config.variant.resolution, config.data.resize
     whole = bool(transforms) and transforms[0].name in TAKES_WHOLE_PICTURE
     apply = AlbumentationsTransforms(transforms, resolution)
-    apply.try_out(whole)
+    apply.validate_on_dummy_images(whole)
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
         return tf.random.stateless_uniform((), seed, minval=0, maxval=tf.int64.max, dtype=tf.int64)
 
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         if not whole:
-            image = fit_square(image, resolution, resize)
+            image = resize_to_square(image, resolution, resize)
         image = tf.numpy_function(apply, [image, drawn], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
@@ -301,7 +308,7 @@ class AlbumentationsTransforms:
                 ) from None
         return albumentations.Compose(built)
 
-    def try_out(self, whole: bool) -> None:
+    def validate_on_dummy_images(self, whole: bool) -> None:
         """Runs the transforms on made-up pictures, so that what would fail hours later fails now.
 
         Args:

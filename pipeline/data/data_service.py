@@ -14,10 +14,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from pipeline.config.address import parse
+from pipeline.config.address import parse_address
 from pipeline.errors import RunError, TrainingError
 
-AHEAD = 2  # batches that wait ready on a server's way to here
+PREFETCH = 2  # batches that wait ready on a server's way to here
 PATIENCE = 15.0  # seconds without a batch, after which it is asked whether the servers are there
 
 
@@ -32,7 +32,7 @@ def start_server(
     Raises:
         RunError: One of the ports is taken, or none.
     """
-    (_, port), service = parse(address), tf.data.experimental.service
+    (_, port), service = parse_address(address), tf.data.experimental.service
     own = address.removesuffix(f":{port}") + f":{port + 1}"
     try:
         for number in (port, port + 1):
@@ -56,7 +56,7 @@ def check_servers(addresses: Sequence[str]) -> None:
         RunError: One is not.
     """
     for address in addresses:
-        host, port = parse(address)
+        host, port = parse_address(address)
         for number in (port, port + 1):  # of the dispatcher and of the worker
             try:
                 socket.create_connection((host, number), timeout=10).close()
@@ -67,7 +67,7 @@ def check_servers(addresses: Sequence[str]) -> None:
                 ) from None
 
 
-def served(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:
+def from_data_service(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:
     """The batches of a stream, prepared by servers.
 
     Args:
@@ -81,17 +81,17 @@ def served(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[st
     service, number = tf.data.experimental.service, len(addresses)
     parts = [
         stream(i, number).apply(
-            service.distribute(service.ShardingPolicy.OFF, f"grpc://{address}", max_outstanding_requests=AHEAD)
+            service.distribute(service.ShardingPolicy.OFF, f"grpc://{address}", max_outstanding_requests=PREFETCH)
         )
         for i, address in enumerate(addresses)
     ]
     whole = (
         parts[0] if number == 1 else tf.data.Dataset.choose_from_datasets(parts, tf.data.Dataset.range(number).repeat())
     )
-    return whole.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(AHEAD)
+    return whole.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(PREFETCH)
 
 
-def watched(batches: Iterable[Any], addresses: Sequence[str], patience: float = PATIENCE) -> Iterator[Any]:
+def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: float = PATIENCE) -> Iterator[Any]:
     """The same batches, and an end where a server is gone: TensorFlow alone would wait for it for ever.
 
     Raises:

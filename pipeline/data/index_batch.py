@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.manifest import AT_ONCE, Manifest
+from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.errors import DataError
 
 NUMBERS = ("label", "height", "width", "orientation")
 BYTES = tuple(bytes([value]) for value in range(256))
 
 
-class Rows(NamedTuple):
+class IndexBatch(NamedTuple):
     """Some rows of a manifest; scalars, or (N,) each."""
 
     index: tf.Tensor
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     """int32, EXIF 1 to 8"""
 
 
-def mapped_rows(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor], Rows]:
+def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor], IndexBatch]:
     """Writes rows into a temporary file without a name, which goes with the last tensor that is mapped from it.
 
     Args:
@@ -59,12 +59,12 @@ def mapped_rows(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor]
         ) from error
 
     @tf.autograph.experimental.do_not_convert  # there is nothing to convert
-    def rows(places: tf.Tensor) -> Rows:
+    def rows(places: tf.Tensor) -> IndexBatch:
         index, start, end, *others = tf.unstack(tf.gather(table, places), axis=1)
         spans = tf.ragged.range(start, end)
         characters = tf.gather(BYTES, tf.cast(tf.gather(letters, spans.values), tf.int32))
         keys = tf.strings.unsorted_segment_join(characters, spans.value_rowids(), spans.nrows())
-        return Rows(index, keys, *(tf.cast(number, tf.int32) for number in others))
+        return IndexBatch(index, keys, *(tf.cast(number, tf.int32) for number in others))
 
     return rows
 
@@ -72,8 +72,8 @@ def mapped_rows(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor]
 def _write(manifest: Manifest, indices: np.ndarray, text: IO[bytes], numbers: IO[bytes]) -> None:
     """The keys one behind the other, UTF-8; and of each row its index, the bytes at which its key begins and ends, and NUMBERS, int64."""
     written = 0
-    for first in range(0, len(indices), AT_ONCE):
-        some = indices[first : first + AT_ONCE]
+    for first in range(0, len(indices), CHUNK_ROWS):
+        some = indices[first : first + CHUNK_ROWS]
         keys = pa.table({"key": manifest.table["key"].iloc[some]})["key"].cast(pa.large_string()).combine_chunks()
         _, offsets, characters = keys.buffers()
         ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]

@@ -13,14 +13,14 @@ import tensorflow as tf
 
 from pipeline.config.schema import Config
 from pipeline.data.augmentation import Augmentation, decode_whole, image_augmentation
-from pipeline.data.index_batch import Rows, mapped_rows
+from pipeline.data.index_batch import IndexBatch, memory_mapped_table
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixup import group_mixing, mixing_group
-from pipeline.data.preprocessing import decode, fit_square
+from pipeline.data.preprocessing import decode, resize_to_square
 from pipeline.data.randaugment import randaugment
-from pipeline.data.sampler import AT_ONCE, positions, shuffled
-from pipeline.data.sources.base import Source
-from pipeline.distributed.devices import WHOLE, Share
+from pipeline.data.sampler import CHUNK_POSITIONS, positions, shuffled
+from pipeline.data.sources.base import DataSource
+from pipeline.distributed.devices import FULL_SHARD, Shard
 from pipeline.errors import DataError
 
 PREFETCHED = 2  # batches that wait ready; more would only take memory
@@ -46,13 +46,13 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
 
 def training_stream(
     manifest: Manifest,
-    source: Source,
+    source: DataSource,
     config: Config,
     *,
     start_step: int = 0,
     stride: int = 1,
     augmented: bool = True,
-    share: Share = WHOLE,
+    share: Shard = FULL_SHARD,
     workers: int | None = None,
 ) -> tf.data.Dataset:
     """Batches for training, without end.
@@ -60,12 +60,12 @@ def training_stream(
     Args:
         manifest: The samples; those of split train are used.
         source: Where their files come from.
-        config: Everything that decides about the pixels, and `runtime.input_workers`, which does not.
+        config: Everything that decides about the pixels, and `runtime.num_workers`, which does not.
         start_step: Steps to leave out, without decoding them.
         stride: 2 gives every second step from there on, 3 every third, without decoding the others.
         augmented: False prepares the pictures as for evaluation, in the same order.
         share: Of each global batch, without reading the rest.
-        workers: Images prepared in parallel; None for `runtime.input_workers`. The result does not depend on it.
+        workers: Images prepared in parallel; None for `runtime.num_workers`. The result does not depend on it.
 
     Returns:
         An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding
@@ -77,8 +77,8 @@ def training_stream(
     """
     rows = _rows(manifest, "train")
     batch_size, workers = config.train.batch_size, workers or _workers(config)
-    part, count = batch_size // share.of, len(rows)
-    look_up, classes, settings = mapped_rows(manifest, rows), len(manifest.class_names), config.augment
+    part, count = batch_size // share.count, len(rows)
+    look_up, classes, settings = memory_mapped_table(manifest, rows), len(manifest.class_names), config.augment
     augment = image_augmentation(config) if augmented else _unchanged(config)
     randomly = (
         randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude)
@@ -87,14 +87,14 @@ def training_stream(
     )
 
     @tf.autograph.experimental.do_not_convert
-    def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
+    def find(position: tf.Tensor) -> tuple[tf.Tensor, IndexBatch]:
         passes, place = shuffled(position, count, config.seed)
         return passes, look_up(place)
 
     @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
-    def load(passes: tf.Tensor, row: Rows) -> tuple[tf.Tensor, ...]:
+    def load(passes: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
         seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(passes, PASS_BITS) + row.index])
-        image = augment(source.encoded(row.key), row.height, row.width, row.orientation, seed)
+        image = augment(source.read_tf(row.key), row.height, row.width, row.orientation, seed)
         if randomly is not None:
             image = randomly(image, seed)
         return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
@@ -106,13 +106,13 @@ def training_stream(
         .map(load, num_parallel_calls=workers)
     )
     if augmented and (settings.mixup or settings.cutmix):
-        size, mix = mixing_group(batch_size, config.train.accumulation), group_mixing(config)
+        size, mix = mixing_group(batch_size, config.train.gradient_accumulation_steps), group_mixing(config)
 
         def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
             images, labels, weights, index = group
             step, place = number // (part // size), number % (part // size)
             before = (start_step + step * stride) * (batch_size // size)  # groups of the steps before, over all shares
-            number = before + share.number * (part // size) + place
+            number = before + share.index * (part // size) + place
             return *mix(images, labels, number), weights, index
 
         dataset = dataset.batch(size, drop_remainder=True).enumerate()
@@ -124,7 +124,7 @@ def training_stream(
 
 
 def feature_stream(
-    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, share: Share = WHOLE
+    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, share: Shard = FULL_SHARD
 ) -> tf.data.Dataset:
     """The batches of `training_stream` without augmentation, with what a frozen backbone makes of each image in place of the image.
 
@@ -140,7 +140,7 @@ def feature_stream(
         (B,), index int64 (B,).
     """
     rows, batch_size = _rows(manifest, "train"), config.train.batch_size
-    part, count = batch_size // share.of, len(rows)
+    part, count = batch_size // share.count, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
         labels = tf.constant(manifest.table["label"].to_numpy(np.int32)[rows])
@@ -168,21 +168,21 @@ def feature_stream(
 
 def evaluation_stream(
     manifest: Manifest,
-    source: Source,
+    source: DataSource,
     config: Config,
     split: str,
     *,
     batch_size: int,
     rows: np.ndarray | None = None,
     square: Square | None = None,
-    share: Share = WHOLE,
+    share: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
     """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
 
     Args:
         manifest: The samples.
         source: Where their files come from.
-        config: Its resolution R, `data.resize` and `runtime.input_workers` are used.
+        config: Its resolution R, `data.resize` and `runtime.num_workers` are used.
         split: train, val or test.
         batch_size: Images per batch, B.
         rows: Only these images of the manifest, int64 (N,), in this order.
@@ -197,17 +197,17 @@ def evaluation_stream(
         DataError: If the split is empty, or its table cannot be written.
     """
     rows = _rows(manifest, split) if rows is None else rows
-    look_up, classes = mapped_rows(manifest, rows), len(manifest.class_names)
+    look_up, classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
     resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
-    part, count, batches = batch_size // share.of, len(rows), -(-len(rows) // batch_size)
+    part, count, batches = batch_size // share.count, len(rows), -(-len(rows) // batch_size)
 
     @tf.autograph.experimental.do_not_convert
-    def find(position: tf.Tensor) -> tuple[tf.Tensor, Rows]:
+    def find(position: tf.Tensor) -> tuple[tf.Tensor, IndexBatch]:
         return position < count, look_up(tf.minimum(position, count - 1))
 
-    def picture(row: Rows) -> tuple[tf.Tensor, ...]:
-        image = decode(source.encoded(row.key), row.orientation)
-        image = fit_square(image, resolution, resize) if square is None else square(image, row.index)
+    def picture(row: IndexBatch) -> tuple[tf.Tensor, ...]:
+        image = decode(source.read_tf(row.key), row.orientation)
+        image = resize_to_square(image, resolution, resize) if square is None else square(image, row.index)
         return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
 
     def nothing() -> tuple[tf.Tensor, ...]:
@@ -218,11 +218,11 @@ def evaluation_stream(
             tf.constant(-1, tf.int64),
         )
 
-    def load(there: tf.Tensor, row: Rows) -> tuple[tf.Tensor, ...]:
+    def load(there: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
         image, label, weight, index = tf.cond(there, lambda: picture(row), nothing)
         return tf.ensure_shape(image, (resolution, resolution, 3)), tf.ensure_shape(label, (classes,)), weight, index
 
-    some = positions(batch_size, share).take(-(-batches * part // AT_ONCE))
+    some = positions(batch_size, share).take(-(-batches * part // CHUNK_POSITIONS))
     dataset = (
         some.map(find)
         .unbatch()
@@ -238,7 +238,7 @@ def _unchanged(config: Config) -> Augmentation:
 
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         del drawn
-        return fit_square(image, config.variant.resolution, config.data.resize)
+        return resize_to_square(image, config.variant.resolution, config.data.resize)
 
     return Augmentation(lambda seed: seed, decode_whole, transform)
 
@@ -251,7 +251,7 @@ def _rows(manifest: Manifest, split: str) -> np.ndarray:
 
 
 def _workers(config: Config) -> int:
-    return config.runtime.input_workers or os.cpu_count() or 1
+    return config.runtime.num_workers or os.cpu_count() or 1
 
 
 def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:

@@ -16,11 +16,11 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.preprocessing import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
-from pipeline.data.sources.base import DamagedError, Sample, Source
+from pipeline.data.sources.base import CorruptImageError, DataSource, Sample
 from pipeline.data.splits import signature
 
-MOST_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
-MOST_BYTES = 2**30  # of a file; a picture of the most pixels takes half of it uncompressed, with 16 bits a channel
+MAX_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
+MAX_BYTES = 2**30  # of a file; a picture of the most pixels takes half of it uncompressed, with 16 bits a channel
 FORMATS = (
     "JPEG",
     "MPO",
@@ -34,7 +34,7 @@ ENOUGH = 128  # pixels of the shorter side that a signature is taken from; four 
 CHUNK = 16  # files that a thread takes at a time
 
 
-class Trait(IntFlag):
+class ImageFlag(IntFlag):
     """What training does not see as it is stored."""
 
     GREY = 1
@@ -51,7 +51,7 @@ class Trait(IntFlag):
     """The first picture is taken."""
 
 
-class Header(NamedTuple):
+class ImageHeader(NamedTuple):
     """What an image file says of itself."""
 
     kind: str
@@ -60,10 +60,10 @@ class Header(NamedTuple):
     width: int
     orientation: int
     """EXIF, 1 to 8: how to turn what is stored."""
-    traits: Trait
+    traits: ImageFlag
 
 
-def read_header(data: bytes) -> Header | str:
+def read_header(data: bytes) -> ImageHeader | str:
     """Reads an image file's header, or says why the file cannot be used; decodes nothing.
 
     Args:
@@ -91,23 +91,23 @@ def read_header(data: bytes) -> Header | str:
         return "is an animated WebP, on which TensorFlow's decoder overruns its memory"  # 2.21 ends the process: "malloc(): invalid size"
     if kind == "BMP" and mode == "P":
         return "is a BMP with a palette, which TensorFlow does not look up"
-    if width * height > MOST_PIXELS:
-        return f"has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are read, shrink it"
+    if width * height > MAX_PIXELS:
+        return f"has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read, shrink it"
     depth, colour = data[24:26] if kind == "PNG" else (8, None)  # of its IHDR, which PIL does not tell apart
     traits = (
-        Trait.GREY * (mode in ("1", "L", "LA") or colour in (0, 4))
-        | Trait.CMYK * (mode == "CMYK")
-        | Trait.DEEP * (depth == 16)
-        | Trait.PALETTE * (mode in ("P", "PA"))
-        | Trait.TRANSPARENT * transparent
-        | Trait.ANIMATED * animated
+        ImageFlag.GREY * (mode in ("1", "L", "LA") or colour in (0, 4))
+        | ImageFlag.CMYK * (mode == "CMYK")
+        | ImageFlag.DEEP * (depth == 16)
+        | ImageFlag.PALETTE * (mode in ("P", "PA"))
+        | ImageFlag.TRANSPARENT * transparent
+        | ImageFlag.ANIMATED * animated
     )
-    return Header(kind, height, width, orientation if orientation in range(1, 9) else 1, Trait(traits))
+    return ImageHeader(kind, height, width, orientation if orientation in range(1, 9) else 1, ImageFlag(traits))
 
 
 def too_large(size: int) -> str | None:
     """Why a file of this size in bytes is not read at all, or None."""
-    return f"has {size / 2**30:.1f} GiB; at most {MOST_BYTES / 2**30:.0f} are read" if size > MOST_BYTES else None
+    return f"has {size / 2**30:.1f} GiB; at most {MAX_BYTES / 2**30:.0f} are read" if size > MAX_BYTES else None
 
 
 def inspect(data: bytes) -> np.ndarray | str:
@@ -154,7 +154,7 @@ def _reason(error: Exception) -> str:
 
 
 def inspect_all(
-    source: Source,
+    source: DataSource,
     samples: Sequence[Sample],
     cache: ScanCache,
     progress: Callable[[int, int], None] | None = None,
@@ -198,9 +198,9 @@ def inspect_all(
     return facts, problems
 
 
-def _look(source: Source, key: str, cache: ScanCache) -> np.ndarray | str:
+def _look(source: DataSource, key: str, cache: ScanCache) -> np.ndarray | str:
     try:
-        status = source.status(key)
+        status = source.stat(key)
         if status is not None and (reason := too_large(status.size)):
             return reason
         if status is not None and (known := cache.find(key, status)) is not None:
@@ -208,8 +208,8 @@ def _look(source: Source, key: str, cache: ScanCache) -> np.ndarray | str:
         found = inspect(source.read(key))
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"
-    except DamagedError as error:
+    except CorruptImageError as error:
         return error.problem
     if status is not None and not isinstance(found, str):
-        cache.sign(found, key, status)
+        cache.stamp(found, key, status)
     return found

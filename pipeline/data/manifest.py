@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.sources.base import SPLITS, listing
+from pipeline.data.sources.base import SPLITS, format_list
 from pipeline.errors import DataError
 
 COLUMNS = {
@@ -27,10 +27,10 @@ COLUMNS = {
     "width": "int32",
     "orientation": "uint8",
 }
-AT_ONCE = 65_536  # rows, of what would take much memory as Python's objects
+CHUNK_ROWS = 65_536  # rows, of what would take much memory as Python's objects
 
 
-class LeftOut(NamedTuple):
+class SkippedImage(NamedTuple):
     """A sample that cannot be used."""
 
     key: str
@@ -54,7 +54,7 @@ class Manifest:
     class_names: tuple[str, ...]
     table: pd.DataFrame
     notes: tuple[str, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedImage, ...] = ()
 
     def indices(self, split: str) -> np.ndarray:
         """The samples of a split, int64 (n,), ascending."""
@@ -112,7 +112,7 @@ class Manifest:
             io.BytesIO(content)
         ).combine_chunks()  # of many, each look at some rows would join them all
         lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
-        left_out = tuple(LeftOut(*row) for row in lists["left_out"])
+        left_out = tuple(SkippedImage(*row) for row in lists["left_out"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
         return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
 
@@ -145,12 +145,12 @@ def differences(before: Manifest, after: Manifest) -> str:
         ]
     found += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
     found += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
-    return listing(found or ["the pictures come in another order"])
+    return format_list(found or ["the pictures come in another order"])
 
 
 def _json_list(column: pd.Series) -> Iterator[str]:
     """The column as json.dumps would write its list, in parts."""
     yield "["
-    for start in range(0, len(column), AT_ONCE):
-        yield (", " if start else "") + json.dumps(column.iloc[start : start + AT_ONCE].tolist())[1:-1]
+    for start in range(0, len(column), CHUNK_ROWS):
+        yield (", " if start else "") + json.dumps(column.iloc[start : start + CHUNK_ROWS].tolist())[1:-1]
     yield "]"

@@ -37,7 +37,7 @@ def mixing_group(global_batch_size: int, accumulation: int) -> int:
         if micro_batch % size == 0:
             return size
     raise ConfigError(
-        f"augment.mixup and augment.cutmix need an even number of images per micro-batch; train.global_batch_size / train.accumulation is "
+        f"augment.mixup and augment.cutmix need an even number of images per micro-batch; train.global_batch_size / train.gradient_accumulation_steps is "
         f"{global_batch_size} / {accumulation} = {micro_batch}. Make it even, or set mixup and cutmix to 0"
     )
 
@@ -58,7 +58,7 @@ def group_mixing(config: Config) -> Mixing:
     Raises:
         ConfigError: If a micro-batch is odd.
     """
-    size = mixing_group(config.train.batch_size, config.train.accumulation)
+    size = mixing_group(config.train.batch_size, config.train.gradient_accumulation_steps)
     resolution, alpha, cut_alpha = config.variant.resolution, config.augment.mixup, config.augment.cutmix
 
     def mix(images: tf.Tensor, labels: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

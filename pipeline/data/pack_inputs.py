@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.inspection import too_large
-from pipeline.data.sources.base import Sample, Source
+from pipeline.data.sources.base import DataSource, Sample
 from pipeline.errors import DataError
 
-AHEAD = 16  # files that are read before they are needed, by as many threads: over a network it is waiting that takes the time
+PREFETCH = 16  # files that are read before they are needed, by as many threads: over a network it is waiting that takes the time
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -28,7 +28,7 @@ ROWS = pa.schema(
 )
 
 
-class Picture(NamedTuple):
+class PackRecord(NamedTuple):
     """One picture on its way into a pack; see ROWS."""
 
     key: str
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
     """The encoded file."""
 
 
-class Origin(Protocol):
+class PackInput(Protocol):
     """A data set that can be packed."""
 
     @property
@@ -55,7 +55,7 @@ class Origin(Protocol):
     def total(self) -> int | None:
         """The number of pictures, if it is known."""
 
-    def pictures(self, start: int, last: str | None) -> Iterator[Picture]:
+    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
         """The pictures from number `start` on, always in the same order; `last` is the key of the one in front of it.
 
         Raises:
@@ -76,7 +76,7 @@ class Origin(Protocol):
 class SourceOrigin:
     """The data set of a config."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DataSource) -> None:
         self._source, self._samples = source, source.samples()
         self.total, self.settings = len(self._samples), dict[str, Any]()
         digest = hashlib.sha256(json.dumps(source.class_names).encode())
@@ -88,23 +88,23 @@ class SourceOrigin:
             "digest of names, labels and splits": digest.hexdigest(),
         }
 
-    def pictures(self, start: int, last: str | None) -> Iterator[Picture]:
+    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
         del last
-        ahead: deque[Future[Picture]] = deque()
-        with ThreadPoolExecutor(AHEAD) as pool:
+        ahead: deque[Future[PackRecord]] = deque()
+        with ThreadPoolExecutor(PREFETCH) as pool:
             try:
                 for sample in self._samples[start:]:
                     ahead.append(pool.submit(self._read, sample))
-                    if len(ahead) == AHEAD:
+                    if len(ahead) == PREFETCH:
                         yield ahead.popleft().result()
                 while ahead:
                     yield ahead.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, sample: Sample) -> Picture:
+    def _read(self, sample: Sample) -> PackRecord:
         try:
-            status = self._source.status(sample.key)
+            status = self._source.stat(sample.key)
             if status is not None and (reason := too_large(status.size)):
                 raise DataError(f"{sample.key} {reason}; take it out of the data set")
             data = self._source.read(sample.key)
@@ -112,7 +112,7 @@ class SourceOrigin:
             raise DataError(
                 f"{sample.key} cannot be read: {error.strerror}; put that right, or take it out of the data set"
             ) from None
-        return Picture(sample.key, sample.label, None, sample.split, 0 if status is None else status.version, data)
+        return PackRecord(sample.key, sample.label, None, sample.split, 0 if status is None else status.version, data)
 
     def changes(self, rows: pa.Table) -> list[str]:
         found = []
@@ -129,7 +129,7 @@ class SourceOrigin:
 
     def _other_status(self, key: str, size: int, modified: int) -> bool:
         """Whether it may have changed; one that was copied or touched has not."""
-        status = self._source.status(key)
+        status = self._source.stat(key)
         return status is not None and status != (size, modified)
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:

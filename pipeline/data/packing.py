@@ -21,22 +21,22 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import FileLock, Timeout
 
-from pipeline.data.pack_inputs import ROWS, Origin, Picture
-from pipeline.data.sources.base import listing
+from pipeline.data.pack_inputs import ROWS, PackInput, PackRecord
+from pipeline.data.sources.base import format_list
 from pipeline.data.sources.pack import (
     BY_NUMBER,
     DESCRIPTION,
     INDEX,
     INDEX_FILE,
-    Description,
+    PackMetadata,
     Shard,
-    damages,
+    find_corruption,
     load,
     read_record,
     sha256_of,
 )
 from pipeline.errors import DataError
-from pipeline.files import sync
+from pipeline.files import fsync
 
 STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; compressed, 60.8 MB of photos take 0.1 % less
@@ -46,7 +46,7 @@ Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
-class Limit:
+class ShardLimit:
     """When a shard is full."""
 
     size: float
@@ -58,10 +58,10 @@ class Limit:
         return size >= self.size or pictures == self.pictures
 
 
-class Packed(NamedTuple):
+class PackResult(NamedTuple):
     """What `pack` came to."""
 
-    description: Description
+    description: PackMetadata
     index: pa.Table
     written: int
     """Pictures that were written now; the others had been before."""
@@ -75,7 +75,7 @@ class _Part(NamedTuple):
     sha256: str
 
 
-def pack(origin: Origin, folder: Path, limit: Limit, progress: Progress) -> Packed:
+def pack(origin: PackInput, folder: Path, limit: ShardLimit, progress: Progress) -> PackResult:
     """Packs a data set, goes on with it, or sees to it that a finished pack is whole and of this data set.
 
     Shards that are whole are left as they are, damaged ones are written again. A few pictures are in memory at any time.
@@ -98,7 +98,7 @@ def pack(origin: Origin, folder: Path, limit: Limit, progress: Progress) -> Pack
                 written = 0 if (staging / DESCRIPTION).exists() else _fill(origin, staging, limit, progress)
                 _publish(staging, folder)
                 if written:
-                    return Packed(*load(folder), written)
+                    return PackResult(*load(folder), written)
             description, index = load(folder)
             _refuse_changes(origin, description.origin, {**origin.identity, **origin.settings}, index, folder)
             ends = np.cumsum([shard.pictures for shard in description.shards]).tolist()
@@ -106,7 +106,7 @@ def pack(origin: Origin, folder: Path, limit: Limit, progress: Progress) -> Pack
                 _Part(folder / shard.name, index.slice(end - shard.pictures, shard.pictures), shard.sha256)
                 for shard, end in zip(description.shards, ends, strict=True)
             ]
-            return Packed(description, index, _mend(origin, parts, staging, progress))
+            return PackResult(description, index, _repair(origin, parts, staging, progress))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; {GO_ON}") from None
 
@@ -134,7 +134,7 @@ def _alone(staging: Path) -> Iterator[None]:
             shutil.rmtree(staging)
 
 
-def _fill(origin: Origin, staging: Path, limit: Limit, progress: Progress) -> int:
+def _fill(origin: PackInput, staging: Path, limit: ShardLimit, progress: Progress) -> int:
     """Writes what the staging folder still lacks, its description included; returns the number of pictures written."""
     identity, parts = staging / IDENTITY, _finished(staging)
     if identity.exists():
@@ -142,7 +142,7 @@ def _fill(origin: Origin, staging: Path, limit: Limit, progress: Progress) -> in
         _refuse_changes(origin, json.loads(identity.read_text(encoding="utf-8")), origin.identity, rows, staging)
     else:
         _write(identity, json.dumps(origin.identity, ensure_ascii=False))
-    written = _mend(origin, parts, staging, progress)
+    written = _repair(origin, parts, staging, progress)
     done = sum(len(part.rows) for part in parts)
     pictures = origin.pictures(done, parts[-1].rows["key"][-1].as_py() if parts else None)
     for number in count(len(parts)):
@@ -182,14 +182,14 @@ def _finished(staging: Path) -> list[_Part]:
     return parts
 
 
-def _mend(origin: Origin, parts: Sequence[_Part], staging: Path, progress: Progress) -> int:
+def _repair(origin: PackInput, parts: Sequence[_Part], staging: Path, progress: Progress) -> int:
     """Reads shards and writes those again that are damaged; returns the number of pictures written."""
     written, done, last = 0, 0, None
     for path, rows, sha256 in parts:
-        if damages(path, sha256, rows):
+        if find_corruption(path, sha256, rows):
             again = staging / f"again-{path.name}"
             new = _write_shard(
-                again, islice(origin.pictures(done, last), len(rows)), Limit(float("inf")), lambda _: None
+                again, islice(origin.pictures(done, last), len(rows)), ShardLimit(float("inf")), lambda _: None
             )
             if new["sha256"] != rows["sha256"] or sha256_of(again) != sha256:
                 raise DataError(
@@ -202,7 +202,9 @@ def _mend(origin: Origin, parts: Sequence[_Part], staging: Path, progress: Progr
     return written
 
 
-def _write_shard(path: Path, pictures: Iterator[Picture], limit: Limit, progress: Callable[[int], None]) -> pa.Table:
+def _write_shard(
+    path: Path, pictures: Iterator[PackRecord], limit: ShardLimit, progress: Callable[[int], None]
+) -> pa.Table:
     """Writes pictures until the shard is full or there are no more, and reads them back from the disk; returns their ROWS."""
     rows: list[dict[str, Any]] = []
     size = 0
@@ -219,7 +221,7 @@ def _write_shard(path: Path, pictures: Iterator[Picture], limit: Limit, progress
         writer.close()
     except RuntimeError as error:  # the writer's
         raise DataError(f"{path} cannot be written: {error}; {GO_ON}") from None
-    sync(path)
+    fsync(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is the disk that is read
     reader = ArrayRecordReader(str(path), BY_NUMBER)
@@ -235,7 +237,7 @@ def _note(part: _Part) -> None:
     aside.replace(part.path.with_suffix(".parquet"))
 
 
-def _describe(origin: Origin, staging: Path, parts: Sequence[_Part]) -> None:
+def _describe(origin: PackInput, staging: Path, parts: Sequence[_Part]) -> None:
     rows, sizes = pa.concat_tables([part.rows for part in parts]), [len(part.rows) for part in parts]
     class_names, labels = origin.classes(rows)
     columns = {name: rows[name] for name in INDEX.names if name in ROWS.names}
@@ -243,14 +245,14 @@ def _describe(origin: Origin, staging: Path, parts: Sequence[_Part]) -> None:
     columns["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
     columns["position"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
     pq.write_table(pa.table([columns[name] for name in INDEX.names], schema=INDEX), staging / INDEX_FILE)
-    sync(staging / INDEX_FILE)
+    fsync(staging / INDEX_FILE)
     shards = tuple(
         Shard(
             f"pack-{number:05}-of-{len(parts):05}.array_record", len(part.rows), part.path.stat().st_size, part.sha256
         )
         for number, part in enumerate(parts)
     )
-    description = Description(
+    description = PackMetadata(
         class_names, shards, sha256_of(staging / INDEX_FILE), {**origin.identity, **origin.settings}
     )
     _write(staging / DESCRIPTION, description.to_json())
@@ -264,11 +266,11 @@ def _publish(staging: Path, folder: Path) -> None:
         for name, final in moved.items():
             if (staging / name).exists():
                 (staging / name).replace(folder / final)
-        sync(folder)  # what makes the pack one is on the disk behind all that it speaks of
+        fsync(folder)  # what makes the pack one is on the disk behind all that it speaks of
 
 
 def _refuse_changes(
-    origin: Origin, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path
+    origin: PackInput, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path
 ) -> None:
     """Raises DataError if the data set is not the one whose pictures were packed."""
     found = origin.changes(rows)
@@ -280,7 +282,7 @@ def _refuse_changes(
         ]
     if found:
         raise DataError(
-            f"{where} is of another data set, or of this one as it was before:\n{listing(found)}\n"
+            f"{where} is of another data set, or of this one as it was before:\n{format_list(found)}\n"
             "Choose another --out, or delete that folder."
         )
 
@@ -288,5 +290,5 @@ def _refuse_changes(
 def _write(path: Path, text: str) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(text, encoding="utf-8")
-    sync(aside)
+    fsync(aside)
     aside.replace(path)

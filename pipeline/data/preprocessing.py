@@ -35,7 +35,7 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
         tf.errors.InvalidArgumentError: When run on something that is not such a picture, or is cut short.
     """
     stored = tf.cond(tf.io.is_jpeg(encoded), lambda: decode_jpeg(encoded), lambda: _decode_other(encoded))
-    return turn_upright(stored, orientation)
+    return apply_exif_orientation(stored, orientation)
 
 
 def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
@@ -62,7 +62,7 @@ def decode_plain(encoded: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
-def turn_upright(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+def apply_exif_orientation(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Undoes the camera's rotation and mirroring.
 
     Args:
@@ -110,7 +110,7 @@ def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) 
     return to_uint8(tf.image.resize(image, (height, width), "bicubic", antialias=True))
 
 
-def shrink_or_grow(image: tf.Tensor, resolution: int) -> tf.Tensor:
+def resize_bilinear(image: tf.Tensor, resolution: int) -> tf.Tensor:
     """Resizes for augmentation: bilinearly, with an antialiasing filter only where a side shrinks more than twofold.
 
     Below a factor of two the filter takes more than twice the time (330 to 224 pixels: 1.3 instead of 0.5 ms on one x86 thread), and
@@ -137,7 +137,7 @@ def to_uint8(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(tf.round(values), 0, 255), tf.uint8)
 
 
-def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
+def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
     """Makes a square of a picture.
 
     The crop is that of the official code, but for two choices. The code rounds the crop's side down and samples bicubically without a
@@ -173,7 +173,7 @@ def fit_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
     return tf.ensure_shape(square, (resolution, resolution, 3))
 
 
-def partial_view(image: tf.Tensor, resolution: int, resize: Resize, place: tuple[float, float]) -> tf.Tensor:
+def crop_view(image: tf.Tensor, resolution: int, resize: Resize, place: tuple[float, float]) -> tf.Tensor:
     """One of several overlapping views of a picture, each R / (R + 32) of its sides (of the shorter one under `resize` crop).
 
     Args:
@@ -212,7 +212,7 @@ def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, r
     Raises:
         tf.errors.InvalidArgumentError: When run on something that `decode` cannot read.
     """
-    return fit_square(decode(encoded, orientation), resolution, resize)
+    return resize_to_square(decode(encoded, orientation), resolution, resize)
 
 
 def describe(resolution: int, resize: Resize) -> list[str]:

@@ -7,16 +7,16 @@ on. Any place is followed through all rounds without those of the others.
 
 import tensorflow as tf
 
-from pipeline.distributed.devices import WHOLE, Share
+from pipeline.distributed.devices import FULL_SHARD, Shard
 
 ORDER = "swap-or-not shuffle"  # part of what a resumed run must agree with
-AT_ONCE = 1024  # positions
+CHUNK_POSITIONS = 1024  # positions
 ROUNDS_PER_BIT = 6  # of n, as the paper has it
-ODD = 0x9E3779B97F4A7C15  # of the golden ratio, the increment of SplitMix64
-FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its multipliers
+SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15  # of the golden ratio, the increment of SplitMix64
+SPLITMIX_FIRST, SPLITMIX_SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its multipliers
 
 
-def positions(batch_size: int, share: Share = WHOLE, *, start_step: int = 0, stride: int = 1) -> tf.data.Dataset:
+def positions(batch_size: int, share: Shard = FULL_SHARD, *, start_step: int = 0, stride: int = 1) -> tf.data.Dataset:
     """The positions of a share, from a step on.
 
     Args:
@@ -28,12 +28,12 @@ def positions(batch_size: int, share: Share = WHOLE, *, start_step: int = 0, str
     Returns:
         An infinite dataset of int64 (AT_ONCE,).
     """
-    part = batch_size // share.of
+    part = batch_size // share.count
 
     @tf.autograph.experimental.do_not_convert  # there is nothing to convert
     def some(number: tf.Tensor) -> tf.Tensor:
-        own = number * AT_ONCE + tf.range(AT_ONCE, dtype=tf.int64)
-        return (start_step + own // part * stride) * batch_size + share.number * part + own % part
+        own = number * CHUNK_POSITIONS + tf.range(CHUNK_POSITIONS, dtype=tf.int64)
+        return (start_step + own // part * stride) * batch_size + share.index * part + own % part
 
     return tf.data.Dataset.range(tf.int64.max).map(some)
 
@@ -53,7 +53,7 @@ def shuffled(position: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.
     key = _mixed(_mixed(tf.fill(tf.shape(position), tf.constant(seed % 2**64, tf.uint64))) + tf.cast(passes, tf.uint64))
 
     def swap(number: tf.Tensor, place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        drawn = _mixed(key + tf.cast(number, tf.uint64) * ODD)
+        drawn = _mixed(key + tf.cast(number, tf.uint64) * SPLITMIX_INCREMENT)
         partner = (drawn % n + n - place) % n
         bit = tf.bitwise.right_shift(_mixed(drawn + tf.maximum(place, partner)), tf.constant(63, tf.uint64))
         return number + 1, tf.where(tf.cast(bit, tf.bool), partner, place)
@@ -67,7 +67,7 @@ def shuffled(position: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.
 
 def _mixed(value: tf.Tensor) -> tf.Tensor:
     """The finalizer of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), uint64."""
-    for shift, factor in ((30, FIRST), (27, SECOND)):
+    for shift, factor in ((30, SPLITMIX_FIRST), (27, SPLITMIX_SECOND)):
         value = tf.bitwise.bitwise_xor(
             value, tf.bitwise.right_shift(value, tf.constant(shift, tf.uint64))
         ) * tf.constant(factor, tf.uint64)

@@ -13,10 +13,10 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
-from pipeline.data.sources.base import Status
+from pipeline.data.sources.base import FileStat
 
 SEAL = 32  # bytes
-AT_ONCE = 65_536  # records
+CHUNK_ROWS = 65_536  # records
 SCAN = 1  # to be raised when the same file may come out otherwise
 FACTS = np.dtype(
     [
@@ -51,19 +51,19 @@ class ScanCache:
         self._names = np.ascontiguousarray(self._facts["name"])
         self._news = False
 
-    def find(self, key: str, status: Status) -> np.ndarray | None:
+    def find(self, key: str, status: FileStat) -> np.ndarray | None:
         """FACTS () of a file, if they are known of this size and version."""
-        name = name_of(key)
+        name = key_hash(key)
         place = int(np.searchsorted(self._names, name))
         if place == len(self._names) or self._names[place] != name:
             return None
         facts = self._facts[place]
         return facts if (facts["size"], facts["modified"]) == status else None
 
-    def sign(self, facts: np.ndarray, key: str, status: Status) -> None:
+    def stamp(self, facts: np.ndarray, key: str, status: FileStat) -> None:
         """Notes in FACTS () of which file, size and version they are. `status` must be from before the file was read."""
         self._news = True
-        facts["name"], facts["size"], facts["modified"] = name_of(key), *status
+        facts["name"], facts["size"], facts["modified"] = key_hash(key), *status
 
     def save(self, facts: np.ndarray, *, whole: bool) -> None:
         """Keeps the signed ones of FACTS (N,); where that cannot be done, nothing is kept.
@@ -84,12 +84,12 @@ class ScanCache:
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(bytes(SEAL))
-                for start in range(0, len(order), AT_ONCE):
-                    records = facts[order[start : start + AT_ONCE]].tobytes()
+                for start in range(0, len(order), CHUNK_ROWS):
+                    records = facts[order[start : start + CHUNK_ROWS]].tobytes()
                     content.update(records)
                     file.write(records)
                 file.seek(0)
-                file.write(_seal(content.digest()))
+                file.write(_checksum(content.digest()))
             part.replace(self._path)
         except OSError:
             with suppress(OSError):
@@ -108,17 +108,17 @@ def _read(path: Path) -> np.ndarray:
     """FACTS (N,), sorted by name, read from the disk where they are used."""
     try:
         with path.open("rb") as file:
-            intact = file.read(SEAL) == _seal(hashlib.file_digest(file, "sha256").digest())
+            intact = file.read(SEAL) == _checksum(hashlib.file_digest(file, "sha256").digest())
         return np.memmap(path, FACTS, "r", offset=SEAL) if intact else np.empty(0, FACTS)
     except (OSError, ValueError):  # ValueError: no record in it
         return np.empty(0, FACTS)
 
 
-def _seal(content: bytes) -> bytes:
+def _checksum(content: bytes) -> bytes:
     """A digest of the records' digest and of what decided about them."""
     return hashlib.sha256(repr((SCAN, FACTS.descr, tf.__version__, PIL.__version__)).encode() + content).digest()
 
 
-def name_of(key: str) -> np.uint64:
+def key_hash(key: str) -> np.uint64:
     """64 bits that stand for a key, never 0."""
     return np.uint64(int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest()) or 1)

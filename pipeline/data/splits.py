@@ -31,7 +31,7 @@ NEIGHBOURS = (
     100  # compared with each picture under one mask, at most; of a million hashes like those of photos, 18 agreed
 )
 THUMBNAIL = 8  # pixels a side
-MOST_EDGES = 4_000_000  # held at once
+MAX_EDGES = 4_000_000  # held at once
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
             a, b = a[close], b[close]
             edges.append(np.stack([a, b])[:, _alike(thumbnail, a, b)])
             held += edges[-1].shape[1]
-            if held > MOST_EDGES:
+            if held > MAX_EDGES:
                 group = _components(edges, n)
                 edges, held = [np.stack([np.arange(n), np.unique(group, return_index=True)[1][group]])], 0
     return _components(edges, n)

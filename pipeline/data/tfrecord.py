@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.pack_inputs import Picture
-from pipeline.data.sources.base import SPLIT_NAMES, listing
+from pipeline.data.pack_inputs import PackRecord
+from pipeline.data.sources.base import SPLIT_NAMES, format_list
 from pipeline.errors import DataError
 
 
-class Features(NamedTuple):
+class FeatureNames(NamedTuple):
     """What the parts of an Example are called."""
 
     image: str
@@ -29,8 +29,8 @@ class Features(NamedTuple):
 
 
 LAYOUTS = (
-    Features("image/encoded", "image/class/label", "image/class/text"),
-    Features("image", "label", None),
+    FeatureNames("image/encoded", "image/class/label", "image/class/text"),
+    FeatureNames("image", "label", None),
 )  # the TPU's ImageNet, TFDS
 FILE_NAME = "image/filename"  # goes into the key where there is one
 
@@ -98,7 +98,7 @@ class TfrecordOrigin:
             else None,
         }
 
-    def pictures(self, start: int, last: str | None) -> Iterator[Picture]:
+    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
         del start
         place, number = 0, 0
         if last is not None:
@@ -141,7 +141,7 @@ class TfrecordOrigin:
                 f"{file.path} is damaged, or no uncompressed TFRecord file: {error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
             ) from None
 
-    def _picture(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> Picture:
+    def _picture(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> PackRecord:
         where, features = f"{file.path}: record {number}", self._features
         image, labels = example.get(features.image), example.get(features.label)
         if not image or not isinstance(image[0], bytes) or not labels or not isinstance(labels[0], int):
@@ -160,7 +160,7 @@ class TfrecordOrigin:
             )
             raise DataError(f"{where} has the label {labels[0]}; valid are {first} to {first + classes - 1}{hint}")
         class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
-        return Picture(
+        return PackRecord(
             f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0]
         )
 
@@ -182,7 +182,7 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{listing(doubled)}\nRename them."
+            f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{format_list(doubled)}\nRename them."
         )
     return files
 
@@ -224,7 +224,7 @@ def _names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]:
             problems[f"labels {taken[name] + first} and {label + first} are both called {name!r}"] = None
     if problems:
         raise DataError(
-            f"The names of the classes are not clear:\n{listing(list(problems))}\n"
+            f"The names of the classes are not clear:\n{format_list(list(problems))}\n"
             "Give --classes FILE with a name a line, in the order of the labels: what has been written is kept. Or start anew in another "
             "--out with another --class-feature."
         )

@@ -10,22 +10,22 @@ import pyarrow as pa
 from rich.table import Table
 
 from pipeline.config.data import DataConfig
-from pipeline.data.inspection import FORMATS, Trait, inspect_all
-from pipeline.data.manifest import COLUMNS, LeftOut, Manifest
+from pipeline.data.inspection import FORMATS, ImageFlag, inspect_all
+from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
-from pipeline.data.sources.base import SPLITS, Sample, Source, listing
+from pipeline.data.sources.base import SPLITS, DataSource, Sample, format_list
 from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
 SEVERITIES = ("error", "warning", "fact")
 EXTREME_ASPECT = 5.0  # longer side over shorter; a centre crop then shows less than a fifth of the picture
 TRAITS = {
-    Trait.GREY: "grey: their channel is repeated",
-    Trait.CMYK: "CMYK: converted to RGB without a colour profile",
-    Trait.DEEP: "stored with 16 bits a channel: the upper 8 are kept",
-    Trait.PALETTE: "stored with a palette: looked up",
-    Trait.TRANSPARENT: "with transparency: it is dropped, what lies under it is seen",
-    Trait.ANIMATED: "animated: their first picture is taken",
+    ImageFlag.GREY: "grey: their channel is repeated",
+    ImageFlag.CMYK: "CMYK: converted to RGB without a colour profile",
+    ImageFlag.DEEP: "stored with 16 bits a channel: the upper 8 are kept",
+    ImageFlag.PALETTE: "stored with a palette: looked up",
+    ImageFlag.TRANSPARENT: "with transparency: it is dropped, what lies under it is seen",
+    ImageFlag.ANIMATED: "animated: their first picture is taken",
 }
 
 
@@ -51,7 +51,7 @@ class Finding:
         """With the first items, on several lines."""
         lines = [
             f"{self.text}:" if self.items else f"{self.text}.",
-            listing(self.items) if self.items else "",
+            format_list(self.items) if self.items else "",
             self.remedy,
         ]
         return "\n".join(line for line in lines if line)
@@ -63,7 +63,7 @@ class Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Examination:
+class ValidationReport:
     """What a scan of a data set came to.
 
     Attributes:
@@ -74,7 +74,7 @@ class Examination:
 
     manifest: Manifest | None
     findings: tuple[Finding, ...]
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedImage, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -83,7 +83,7 @@ class Examination:
 
 
 def scan(
-    source: Source,
+    source: DataSource,
     config: DataConfig,
     *,
     seed: int,
@@ -95,7 +95,7 @@ def scan(
 
     Args:
         source: Where the samples come from.
-        config: `splits`, `group_near_duplicates`, `on_bad`, `on_leak` and `path` are used.
+        config: `splits`, `group_near_duplicates`, `on_bad_image`, `on_leak` and `path` are used.
         seed: Of the splits.
         progress: Called with the number of pictures done and of all, from the calling thread.
         fewest_classes: That must have pictures; to learn, two.
@@ -104,21 +104,21 @@ def scan(
     Raises:
         DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of these are named.
     """
-    examination = examine(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
+    examination = validate(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
     if examination.errors or examination.manifest is None:
         raise DataError("\n".join(map(str, examination.errors)))
     return examination.manifest
 
 
-def examine(
-    source: Source,
+def validate(
+    source: DataSource,
     config: DataConfig,
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     fewest_classes: int = 2,
     whole: bool = True,
-) -> Examination:
+) -> ValidationReport:
     """Decodes every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
 
     Args:
@@ -132,25 +132,25 @@ def examine(
     samples, classes = source.samples(), len(source.class_names)
     labelled = [sample for sample in samples if 0 <= sample.label < classes]
     if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
-        return Examination(None, hopeless)
+        return ValidationReport(None, hopeless)
     facts, problems = inspect_all(source, samples, ScanCache(config.path), progress, whole=whole)
     for i, sample in enumerate(samples):
         if not 0 <= sample.label < classes:
             problems[i] = f"has the label {sample.label}; valid are 0 to {classes - 1}"
-    left_out = tuple(LeftOut(samples[i].key, problem) for i, problem in sorted(problems.items()))
-    bad = tuple(_bad_files(left_out, len(samples), config.on_bad))
+    left_out = tuple(SkippedImage(samples[i].key, problem) for i, problem in sorted(problems.items()))
+    bad = tuple(_bad_files(left_out, len(samples), config.on_bad_image))
     if problems:
         facts = np.delete(facts, list(problems))
         samples = [sample for i, sample in enumerate(samples) if i not in problems]
         if lost := tuple(_emptied(source.class_names, labelled, samples)) or tuple(
             _hopeless(source.class_names, samples, fewest_classes)
         ):
-            return Examination(None, (*bad, *lost) if config.on_bad == "skip" else bad, left_out)
+            return ValidationReport(None, (*bad, *lost) if config.on_bad_image == "skip" else bad, left_out)
     manifest = Manifest(source.class_names, _table(samples, facts, config, seed), left_out=left_out)
     findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_pictures(manifest, facts)]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Examination(replace(manifest, notes=notes), tuple(findings), left_out)
+    return ValidationReport(replace(manifest, notes=notes), tuple(findings), left_out)
 
 
 def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
@@ -201,12 +201,12 @@ def _hopeless(class_names: Sequence[str], samples: Sequence[Sample], fewest_clas
             yield Finding("splits", "error", "train lacks classes that other splits have", items, remedy)
 
 
-def _bad_files(left_out: Sequence[LeftOut], total: int, on_bad: str) -> Iterator[Finding]:
+def _bad_files(left_out: Sequence[SkippedImage], total: int, on_bad_image: str) -> Iterator[Finding]:
     if left_out:
         items = tuple(f"{key}: {problem}" for key, problem in left_out)
         text = f"{len(left_out)} of {total} pictures cannot be used"
-        if on_bad == "fail":
-            remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad=skip trains without them."
+        if on_bad_image == "fail":
+            remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad_image=skip trains without them."
             yield Finding("bad_files", "error", text, items, remedy)
         else:
             yield Finding("bad_files", "warning", f"{text} and are left out", items)

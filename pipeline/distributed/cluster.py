@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.address import parse
+from pipeline.config.address import parse_address
 from pipeline.errors import ConfigError, RunError
 
 EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """The place of this process among those of a run.
 
     Attributes:
@@ -27,22 +27,22 @@ class Place:
     """
 
     addresses: tuple[str, ...]
-    number: int
+    rank: int
     has_chief: bool = False
 
     @property
     def is_chief(self) -> bool:
         """Whether this is the process that writes what there is to write."""
-        return self.number == 0
+        return self.rank == 0
 
     def name(self, number: int | None = None) -> str:
         """What a process is called on the screen; this one for None."""
-        number = self.number if number is None else number
+        number = self.rank if number is None else number
         return f"process {number + 1} of {len(self.addresses)} ({self.addresses[number]})"
 
     def others(self) -> str:
         """The addresses of the other processes, the first few."""
-        others = [address for number, address in enumerate(self.addresses) if number != self.number]
+        others = [address for number, address in enumerate(self.addresses) if number != self.rank]
         return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
 
     def number_of(self, job: str, task: int) -> int:
@@ -72,7 +72,7 @@ class Place:
         start, told = time.monotonic(), False
         while time.monotonic() - start < timeout:
             try:
-                socket.create_connection(parse(self.addresses[0]), timeout=5).close()
+                socket.create_connection(parse_address(self.addresses[0]), timeout=5).close()
                 return
             except OSError:
                 if not told:
@@ -84,7 +84,7 @@ class Place:
         )
 
 
-def find_place(strategy: str) -> Place | None:
+def cluster_from_tf_config(strategy: str) -> ProcessInfo | None:
     """Reads TF_CONFIG.
 
     Args:
@@ -118,7 +118,7 @@ def find_place(strategy: str) -> Place | None:
         raise ConfigError(
             f"TF_CONFIG: its task, {task[0]} {task[1]}, is not among its chief and workers. Received: {text}"
         )
-    return Place((*chiefs, *workers), tasks.index(task), bool(chiefs)) if len(tasks) > 1 else None
+    return ProcessInfo((*chiefs, *workers), tasks.index(task), bool(chiefs)) if len(tasks) > 1 else None
 
 
 def _addresses(value: Any, job: str) -> list[str]:
@@ -126,5 +126,5 @@ def _addresses(value: Any, job: str) -> list[str]:
     if not isinstance(addresses, list):
         raise ValueError
     for address in addresses:
-        parse(address)
+        parse_address(address)
     return addresses

@@ -16,14 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.distributed.cluster import Place
+from pipeline.distributed.cluster import ProcessInfo
 from pipeline.distributed.process_group import ProcessGroup
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The part of every batch that one of several processes takes: a contiguous one, all of the same size.
 
     Attributes:
@@ -31,11 +31,11 @@ class Share:
         of: Number of processes, a divisor of the batch.
     """
 
-    number: int = 0
-    of: int = 1
+    index: int = 0
+    count: int = 1
 
 
-WHOLE = Share()
+FULL_SHARD = Shard()
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Runtime:
         return self.strategy.num_replicas_in_sync
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Shard:
         """What of a global batch the replicas of this process take."""
-        return Share(self.processes.number, self.processes.size)
+        return Shard(self.processes.rank, self.processes.world_size)
 
     @property
     def on_one_gpu(self) -> bool:
@@ -87,13 +87,13 @@ class Runtime:
         """One line for the screen: devices, precision, compilation."""
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
-        if self.processes.size > 1:
-            devices += f" over {self.processes.size} processes of {len(self.strategy.extended.worker_devices)}"
+        if self.processes.world_size > 1:
+            devices += f" over {self.processes.world_size} processes of {len(self.strategy.extended.worker_devices)}"
         compiled = {True: "on", False: "off", None: "to be weighed"}[self.jit_compile]
         return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {compiled}"
 
 
-def set_up(config: Config, place: Place | None = None) -> Runtime:
+def setup_devices(config: Config, place: ProcessInfo | None = None) -> Runtime:
     """Seeds every generator and settles devices, precision and compilation.
 
     Args:

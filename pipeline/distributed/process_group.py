@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import errors
-from pipeline.distributed.cluster import Place
+from pipeline.distributed.cluster import ProcessInfo
 from pipeline.errors import RunError, TrainingError, UserError
 
 logger = logging.getLogger(__name__)
@@ -35,21 +35,21 @@ class ProcessGroup:
         is_chief: Whether this is the one that writes checkpoints, MLflow and reports.
     """
 
-    def __init__(self, place: Place | None = None, strategy: tf.distribute.Strategy | None = None) -> None:
+    def __init__(self, place: ProcessInfo | None = None, strategy: tf.distribute.Strategy | None = None) -> None:
         """Takes the strategy that connects the processes, and this one's place."""
         self.place, self._strategy = place, strategy
-        self.size, self.number = (1, 0) if place is None else (len(place.addresses), place.number)
-        self.is_chief = self.number == 0
+        self.world_size, self.rank = (1, 0) if place is None else (len(place.addresses), place.rank)
+        self.is_chief = self.rank == 0
         self._all_reduce = tf.function(self._summed, autograph=False)
 
-    def from_chief(self, make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+    def broadcast_from_chief(self, make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
         """What `make` returns on the chief, where alone it is called, on every process; the chief's error likewise.
 
         Raises:
             UserError: Of the chief, or
             TrainingError: of the chief.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return dict(make())
         head, body = b"", b""
         if self.is_chief:
@@ -70,24 +70,24 @@ class ProcessGroup:
             start += size
         return parts
 
-    def any(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Whether the flag is set on one of the processes."""
-        return flag if self.size == 1 else bool(self._sum(np.array([flag], np.int64))[0])
+        return flag if self.world_size == 1 else bool(self._sum(np.array([flag], np.int64))[0])
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Comes back when every process has come here."""
-        self.any(False)
+        self.any_process(False)
 
-    def part(self) -> None:
+    def final_barrier(self) -> None:
         """The end of a run: the others wait for the chief, which does not mind where one of them is gone already."""
         try:
-            self.wait()
+            self.barrier()
         except tf.errors.OpError as error:
             if not self.is_chief:
                 raise
             logger.warning("another process was gone at the end: %s", error.message)
 
-    def agree(self, describe: Callable[[], Mapping[str, str]]) -> None:
+    def assert_same_on_all(self, describe: Callable[[], Mapping[str, str]]) -> None:
         """Makes sure that the processes are at work on the same thing.
 
         Args:
@@ -96,12 +96,12 @@ class ProcessGroup:
         Raises:
             RunError: A process has others than the chief.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return
         facts = describe()
-        chiefs = json.loads(self.from_chief(lambda: {"facts": json.dumps(facts).encode()})["facts"])
-        differs = np.zeros((self.size, len(facts)), np.int64)
-        differs[self.number] = [facts[name] != chiefs[name] for name in facts]
+        chiefs = json.loads(self.broadcast_from_chief(lambda: {"facts": json.dumps(facts).encode()})["facts"])
+        differs = np.zeros((self.world_size, len(facts)), np.int64)
+        differs[self.rank] = [facts[name] != chiefs[name] for name in facts]
         found = self._sum(differs.ravel()).reshape(differs.shape)
         if found.any():
             assert self.place is not None
@@ -118,7 +118,7 @@ class ProcessGroup:
             )
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def translate_peer_failure(self) -> Iterator[None]:
         """Turns TensorFlow's word that another process is gone into one for the user.
 
         Raises:
@@ -139,9 +139,9 @@ class ProcessGroup:
     def _who(self, named: list[tuple[str, str]]) -> str:
         """The processes that TensorFlow's error names, but this one, in words."""
         assert self.place is not None
-        numbers = {self.place.number_of(job, int(task)) for job, task in named} - {self.number}
+        numbers = {self.place.number_of(job, int(task)) for job, task in named} - {self.rank}
         return (
-            f" or cannot be reached: {', '.join(self.place.name(number) for number in sorted(numbers) if number < self.size)}"
+            f" or cannot be reached: {', '.join(self.place.name(number) for number in sorted(numbers) if number < self.world_size)}"
             * bool(numbers)
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class StopRequest:
+class StopSignal:
     """Whether the process was asked to stop, by SIGTERM or by a first Ctrl-C; a second Ctrl-C ends it at once.
 
     Attributes:

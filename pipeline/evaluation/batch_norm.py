@@ -15,7 +15,7 @@ class BatchNormGap(NamedTuple):
     """By the statistics of each batch, as in training, dropout off."""
 
 
-class OfTheBatch(keras.layers.BatchNormalization):
+class BatchStatsNormalization(keras.layers.BatchNormalization):
     """Batch normalisation by the batch's statistics that leaves the moving ones alone."""
 
     def call(self, inputs: tf.Tensor, training: bool = False, mask: None = None) -> tf.Tensor:
@@ -29,7 +29,7 @@ def by_batch_statistics(model: keras.Model) -> keras.Model:
     """A copy of a network of plain Keras layers that normalises by each batch's own statistics, in inference, too."""
 
     def exchanged(layer: keras.layers.Layer) -> keras.layers.Layer:
-        kind = OfTheBatch if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
+        kind = BatchStatsNormalization if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
         return kind.from_config(layer.get_config())
 
     copy = keras.models.clone_model(model, clone_function=exchanged)

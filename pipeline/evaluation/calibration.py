@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 from pipeline.evaluation.metrics import Predictions
 
 BINS = 15  # of equal width; arXiv 1706.04599
-CHANCES = 200  # simulations of a network whose confidences are true
+NUM_SIMULATIONS = 200  # simulations of a network whose confidences are true
 TEMPERATURES = (0.05, 20.0)  # what a fitted one is looked for between
 
 
@@ -47,7 +47,7 @@ def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibrati
         predictions: Of at least one image, all finite.
         temperature: Above 0.
     """
-    scores, rng = Scores.of(predictions, temperature), np.random.default_rng(0)
+    scores, rng = PerImageScores.of(predictions, temperature), np.random.default_rng(0)
     frame = pd.DataFrame({"bin": scores.bin, "confidence": scores.confidence, "accuracy": scores.correct})
     by_bin = frame.groupby("bin").agg(
         images=("bin", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
@@ -62,19 +62,19 @@ def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibrati
         overconfidence=float((scores.confidence - scores.correct).mean()),
         ece=float(_ece(scores, scores.correct)),
         ece_by_chance=float(
-            np.mean([_ece(scores, rng.random(len(frame)) < scores.confidence) for _ in range(CHANCES)])
+            np.mean([_ece(scores, rng.random(len(frame)) < scores.confidence) for _ in range(NUM_SIMULATIONS)])
         ),
         bins=bins,
     )
 
 
-def _ece(scores: "Scores", correct: np.ndarray) -> float:
+def _ece(scores: "PerImageScores", correct: np.ndarray) -> float:
     """The calibration error if these images, bool (N,), were the right ones."""
     return np.abs(np.bincount(scores.bin, scores.confidence - correct, BINS)).sum() / len(correct)
 
 
 @dataclass(frozen=True)
-class Scores:
+class PerImageScores:
     """What each of N images adds to the figures.
 
     Attributes:
@@ -94,7 +94,7 @@ class Scores:
     bin: np.ndarray
 
     @classmethod
-    def of(cls, predictions: Predictions, temperature: float = 1.0) -> "Scores":
+    def of(cls, predictions: Predictions, temperature: float = 1.0) -> "PerImageScores":
         """Counts them, at a temperature."""
         rows, labels = np.arange(len(predictions.labels)), predictions.labels
         logits = predictions.logits.astype(np.float64) / temperature
@@ -121,7 +121,7 @@ def fit_temperature(predictions: Predictions) -> float | None:
         The temperature, or None where the images do not settle one: all of them are right, so that ever greater confidence would fit ever
         better, or the fit ends at a bound.
     """
-    scores = Scores.of(predictions)
+    scores = PerImageScores.of(predictions)
     if scores.correct.all():
         return None
     rows, labels, logits = np.arange(len(predictions.labels)), predictions.labels, predictions.logits.astype(np.float64)

@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from pipeline.data.manifest import Manifest, differences
 from pipeline.errors import RunError
-from pipeline.evaluation.significance import LEVEL, Difference, bootstrap, exact_bounds, holm, mcnemar
+from pipeline.evaluation.significance import ALPHA, PairedDifference, bootstrap, exact_bounds, holm, mcnemar
 
 Verdict = Literal["better", "worse", "open"]
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class RunPredictions:
     """A run's predictions, and the images that they are of.
 
     Attributes:
@@ -51,7 +51,7 @@ class Measured:
         return -np.log(np.maximum(self.predictions["true_probability"].to_numpy(np.float64), np.finfo(np.float64).tiny))
 
 
-def read_measured(name: str, split: str, predictions: Path, manifest: Path) -> Measured:
+def read_measured(name: str, split: str, predictions: Path, manifest: Path) -> RunPredictions:
     """Reads what a run said of a split.
 
     Args:
@@ -74,12 +74,12 @@ def read_measured(name: str, split: str, predictions: Path, manifest: Path) -> M
         table = data.table.iloc[index].reset_index(drop=True)
         classes = np.array(data.class_names, object)[table["label"]]
         if said["key"].tolist() == table["key"].tolist() and said["true_class"].tolist() == classes.tolist():
-            return Measured(name, split, rows, Manifest(data.class_names, table))
+            return RunPredictions(name, split, rows, Manifest(data.class_names, table))
     raise RunError(f"{predictions}: is not of the split {split} in {manifest}; measure the run again")
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class RunComparison:
     """A run B beside a run A on the same N images.
 
     Attributes:
@@ -109,16 +109,16 @@ class Pair:
     only_b: int
     p_value: float
     num_pairs: int
-    accuracy: Difference
-    loss: Difference | None
+    accuracy: PairedDifference
+    loss: PairedDifference | None
     changed: pd.DataFrame
 
     @property
     def verdict(self) -> Verdict:
         """Whether B is better than A or worse; open where the test and the interval do not agree that there is a difference."""
-        if self.p_value < LEVEL and self.accuracy.low > 0:
+        if self.p_value < ALPHA and self.accuracy.low > 0:
             return "better"
-        if self.p_value < LEVEL and self.accuracy.high < 0:
+        if self.p_value < ALPHA and self.accuracy.high < 0:
             return "worse"
         return "open"
 
@@ -159,7 +159,7 @@ class Pair:
         if self.num_pairs > 1:
             test += f", adjusted for {self.num_pairs} comparisons by Holm's method"
         text = f"Were the two equally good, chance alone would part them at least as far {_how_often(self.p_value)} ({test})."
-        if self.verdict == "open" and self.p_value < LEVEL:
+        if self.verdict == "open" and self.p_value < ALPHA:
             text += " Image by image that would do; but near-duplicates are no independent evidence, and by groups the interval holds 0."
         return text
 
@@ -182,7 +182,7 @@ class Pair:
         }
 
 
-def compare(runs: Sequence[Measured]) -> list[Pair]:
+def compare(runs: Sequence[RunPredictions]) -> list[RunComparison]:
     """Compares each run behind the first with the first.
 
     Args:
@@ -202,7 +202,7 @@ def compare(runs: Sequence[Measured]) -> list[Pair]:
     return [replace(pair, p_value=p_value, num_pairs=len(pairs)) for pair, p_value in zip(pairs, adjusted, strict=True)]
 
 
-def _check_same_images(first: Measured, other: Measured) -> None:
+def _check_same_images(first: RunPredictions, other: RunPredictions) -> None:
     """Groups and sizes may differ: they change no prediction."""
     a, b = (Manifest(run.images.class_names, run.images.table.assign(split="test")) for run in (first, other))
     if found := differences(a, b):
@@ -214,7 +214,7 @@ def _check_same_images(first: Measured, other: Measured) -> None:
         )
 
 
-def _pair(first: Measured, other: Measured) -> Pair:
+def _pair(first: RunPredictions, other: RunPredictions) -> RunComparison:
     right_a, right_b = first.right, other.right
     groups = min(
         (run.images.table["group"].to_numpy() for run in (first, other)), key=lambda each: len(np.unique(each))
@@ -228,7 +228,7 @@ def _pair(first: Measured, other: Measured) -> Pair:
     loss = None
     if first.losses is not None and other.losses is not None and num_groups > 1:
         loss = bootstrap(other.losses - first.losses, groups)
-    return Pair(
+    return RunComparison(
         a=first.name,
         b=other.name,
         split=first.split,
@@ -239,13 +239,13 @@ def _pair(first: Measured, other: Measured) -> Pair:
         only_b=only_b,
         p_value=mcnemar(only_a, only_b),
         num_pairs=1,
-        accuracy=Difference(drawn.value, min(drawn.low, low), max(drawn.high, high)),
+        accuracy=PairedDifference(drawn.value, min(drawn.low, low), max(drawn.high, high)),
         loss=loss,
         changed=_changed(first, other),
     )
 
 
-def _changed(first: Measured, other: Measured) -> pd.DataFrame:
+def _changed(first: RunPredictions, other: RunPredictions) -> pd.DataFrame:
     """Sorted by what happened, then by how sure the run was that is wrong."""
     changed = np.flatnonzero(first.right != other.right)
     a, b = (run.predictions.iloc[changed].reset_index(drop=True) for run in (first, other))

@@ -9,11 +9,11 @@ import tensorflow as tf
 
 from pipeline.config.data import DataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources.base import Sample, Source, Status, listing
+from pipeline.data.sources.base import DataSource, FileStat, Sample, format_list
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
-from pipeline.errors import DataError, nearest
+from pipeline.errors import DataError, suggest
 from pipeline.evaluation.metrics import Predictions
 from pipeline.models.head_transfer import match_classes, merge_logits, read_class_map
 
@@ -21,10 +21,10 @@ SPLIT = "test"  # of every row of the manifest: nothing here is trained on
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitSource:
     """The pictures of a data set, or of one of the splits that it brings, as one set without splits."""
 
-    whole: Source
+    whole: DataSource
     split: str | None
 
     @property
@@ -34,17 +34,17 @@ class Part:
     def samples(self) -> list[Sample]:
         return [sample._replace(split=None) for sample in self.whole.samples() if self.split in (None, sample.split)]
 
-    def status(self, key: str) -> Status | None:
-        return self.whole.status(key)
+    def stat(self, key: str) -> FileStat | None:
+        return self.whole.stat(key)
 
     def read(self, key: str) -> bytes:
         return self.whole.read(key)
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
-        return self.whole.encoded(key)
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+        return self.whole.read_tf(key)
 
 
-def open_labelled(path: Path, split: str | None) -> tuple[Part, DataConfig]:
+def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, DataConfig]:
     """Opens a folder, a CSV file or a pack of pictures to be measured, as one set.
 
     Args:
@@ -61,13 +61,13 @@ def open_labelled(path: Path, split: str | None) -> tuple[Part, DataConfig]:
     config = DataConfig(
         source="csv" if path.suffix.lower() == ".csv" else folder, path=path, group_near_duplicates=False
     )
-    part = Part(open_source(config), split)
+    part = SplitSource(open_source(config), split)
     if split is not None and not part.samples():
         raise DataError(f"{path}: the data bring no split {split}; leave --split out to measure all pictures")
     return part, config
 
 
-def scan_labelled(source: Part, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
+def scan_external_data(source: SplitSource, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
     """Reads and decodes every picture, as training does first; all of them belong to the split `SPLIT`.
 
     Raises:
@@ -119,11 +119,11 @@ def align(
         told = [
             f"{name} may mean {' or '.join(match.ambiguous[name])}"
             if name in match.ambiguous
-            else name + nearest(name, known)
+            else name + suggest(name, known)
             for name in match.new
         ]
         raise DataError(
-            f"{len(told)} of the data's {len(data_classes)} classes are none of the model's {len(class_lists[0])}:\n{listing(told)}\n"
+            f"{len(told)} of the data's {len(data_classes)} classes are none of the model's {len(class_lists[0])}:\n{format_list(told)}\n"
             "Call them as the model does, or say by --class-map FILE (YAML, data's class: model's class) which they are."
         )
     titles = [" ".join(wordings) for wordings in zip(*class_lists, strict=True)]

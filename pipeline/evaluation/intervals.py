@@ -11,22 +11,22 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.stats import binomtest, norm
 
-from pipeline.evaluation.calibration import Scores
+from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.metrics import Predictions, rank_of_label
 
 RESAMPLES = 2000
-LEVEL = 0.95
-AT_ONCE = 1 << 22  # weights in memory at once
+CONFIDENCE_LEVEL = 0.95
+CHUNK_RESAMPLES = 1 << 22  # weights in memory at once
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """Bounds of a figure."""
 
     low: float
     high: float
 
 
-class Figures:
+class BootstrapMetrics:
     """The headline figures of a split as functions of how often each of its images counts.
 
     With every image once they are the figures of `evaluate_predictions` and `calibration`.
@@ -36,7 +36,7 @@ class Figures:
 
     def __init__(self, predictions: Predictions) -> None:
         """Takes N images, at least one."""
-        scores, (images, classes) = Scores.of(predictions), predictions.logits.shape
+        scores, (images, classes) = PerImageScores.of(predictions), predictions.logits.shape
         rows, ones = np.arange(images), np.ones(images)
         predicted = predictions.logits.argmax(axis=1)
         top5 = (rank_of_label(predictions.logits, predictions.labels) < 5).astype(np.float64)
@@ -66,7 +66,9 @@ class Figures:
         )
 
 
-def bootstrap(predictions: Predictions, groups: np.ndarray | None = None, *, seed: int = 0) -> dict[str, Interval]:
+def bootstrap(
+    predictions: Predictions, groups: np.ndarray | None = None, *, seed: int = 0
+) -> dict[str, ConfidenceInterval]:
     """95 % intervals of the headline figures.
 
     Images are drawn with replacement, whole groups at a time, as near-duplicates are no independent evidence. The percentiles are
@@ -81,17 +83,17 @@ def bootstrap(predictions: Predictions, groups: np.ndarray | None = None, *, see
     Returns:
         An interval by the name of each of `Figures.names`.
     """
-    figures, images = Figures(predictions), len(predictions.labels)
+    figures, images = BootstrapMetrics(predictions), len(predictions.labels)
     members = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
     count, rng = int(members.max()) + 1, np.random.default_rng(seed)
-    at_once = max(1, AT_ONCE // images)
+    at_once = max(1, CHUNK_RESAMPLES // images)
     drawn = np.concatenate(
         [figures(_counts(rng, min(at_once, RESAMPLES - i), count)[:, members]) for i in range(0, RESAMPLES, at_once)]
     )
     [found] = figures(np.ones((1, images)))
     return {
         name: _share(value, images) if name.endswith("accuracy") and np.ptp(draws) == 0 else _corrected(value, draws)
-        for name, value, draws in zip(Figures.names, found, drawn.T, strict=True)
+        for name, value, draws in zip(BootstrapMetrics.names, found, drawn.T, strict=True)
     }
 
 
@@ -101,14 +103,14 @@ def _counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count).astype(np.float64)
 
 
-def _corrected(value: float, draws: np.ndarray) -> Interval:
+def _corrected(value: float, draws: np.ndarray) -> ConfidenceInterval:
     below = ((draws < value).mean() + (draws <= value).mean()) / 2
     shift = norm.ppf(np.clip(below, 1 / len(draws), 1 - 1 / len(draws)))
-    tail = norm.ppf((1 - LEVEL) / 2)
+    tail = norm.ppf((1 - CONFIDENCE_LEVEL) / 2)
     low, high = np.quantile(draws, norm.cdf([2 * shift + tail, 2 * shift - tail]))
-    return Interval(float(min(low, value)), float(max(high, value)))
+    return ConfidenceInterval(float(min(low, value)), float(max(high, value)))
 
 
-def _share(value: float, images: int) -> Interval:
-    exact = binomtest(round(value * images), images).proportion_ci(LEVEL, method="exact")
-    return Interval(float(exact.low), float(exact.high))
+def _share(value: float, images: int) -> ConfidenceInterval:
+    exact = binomtest(round(value * images), images).proportion_ci(CONFIDENCE_LEVEL, method="exact")
+    return ConfidenceInterval(float(exact.low), float(exact.high))

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.evaluation.batch_norm import BatchNormGap
 from pipeline.evaluation.calibration import Calibration, calibration
-from pipeline.evaluation.intervals import Interval, bootstrap
+from pipeline.evaluation.intervals import ConfidenceInterval, bootstrap
 from pipeline.evaluation.label_errors import label_suspects
 from pipeline.evaluation.metrics import Evaluation, Predictions
 
@@ -33,7 +33,7 @@ class Results:
     evaluation: Evaluation
     predictions: Predictions
     keys: Sequence[str]
-    intervals: Mapping[str, Interval]
+    intervals: Mapping[str, ConfidenceInterval]
     raw: Calibration
     scaled: Calibration | None
     suspects: pd.DataFrame
@@ -91,7 +91,7 @@ class Results:
         }
 
 
-def judge(
+def summarize_with_intervals(
     predictions: Predictions,
     evaluation: Evaluation,
     keys: Sequence[str],

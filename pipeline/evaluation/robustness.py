@@ -9,7 +9,7 @@ import tensorflow as tf
 from pipeline.config.augment import Transform
 from pipeline.data.augmentation import AlbumentationsTransforms
 from pipeline.data.input_pipeline import Square
-from pipeline.data.preprocessing import Resize, fit_square
+from pipeline.data.preprocessing import Resize, resize_to_square
 
 SEVERITIES = (1, 2, 3, 4, 5)
 PAPERS_RESOLUTION = 224  # pixels, that the sizes of blurs refer to
@@ -67,7 +67,7 @@ def _twice(value: float) -> tuple[float, float]:
     return value, value
 
 
-def corruptions(resolution: int, resize: Resize) -> Iterator[tuple[str, int, Square]]:
+def corruption_passes(resolution: int, resize: Resize) -> Iterator[tuple[str, int, Square]]:
     """Every kind at every severity, with what makes a corrupted square of a picture: the same one for the same image, every time.
 
     Args:
@@ -87,7 +87,7 @@ def corruptions(resolution: int, resize: Resize) -> Iterator[tuple[str, int, Squ
 
 def _corrupting(apply: AlbumentationsTransforms, seed: int, resolution: int, resize: Resize) -> Square:
     def square(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        clean = fit_square(image, resolution, resize)
+        clean = resize_to_square(image, resolution, resize)
         return tf.ensure_shape(
             tf.numpy_function(apply, [clean, index + seed], tf.uint8, stateful=False), (resolution, resolution, 3)
         )

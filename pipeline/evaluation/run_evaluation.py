@@ -11,17 +11,17 @@ import numpy as np
 from pipeline.config.schema import Config
 from pipeline.data.input_pipeline import evaluation_stream
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.evaluation import tta as views
 from pipeline.evaluation.batch_norm import batch_norm_gap
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.grad_cam import GradCam
 from pipeline.evaluation.metrics import Evaluation, Predictions, evaluate_predictions
-from pipeline.evaluation.report.gallery import cards, surest_hits, worst_errors
+from pipeline.evaluation.report.gallery import cards, most_confident_correct, worst_errors
 from pipeline.evaluation.report.html_report import write_page
 from pipeline.evaluation.report.tables import write_results
-from pipeline.evaluation.results import Results, judge
-from pipeline.evaluation.robustness import corruption_table, corruptions
+from pipeline.evaluation.results import Results, summarize_with_intervals
+from pipeline.evaluation.robustness import corruption_passes, corruption_table
 from pipeline.runs.run_directory import RunDirectory, write
 
 PAIRED_BATCH = 64  # images whose statistics stand for the data's
@@ -30,7 +30,7 @@ Predict = Callable[..., Predictions]
 
 
 @dataclass(frozen=True)
-class Subject:
+class RunEvaluator:
     """A run whose network is finished, with its data.
 
     Attributes:
@@ -46,7 +46,7 @@ class Subject:
     config: Config
     run: RunDirectory
     manifest: Manifest
-    source: Source
+    source: DataSource
     predict: Predict
 
     @property
@@ -73,23 +73,27 @@ class Subject:
             self.run.temperature() if self.run.calibration.exists() else self.fit_temperature(self.predict_validation())
         )
 
-    def judge(self, predictions: Predictions, evaluation: Evaluation, temperature: float | None) -> Results:
+    def summarize_with_intervals(
+        self, predictions: Predictions, evaluation: Evaluation, temperature: float | None
+    ) -> Results:
         """Adds to the figures of a split how sure they are."""
         table = self.manifest.table
-        return judge(predictions, evaluation, table["key"].tolist(), table["group"].to_numpy(), temperature)
+        return summarize_with_intervals(
+            predictions, evaluation, table["key"].tolist(), table["group"].to_numpy(), temperature
+        )
 
-    def seen_in(self, split: str, name: str) -> Results:
+    def with_tta(self, split: str, name: str) -> Results:
         """Measures a split by test-time augmentation, `views.VIEWS[name]`; it goes by the name of both. Means have no temperature."""
         squares = views.squares(name, self.config.variant.resolution, self.config.data.resize)
         predictions = views.averaged([self.predict(split, square=square) for square in squares])
-        return self.judge(
+        return self.summarize_with_intervals(
             predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}"), None
         )
 
     def with_corruptions(self, results: Results) -> Results:
         """Measures the split again with every kind of corruption at every severity."""
         accuracies = {}
-        for kind, severity, square in corruptions(self.config.variant.resolution, self.config.data.resize):
+        for kind, severity, square in corruption_passes(self.config.variant.resolution, self.config.data.resize):
             predictions = self.predict(results.evaluation.split, square=square)
             accuracies[kind, severity] = float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
         return replace(results, corruptions=corruption_table(accuracies))
@@ -109,7 +113,7 @@ class Subject:
         grad_cam = GradCam(self.model)
         galleries = {
             "Worst errors": cards(results, worst_errors(results), self.images, grad_cam),
-            "Most confident right ones": cards(results, surest_hits(results), self.images, grad_cam),
+            "Most confident right ones": cards(results, most_confident_correct(results), self.images, grad_cam),
         }
         folder = self.run.evaluation(name)
         figures = {

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.05  # of the tests; the intervals hold 1 - LEVEL
+ALPHA = 0.05  # of the tests; the intervals hold 1 - LEVEL
 RESAMPLES, SEED = 10_000, 0
 DRAWS_AT_ONCE = 4_000_000  # bounds the bootstrap's memory, to some 100 MB
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """B's figure minus A's, with the bounds of its 95 % interval."""
 
     value: float
@@ -40,7 +40,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def bootstrap(values: np.ndarray, groups: np.ndarray) -> Difference:
+def bootstrap(values: np.ndarray, groups: np.ndarray) -> PairedDifference:
     """The mean with its 95 % percentile interval over 10,000 resamples of whole groups (Efron 1979; Davison and Hinkley 1997, 3.8).
 
     Args:
@@ -54,7 +54,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray) -> Difference:
     sums, sizes = np.bincount(place, weights=values), np.bincount(place)
     mean = float(values.mean())
     if len(sums) == 1:
-        return Difference(mean, mean, mean)
+        return PairedDifference(mean, mean, mean)
     found = stats.bootstrap(
         (sums, sizes),
         lambda drawn_sums, drawn_sizes, axis: drawn_sums.sum(axis) / drawn_sizes.sum(axis),
@@ -62,11 +62,11 @@ def bootstrap(values: np.ndarray, groups: np.ndarray) -> Difference:
         vectorized=True,
         n_resamples=RESAMPLES,
         batch=max(1, DRAWS_AT_ONCE // len(sums)),
-        confidence_level=1 - LEVEL,
+        confidence_level=1 - ALPHA,
         method="percentile",
         rng=np.random.default_rng(SEED),
     )
-    return Difference(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return PairedDifference(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def exact_bounds(only_a: int, only_b: int, num_images: int, num_groups: int) -> tuple[float, float]:
@@ -84,8 +84,8 @@ def exact_bounds(only_a: int, only_b: int, num_images: int, num_groups: int) -> 
         num_groups: Of near-duplicates among them. Where no image tells the runs apart, the bounds are what no draw of so many showed.
     """
     if only_a + only_b == 0:
-        unseen = stats.binomtest(0, num_groups).proportion_ci(1 - LEVEL).high
+        unseen = stats.binomtest(0, num_groups).proportion_ci(1 - ALPHA).high
         return -float(unseen), float(unseen)
-    share = stats.binomtest(only_b, only_a + only_b).proportion_ci(1 - LEVEL)
+    share = stats.binomtest(only_b, only_a + only_b).proportion_ci(1 - ALPHA)
     low, high = ((2 * bound - 1) * (only_a + only_b) / num_images for bound in (share.low, share.high))
     return float(low), float(high)

@@ -8,12 +8,12 @@ import tensorflow as tf
 from scipy.special import log_softmax, logsumexp
 
 from pipeline.data.input_pipeline import Square
-from pipeline.data.preprocessing import Resize, fit_square, partial_view
+from pipeline.data.preprocessing import Resize, crop_view, resize_to_square
 from pipeline.errors import RunError
 from pipeline.evaluation.metrics import Predictions
 
 
-class View(NamedTuple):
+class TTAView(NamedTuple):
     """How to look at a picture."""
 
     place: tuple[float, float] | None
@@ -23,10 +23,10 @@ class View(NamedTuple):
 
 CENTRE_AND_CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 VIEWS = {
-    "flip": (View(None), View(None, mirrored=True)),
-    "5-crop": tuple(View(place) for place in CENTRE_AND_CORNERS),
+    "flip": (TTAView(None), TTAView(None, mirrored=True)),
+    "5-crop": tuple(TTAView(place) for place in CENTRE_AND_CORNERS),
     "10-crop": tuple(
-        View(place, mirrored) for mirrored in (False, True) for place in CENTRE_AND_CORNERS
+        TTAView(place, mirrored) for mirrored in (False, True) for place in CENTRE_AND_CORNERS
     ),  # Krizhevsky et al. 2012
 }
 
@@ -42,13 +42,13 @@ def squares(name: str, resolution: int, resize: Resize) -> Iterator[Square]:
             f"--views {name}: the run shows the network whole pictures (data.resize: letterbox), there is nothing to crop; use flip"
         )
 
-    def square_of(view: View) -> Square:
+    def square_of(view: TTAView) -> Square:
         def square(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
             del index
             seen = (
-                fit_square(image, resolution, resize)
+                resize_to_square(image, resolution, resize)
                 if view.place is None
-                else partial_view(image, resolution, resize, view.place)
+                else crop_view(image, resolution, resize, view.place)
             )
             return tf.reverse(seen, [1]) if view.mirrored else seen
 

@@ -31,7 +31,7 @@ OPSET = 18  # of ONNX, 2023: old enough for the runtimes that are about
 
 
 @dataclass(frozen=True)
-class Contract:
+class ModelSignature:
     """What those who run an exported file must know.
 
     Attributes:
@@ -77,7 +77,7 @@ def calibration_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(train, min(count, len(train)), replace=False))
 
 
-def write_saved_model(model: keras.Model, contract: Contract, path: Path) -> None:
+def write_saved_model(model: keras.Model, contract: ModelSignature, path: Path) -> None:
     """Writes a SavedModel: `serving_default` takes `images` to `logits`, `classify` encoded pictures to probabilities and class names.
 
     `classify` takes `encoded`, strings (N,), each a file as `pipeline.data.preprocessing.decode` takes it, and `orientation`, int32 (N,),
@@ -96,7 +96,7 @@ def write_saved_model(model: keras.Model, contract: Contract, path: Path) -> Non
 
 
 def write_litert(
-    model: keras.Model, contract: Contract, path: Path, *, calibration: tf.data.Dataset | None = None
+    model: keras.Model, contract: ModelSignature, path: Path, *, calibration: tf.data.Dataset | None = None
 ) -> None:
     """Writes a LiteRT model of LiteRT's own operations.
 
@@ -124,7 +124,7 @@ def write_litert(
         archive.writestr("metadata.json", json.dumps(contract.describe(), indent=1, ensure_ascii=False))
 
 
-def write_onnx(model: keras.Model, contract: Contract, path: Path) -> None:
+def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None:
     """Writes an ONNX model. It is checked for inputs that nothing gives."""
     import onnx
     import tf2onnx
@@ -137,14 +137,14 @@ def write_onnx(model: keras.Model, contract: Contract, path: Path) -> None:
     onnx.save(converted, path)
 
 
-def _serving(model: keras.Model, contract: Contract) -> tf.types.experimental.PolymorphicFunction:
+def _serving(model: keras.Model, contract: ModelSignature) -> tf.types.experimental.PolymorphicFunction:
     return tf.function(
         lambda images: {OUTPUT: model(images, training=False)}, input_signature=[contract.signature], autograph=False
     )
 
 
 def _save(
-    model: keras.Model, contract: Contract, path: Path, **further: tf.types.experimental.PolymorphicFunction
+    model: keras.Model, contract: ModelSignature, path: Path, **further: tf.types.experimental.PolymorphicFunction
 ) -> None:
     module = tf.Module()
     module.weights = [weight.value for weight in model.weights]  # what is followed from here is saved

@@ -16,7 +16,7 @@ from pipeline.export.formats import OUTPUT
 Forward = Callable[[np.ndarray], np.ndarray]
 
 
-class Exported(NamedTuple):
+class LoadedExport(NamedTuple):
     """A network that came out of a file."""
 
     forward: Forward
@@ -33,17 +33,17 @@ def run_model(model: keras.Model) -> Forward:
     return lambda images: infer(tf.constant(images)).numpy()
 
 
-def open_saved_model(path: Path) -> Exported:
+def open_saved_model(path: Path) -> LoadedExport:
     """Loads a SavedModel."""
     signatures = tf.saved_model.load(str(path)).signatures
     serve = signatures["serving_default"]
     picture = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))  # any will do; but none makes oneDNN's kernels fail
     labelled = signatures["classify"](encoded=picture[None], orientation=tf.constant([1]))
     names = tuple(name.decode() for name in labelled["class_names"].numpy())
-    return Exported(lambda images: serve(images=tf.constant(images))[OUTPUT].numpy(), names)
+    return LoadedExport(lambda images: serve(images=tf.constant(images))[OUTPUT].numpy(), names)
 
 
-def open_litert(path: Path) -> Exported:
+def open_litert(path: Path) -> LoadedExport:
     """Loads a LiteRT model, with and without 8-bit integers inside."""
     from ai_edge_litert.interpreter import Interpreter
 
@@ -62,14 +62,14 @@ def open_litert(path: Path) -> Exported:
         return interpreter.get_tensor(target["index"])
 
     with zipfile.ZipFile(path) as archive:
-        return Exported(forward, tuple(json.loads(archive.read("metadata.json"))["class_names"]))
+        return LoadedExport(forward, tuple(json.loads(archive.read("metadata.json"))["class_names"]))
 
 
-def open_onnx(path: Path) -> Exported:
+def open_onnx(path: Path) -> LoadedExport:
     """Loads an ONNX model, to be run on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     [source] = session.get_inputs()
     names = tuple(json.loads(session.get_modelmeta().custom_metadata_map["class_names"]))
-    return Exported(lambda images: session.run([OUTPUT], {source.name: images})[0], names)
+    return LoadedExport(lambda images: session.run([OUTPUT], {source.name: images})[0], names)

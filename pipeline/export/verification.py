@@ -8,14 +8,14 @@ import tensorflow as tf
 
 from pipeline.config.export import ExportConfig
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions, join_batches
-from pipeline.export.loading import Exported, Forward
+from pipeline.export.loading import Forward, LoadedExport
 from pipeline.models.profile import latency
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class ReferenceResult:
     """The model itself on a split.
 
     Attributes:
@@ -38,7 +38,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Proof:
+class ParityReport:
     """An exported file beside the model, over all images of a split.
 
     Attributes:
@@ -56,9 +56,9 @@ class Proof:
     failures: tuple[str, ...]
 
 
-def refer(
+def run_reference(
     forward: Forward, class_names: Sequence[str], dataset: tf.data.Dataset, split: str, progress: Progress | None = None
-) -> Reference:
+) -> ReferenceResult:
     """Runs the model over a split.
 
     Args:
@@ -75,20 +75,20 @@ def refer(
     accuracy = evaluate_predictions(predictions, class_names, split).top1
     [picture] = [images[:1].numpy().astype(np.float32) for images, *_ in dataset.take(1)]
     seconds = latency(lambda: forward(picture))
-    return Reference(
+    return ReferenceResult(
         split, tuple(class_names), predictions, accuracy, float(predictions.logits.std()), seconds, picture
     )
 
 
-def prove(
-    exported: Exported,
-    reference: Reference,
+def check_parity(
+    exported: LoadedExport,
+    reference: ReferenceResult,
     dataset: tf.data.Dataset,
     limits: ExportConfig,
     *,
     exact: bool,
     progress: Progress | None = None,
-) -> Proof:
+) -> ParityReport:
     """Runs an exported network over the split that the model was run over, and compares.
 
     Args:
@@ -111,11 +111,19 @@ def prove(
         failures += _shortfalls(difference, agreement, accuracy, reference, limits, exact=exact)
     else:
         failures.append("its logits are not all finite")
-    return Proof(difference, agreement, accuracy, latency(lambda: exported.forward(reference.picture)), tuple(failures))
+    return ParityReport(
+        difference, agreement, accuracy, latency(lambda: exported.forward(reference.picture)), tuple(failures)
+    )
 
 
 def _shortfalls(
-    difference: float, agreement: float, accuracy: float, reference: Reference, limits: ExportConfig, *, exact: bool
+    difference: float,
+    agreement: float,
+    accuracy: float,
+    reference: ReferenceResult,
+    limits: ExportConfig,
+    *,
+    exact: bool,
 ) -> list[str]:
     found = []
     if exact and difference > limits.max_logit_difference * reference.logit_std:

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.models.efficientnet import CLASSIFIER, STAGES, STEM_FILTERS, TOP_FILTERS, efficientnet, stage_repeats
-from pipeline.models.profile import cost, estimated_memory, latency
+from pipeline.models.profile import estimated_memory, latency, profile_model
 from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_multipliers, from_phi, round_filters
 
 STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Size:
+class VariantProfile:
     """What a variant comes to once it is built.
 
     Attributes:
@@ -125,12 +125,12 @@ def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant]
     return measure_once
 
 
-def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> Size:
+def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> VariantProfile:
     """Builds a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
     model = without_values(variant, num_classes)
-    counted = cost(model)
+    counted = profile_model(model)
     memory = estimated_memory(model, batch_size)
-    return Size(sum(stage_repeats(variant)), counted.trainable_parameters, counted.flops, memory)
+    return VariantProfile(sum(stage_repeats(variant)), counted.trainable_parameters, counted.flops, memory)
 
 
 def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
@@ -223,7 +223,7 @@ def nearest_published(variant: Variant) -> Variant:
 
 
 @dataclass(frozen=True)
-class Fit:
+class WeightOverlap:
     """How much of a network published weights would fill.
 
     Attributes:
@@ -239,7 +239,7 @@ class Fit:
     identical: bool
 
 
-def best_fit(variant: Variant) -> Fit:
+def best_fit(variant: Variant) -> WeightOverlap:
     """The published variant with weights to be had by name that fills most of a network."""
 
     def shapes(of: Variant) -> dict[str, list[tuple[int, ...]]]:
@@ -256,11 +256,11 @@ def best_fit(variant: Variant) -> Fit:
         if VARIANTS[name].lite == variant.lite:
             there = shapes(VARIANTS[name])
             fitting = sum(there.get(layer) == shape for layer, shape in wanted.items())
-            fits.append(Fit(name, fitting, len(wanted), wanted == there))
+            fits.append(WeightOverlap(name, fitting, len(wanted), wanted == there))
     return max(fits, key=lambda fit: (fit.identical, fit.fitting))
 
 
-def training_config(solution: Solution, fit: Fit, data_path: Path, *, batch_size: int, header: str) -> str:
+def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, batch_size: int, header: str) -> str:
     """A config that trains a solution on a folder of photos.
 
     Args:
@@ -300,7 +300,7 @@ def training_config(solution: Solution, fit: Fit, data_path: Path, *, batch_size
         "model": model,
         "data": {"source": "folder", "path": str(data_path)},
         "augment": {"transforms": [{"RandomResizedCrop": {"scale": [0.35, 1.0]}}, {"HorizontalFlip": {"p": 0.5}}]},
-        "optimizer": {"name": "adamw", "base_lr": 0.008, "schedule": "cosine", "weight_decay": 1e-4, "ema": 0.98},
+        "optimizer": {"name": "adamw", "base_lr": 0.008, "schedule": "cosine", "weight_decay": 1e-4, "ema_decay": 0.98},
         "train": {"global_batch_size": batch_size, "label_smoothing": 0.1, "stages": stages},
         "tracking": {"experiment": "scaled"},
     }

@@ -31,7 +31,7 @@ from keras import layers
 from pipeline.models.variants import Variant, round_filters, round_repeats
 
 
-class Stage(NamedTuple):
+class BlockArgs(NamedTuple):
     """A row of the table: blocks that differ only in that the first has the stride and changes the channels."""
 
     kernel: int
@@ -42,13 +42,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(3, 1, 1, 16, 1),
-    Stage(3, 2, 6, 24, 2),
-    Stage(5, 2, 6, 40, 2),
-    Stage(3, 2, 6, 80, 3),
-    Stage(5, 1, 6, 112, 3),
-    Stage(5, 2, 6, 192, 4),
-    Stage(3, 1, 6, 320, 1),
+    BlockArgs(3, 1, 1, 16, 1),
+    BlockArgs(3, 2, 6, 24, 2),
+    BlockArgs(5, 2, 6, 40, 2),
+    BlockArgs(3, 2, 6, 80, 3),
+    BlockArgs(5, 1, 6, 112, 3),
+    BlockArgs(5, 2, 6, 192, 4),
+    BlockArgs(3, 1, 6, 320, 1),
 )
 STEM_FILTERS, TOP_FILTERS = 32, 1280
 SE_RATIO = 0.25  # squeezed channels, as a share of the channels that enter the block (before its expansion)
@@ -94,7 +94,7 @@ def efficientnet(
     num_classes: int = 1000,
     include_top: bool = True,
     dropout: float | None = None,
-    survival: float = 0.8,
+    drop_path_rate: float = 0.2,
     batch_norm_momentum: float = 0.99,
     synchronized: bool = False,
     layer_types: LayerTypes = KERAS_LAYERS,
@@ -111,8 +111,9 @@ def efficientnet(
         num_classes: Number of outputs.
         include_top: Whether pooling, dropout and classifier follow the last convolution.
         dropout: Rate in front of the classifier, in [0, 1); `None` takes the variant's own.
-        survival: Probability, in (0, 1], that stochastic depth (arXiv 1603.09382) would keep a block after the last one. Block i of N (from
-            0) is kept with `1 - (1 - survival) * i / N`, drawn per sample; only blocks with a residual connection are ever dropped.
+        drop_path_rate: Probability, in [0, 1), that stochastic depth (arXiv 1603.09382) drops a block after the last
+            one. Block i of N (from 0) is dropped with `drop_path_rate * i / N`, drawn per sample; only blocks with a
+            residual connection are ever dropped.
         batch_norm_momentum: Of the moving statistics.
         synchronized: Whether batch normalisation takes its statistics over all replicas.
         layer_types: Keras's, or subclasses for training.
@@ -170,7 +171,7 @@ def efficientnet(
         return layers.Multiply(dtype=dtype, name=f"{name}_excite")([x, gate])
 
     def mbconv(
-        inputs: keras.KerasTensor, name: str, stage: Stage, stride: int, filters: int, drop_rate: float
+        inputs: keras.KerasTensor, name: str, stage: BlockArgs, stride: int, filters: int, drop_rate: float
     ) -> keras.KerasTensor:
         x, filters_in = inputs, inputs.shape[-1]
         if stage.expand != 1:
@@ -211,7 +212,7 @@ def efficientnet(
                 stage,
                 stride=stage.stride if repeat == 0 else 1,
                 filters=round_filters(stage.filters, variant.width),
-                drop_rate=(1 - survival) * block / sum(repeats),
+                drop_rate=drop_path_rate * block / sum(repeats),
             )
             block += 1
 
@@ -244,7 +245,7 @@ def block_of(layer_name: str) -> int:
     return 8 if layer_name.startswith(("top_", "avg_pool")) else 0
 
 
-def plain_copy(model: keras.Model) -> keras.Model:
+def to_inference_model(model: keras.Model) -> keras.Model:
     """The same network to be saved or exported: Keras's own layers, float32, batch normalisation unsynchronised, every layer trainable.
 
     Args:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from pipeline.errors import WeightsError, nearest
+from pipeline.errors import WeightsError, suggest
 
 # Nats. With lite0's ImageNet head on 100 photos, the lowest of the 1000 logits lies up to 4.6 below their mean, of three drawn up to 5.7.
 MARGIN = 6.0
@@ -38,7 +38,7 @@ ClassMap = Mapping[str, tuple[str, ...]]  # new class name -> old class names
 
 
 @dataclass(frozen=True)
-class HeadMatch:
+class ClassMapping:
     """Which old rows make up the row of each new class.
 
     Attributes:
@@ -121,7 +121,7 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
 
 def match_classes(
     class_names: Sequence[str], old: Sequence[Sequence[str]], class_map: ClassMap | None = None, *, origin: str = ""
-) -> HeadMatch:
+) -> ClassMapping:
     """Finds the old classes of each new one: by the class map where it names the class, else by an equal name.
 
     Args:
@@ -148,12 +148,12 @@ def match_classes(
 
     for name in class_map or {}:
         if name not in class_names:
-            raise WeightsError(f"{origin}: {name!r} is none of the data's classes{nearest(name, class_names)}")
+            raise WeightsError(f"{origin}: {name!r} is none of the data's classes{suggest(name, class_names)}")
 
     def look_up(new: str, name: str) -> int:
         found = indices.get(name, [])
         if not found:
-            raise WeightsError(f"{origin}: {new}: {name!r} is none of the source's classes{nearest(name, indices)}")
+            raise WeightsError(f"{origin}: {new}: {name!r} is none of the source's classes{suggest(name, indices)}")
         if len(found) > 1:
             raise WeightsError(
                 f"{origin}: {new}: {name!r} is ambiguous; write one of {', '.join(old[0][i] for i in found)}"
@@ -174,7 +174,7 @@ def match_classes(
                 ambiguous[name] = tuple(titles(i) for i in found)
             rows.append(tuple(found) if len(found) == 1 else ())
     taken = list(zip(class_names, rows, strict=True))
-    return HeadMatch(
+    return ClassMapping(
         rows=tuple(rows),
         kept={name: titles(row[0]) for name, row in taken if len(row) == 1},
         merged={name: tuple(map(titles, row)) for name, row in taken if len(row) > 1},
@@ -184,7 +184,7 @@ def match_classes(
     )
 
 
-def build_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Makes the new classifier from the old one by the rules of this module.
 
     Args:

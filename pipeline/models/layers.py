@@ -154,7 +154,7 @@ def layer_types(*, jit_compile: bool, sync_batch_norm: bool) -> LayerTypes:
     return types._replace(dwconv=SplitDepthwiseConv2D) if by_onednn else types
 
 
-def leave_to_xla(model: keras.Model) -> None:
+def disable_fused_layers(model: keras.Model) -> None:
     """Has all layers computed by Keras's operations in what is traced from here on: for a network that was built before it was settled that
     XLA compiles its steps."""
     for layer in model.layers:

@@ -125,7 +125,7 @@ class RunDirectory:
         return self.path / "export"
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive_lock(self) -> Iterator[None]:
         """A block in which no other process can enter the same run's. It is free again however this process ends.
 
         Raises:

@@ -17,21 +17,21 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
-from pipeline.console import this_python
+from pipeline.console import python_executable
 from pipeline.runs.provenance import flatten, origin, without_credentials
 from pipeline.tracking.mlflow_store import (
-    alone_with,
     database_of,
-    explained,
+    exclusive_lock,
     find_experiment,
     import_mlflow,
-    knows,
     last_steps,
-    links,
+    metric_links,
+    run_exists,
     tracking_uri,
+    translate_mlflow_error,
 )
-from pipeline.tracking.model_registry import Registry
-from pipeline.training.callbacks import Hook
+from pipeline.tracking.model_registry import ModelRegistry
+from pipeline.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +48,7 @@ NO_PARAM_NAME = (
 )
 
 
-class Tracker(Hook):
+class MLflowLogger(Callback):
     """A run in MLflow for the time of a `with` block, and the training loop's hook that reports to it.
 
     The run ends as FINISHED, as KILLED when it was interrupted, or as FAILED with the error in its tag `error`. Metrics are kept back and
@@ -87,7 +87,7 @@ class Tracker(Hook):
         self._next_flush = 0.0
         self._unreachable = False
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> "MLflowLogger":
         """Starts the run, or goes on with it.
 
         Raises:
@@ -96,7 +96,7 @@ class Tracker(Hook):
         mlflow, tags = import_mlflow(), {key: value[:MAX_TAG] for key, value in self._origin().items()}
         self._outer_uri: Any = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's global state is put back at the end
         try:
-            with explained(self._uri), alone_with(self._uri):
+            with translate_mlflow_error(self._uri), exclusive_lock(self._uri):
                 mlflow.set_tracking_uri(self._uri)
                 self._client = mlflow.MlflowClient(self._uri)
                 self._start(mlflow, tags)
@@ -113,7 +113,7 @@ class Tracker(Hook):
 
     def _start(self, mlflow: ModuleType, tags: Mapping[str, str]) -> None:
         experiment = find_experiment(self._client, self._uri, self._config.tracking.experiment)
-        if self._resumed is not None and not knows(self._client, self._resumed):
+        if self._resumed is not None and not run_exists(self._client, self._resumed):
             logger.warning(
                 "MLflow at %s does not know the run %s; a new one is begun",
                 without_credentials(self._uri),
@@ -158,12 +158,12 @@ class Tracker(Hook):
         finally:
             mlflow.set_tracking_uri(self._outer_uri)
 
-    def how_to_open(self) -> str:
+    def ui_command(self) -> str:
         """The command that opens MLflow's pages on the run's database, for this machine only; for a server, its address."""
         if database_of(self._uri) is None:
             return without_credentials(self._uri)
         uri = "sqlite:///mlflow.db" if database_of(self._uri) == Path("mlflow.db").resolve() else self._uri
-        return f"{this_python()} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
+        return f"{python_executable()} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
         """Notes what the run is trained on. Does nothing when a run is gone on with that has it already.
@@ -183,7 +183,7 @@ class Tracker(Hook):
             "class_counts": class_counts,
         }
         dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, **links: str) -> None:
@@ -204,20 +204,20 @@ class Tracker(Hook):
         Raises:
             ConfigError: If MLflow cannot be reached.
         """
-        with explained(self._uri):
-            found = links(self._client, self.run_id)
+        with translate_mlflow_error(self._uri):
+            found = metric_links(self._client, self.run_id)
         self.log_metrics(metrics, step, **found)
         self.flush()
 
-    def registry(self, name: str) -> Registry:
+    def registry(self, name: str) -> ModelRegistry:
         """A name in the model registry beside the run."""
-        return Registry(self._client, self._uri, name)
+        return ModelRegistry(self._client, self._uri, name)
 
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""
         self.log_metrics(metrics, step)
 
-    def on_epoch(self, record: Mapping[str, float]) -> None:
+    def on_epoch_end(self, record: Mapping[str, float]) -> None:
         """Takes an epoch's record: `step`, `epoch` and metrics by name."""
         self.log_metrics({key: value for key, value in record.items() if key != "step"}, int(record["step"]))
 
@@ -251,7 +251,7 @@ class Tracker(Hook):
         Raises:
             ConfigError: If MLflow does not take them.
         """
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), name)
             else:
@@ -280,7 +280,7 @@ class Tracker(Hook):
         model = keras.saving.load_model(path, compile=False)
         example, output = (np.zeros((1, *shape[1:]), np.float32) for shape in (model.input_shape, model.output_shape))
         requirements = [f"{package}=={version(package)}" for package in ("tensorflow", "keras", "mlflow")]
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             experiment = self._client.get_run(self.run_id).info.experiment_id
             for earlier in self._client.search_logged_models(
                 [experiment], f"source_run_id = '{self.run_id}' AND name = '{name}'"
@@ -312,7 +312,7 @@ def log_evaluation(
         from mlflow.entities import Metric
 
         step = max(last_steps(client, run_id).values(), default=0)
-        found = links(client, run_id)
+        found = metric_links(client, run_id)
         client.log_batch(run_id, metrics=[Metric(key, value, now, step, **found) for key, value in metrics.items()])
         client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
         client.log_artifact(run_id, str(page), "report")
@@ -340,19 +340,19 @@ def log_comparison(config: Config, tracked: tuple[str, str], sentences: Mapping[
 def _reached(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
     """MLflow as it keeps a run that was tracked."""
     mlflow, uri = import_mlflow(), tracking_uri(config, tracked[0])
-    with explained(uri):
-        with alone_with(uri):
+    with translate_mlflow_error(uri):
+        with exclusive_lock(uri):
             client = mlflow.MlflowClient(uri)
         yield client
 
 
 def _status(error: BaseException | None) -> str:
     """How a block ended, in MLflow's terms: a run that was asked to stop is KILLED, whatever way the request took."""
-    from pipeline.training.trainer import Interrupted
+    from pipeline.training.trainer import TrainingInterrupted
 
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"
-    if isinstance(error, KeyboardInterrupt | Interrupted) or (
+    if isinstance(error, KeyboardInterrupt | TrainingInterrupted) or (
         isinstance(error, SystemExit) and error.code in (128 + 2, 128 + 15)
     ):
         return "KILLED"

@@ -54,7 +54,7 @@ def database_of(uri: str) -> Path | None:
 
 
 @contextmanager
-def alone_with(uri: str, lock: str = ".lock") -> Iterator[None]:
+def exclusive_lock(uri: str, lock: str = ".lock") -> Iterator[None]:
     """Lets one process at a time do a thing with an SQLite file; two that make its tables at once break it."""
     if (database := database_of(uri)) is None:
         yield
@@ -91,7 +91,7 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 
 
 @contextmanager
-def explained(uri: str) -> Iterator[None]:
+def translate_mlflow_error(uri: str) -> Iterator[None]:
     """Turns MLflow's errors into one that names the URI and the remedy."""
     try:
         yield
@@ -108,7 +108,7 @@ def explained(uri: str) -> Iterator[None]:
         ) from error
 
 
-def knows(client: "MlflowClient", run_id: str) -> bool:
+def run_exists(client: "MlflowClient", run_id: str) -> bool:
     """Whether MLflow has the run."""
     from mlflow.exceptions import MlflowException
 
@@ -121,7 +121,7 @@ def knows(client: "MlflowClient", run_id: str) -> bool:
     return True
 
 
-def links(client: "MlflowClient", run_id: str) -> dict[str, str]:
+def metric_links(client: "MlflowClient", run_id: str) -> dict[str, str]:
     """What ties a metric to the run's model and data set, of those that it has: `model_id`; `dataset_name` and `dataset_digest`."""
     run = client.get_run(run_id)
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'", max_results=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RunError
-from pipeline.tracking.mlflow_store import alone_with, explained
+from pipeline.tracking.mlflow_store import exclusive_lock, translate_mlflow_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ALIAS = "champion"
 
 
-class Version(NamedTuple):
+class ModelVersion(NamedTuple):
     """A registered model."""
 
     number: str
@@ -22,7 +22,7 @@ class Version(NamedTuple):
     """MLflow's id of the run that it comes from."""
 
 
-class Registry:
+class ModelRegistry:
     """The versions of one name.
 
     Attributes:
@@ -34,32 +34,32 @@ class Registry:
         self.name, self._client, self._uri = name, client, uri
 
     @contextmanager
-    def contest(self) -> Iterator[None]:
+    def promotion_lock(self) -> Iterator[None]:
         """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by.
 
         Raises:
             ConfigError: If the file's folder does not take a lock.
         """
         with ExitStack() as held:
-            with explained(self._uri):
-                held.enter_context(alone_with(self._uri, ".contest.lock"))
+            with translate_mlflow_error(self._uri):
+                held.enter_context(exclusive_lock(self._uri, ".contest.lock"))
             yield
 
-    def champion(self) -> Version | None:
+    def champion(self) -> ModelVersion | None:
         """The version that has the alias; None where none has.
 
         Raises:
             ConfigError: If the registry cannot be reached.
         """
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             if not self._client.search_registered_models(f"name = '{self.name}'"):
                 return None
             number = self._client.get_registered_model(self.name).aliases.get(ALIAS)
             if number is None:
                 return None
-            return Version(str(number), self._client.get_model_version(self.name, str(number)).run_id or "")
+            return ModelVersion(str(number), self._client.get_model_version(self.name, str(number)).run_id or "")
 
-    def add(self, model_uri: str) -> Version:
+    def add(self, model_uri: str) -> ModelVersion:
         """Registers a logged model as the next version.
 
         Args:
@@ -70,21 +70,21 @@ class Registry:
         """
         import mlflow
 
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             added = mlflow.register_model(model_uri, self.name)
-        return Version(str(added.version), added.run_id or "")
+        return ModelVersion(str(added.version), added.run_id or "")
 
-    def settle(self, version: Version, why: str, *, crowned: bool) -> None:
+    def finalize_version(self, version: ModelVersion, why: str, *, promoted: bool) -> None:
         """Gives a version its description and, where it won, the alias; versions of the same run, whose end was cut off, are deleted."""
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             self._client.update_model_version(self.name, version.number, why)
-            if crowned:
+            if promoted:
                 self._client.set_registered_model_alias(self.name, ALIAS, version.number)
             for other in self._client.search_model_versions(f"name = '{self.name}' and run_id = '{version.run_id}'"):
                 if str(other.version) != version.number:
                     self._client.delete_model_version(self.name, str(other.version))
 
-    def download(self, version: Version, name: str, folder: Path) -> Path:
+    def download(self, version: ModelVersion, name: str, folder: Path) -> Path:
         """Fetches a file from the artifacts of a version's run.
 
         Raises:
@@ -93,7 +93,7 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
-        with explained(self._uri):
+        with translate_mlflow_error(self._uri):
             try:
                 files = {file.path for file in self._client.list_artifacts(version.run_id, str(Path(name).parent))}
             except MlflowException as error:

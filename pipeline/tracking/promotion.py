@@ -6,10 +6,10 @@ from pathlib import Path
 from pipeline.errors import DataError, RunError
 from pipeline.evaluation.compare import compare, read_measured
 from pipeline.runs.run_directory import RunDirectory
-from pipeline.tracking.model_registry import Registry, Version
+from pipeline.tracking.model_registry import ModelRegistry, ModelVersion
 
 
-def contend(registry: Registry, model_uri: str, run: RunDirectory, split: str) -> str:
+def register_and_promote(registry: ModelRegistry, model_uri: str, run: RunDirectory, split: str) -> str:
     """Registers a run's final model, and makes it the champion where there is none or the paired test says that it beats the present one.
 
     Args:
@@ -24,7 +24,7 @@ def contend(registry: Registry, model_uri: str, run: RunDirectory, split: str) -
     Raises:
         ConfigError: If MLflow cannot be reached or does not take it.
     """
-    with registry.contest():
+    with registry.promotion_lock():
         champion, new = registry.champion(), registry.add(model_uri)
         if champion is None:
             wins, why = True, "it is the champion, as there was none"
@@ -32,11 +32,13 @@ def contend(registry: Registry, model_uri: str, run: RunDirectory, split: str) -
             wins, why = True, f"it is the champion, as version {champion.number} of the same run was"
         else:
             wins, why = _beats(registry, champion, new, run, split)
-        registry.settle(new, why, crowned=wins)
+        registry.finalize_version(new, why, promoted=wins)
     return f"registered as {registry.name} version {new.number}: {why}"
 
 
-def _beats(registry: Registry, champion: Version, new: Version, run: RunDirectory, split: str) -> tuple[bool, str]:
+def _beats(
+    registry: ModelRegistry, champion: ModelVersion, new: ModelVersion, run: RunDirectory, split: str
+) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             theirs = [

@@ -5,24 +5,24 @@ from collections.abc import Collection, Sequence
 import keras
 
 from pipeline.config.schema import Config
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
 from pipeline.models.weights.pretrained import load_pretrained
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.training.state import State
-from pipeline.training.train_step import Totals
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.state import TrainState
+from pipeline.training.train_step import MetricAccumulator
 from pipeline.training.trainer import check_new_layers
 
 
-def build_network(
-    config: Config, runtime: Runtime, class_names: Sequence[str], screen: Screen, *, weights: str | None
+def create_model(
+    config: Config, runtime: Runtime, class_names: Sequence[str], screen: Console, *, weights: str | None
 ) -> tuple[keras.Model, Collection[str]]:
     """Builds the network under the strategy that will run it.
 
     Args:
-        config: Variant, survival, seed and what belongs to the weights are taken from it.
+        config: Variant, drop_path_rate, seed and what belongs to the weights are taken from it.
         runtime: Strategy, precision and compilation.
         class_names: K names, in the order of the outputs.
         screen: Told what the weights gave.
@@ -39,7 +39,7 @@ def build_network(
         model = efficientnet(
             config.variant,
             num_classes=len(class_names),
-            survival=config.model.survival,
+            drop_path_rate=config.model.drop_path_rate,
             batch_norm_momentum=config.model.batch_norm_momentum,
             synchronized=runtime.sync_batch_norm,
             layer_types=layer_types(jit_compile=bool(runtime.jit_compile), sync_batch_norm=runtime.sync_batch_norm),
@@ -50,15 +50,19 @@ def build_network(
             report = load_pretrained(
                 model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map
             )
-            screen.say(f"weights: {report}", details=report.details())
+            screen.print(f"weights: {report}", details=report.details())
             if config.recipe is None:  # which sees to that by itself
                 check_new_layers(model, report.new, config.train.stages)
             new = report.new
     return model, new
 
 
-def new_state(config: Config, runtime: Runtime, model: keras.Model) -> State:
+def create_train_state(config: Config, runtime: Runtime, model: keras.Model) -> TrainState:
     """The network with the optimizer's slots, its moving average and the sums of the metrics."""
     with runtime.strategy.scope():
-        average = MovingAverage(model.weights, config.optimizer.ema) if config.optimizer.ema is not None else None
-        return State(model, build_optimizer(config.optimizer, model.trainable_variables), average, Totals())
+        average = (
+            ModelEMA(model.weights, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None
+        )
+        return TrainState(
+            model, build_optimizer(config.optimizer, model.trainable_variables), average, MetricAccumulator()
+        )

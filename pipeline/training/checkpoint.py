@@ -21,9 +21,9 @@ import tensorflow as tf
 
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import RunError, TrainingError
-from pipeline.files import sync
-from pipeline.training.callbacks import Hook
-from pipeline.training.state import State
+from pipeline.files import fsync
+from pipeline.training.callbacks import Callback
+from pipeline.training.state import TrainState
 
 MANIFEST = "manifest.json"  # with the hashes of all files but itself and the next
 MANIFEST_HASH = "manifest.sha256"
@@ -32,7 +32,7 @@ MANIFEST_HASH = "manifest.sha256"
 PLAIN_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
 
 
-def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
+def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
     """Writes a checkpoint, then removes those that are older than the newest `keep`, not the best and not the last epoch's.
 
     Args:
@@ -57,7 +57,9 @@ def save(state: State, directory: Path, identity: Mapping[str, Any], *, keep: in
     return final
 
 
-def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Mapping[str, bytes] | None = None) -> Path:
+def write(
+    state: TrainState, final: Path, identity: Mapping[str, Any], *, beside: Mapping[str, bytes] | None = None
+) -> Path:
     """Writes a state into a folder of its own.
 
     The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any moment leaves
@@ -104,11 +106,11 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
         packed = json.dumps(manifest, indent=1).encode()
         for name, content in {MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
             _write_synced(aside / name, content)
-        sync(aside)
+        fsync(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
             _remove(final)
         aside.rename(final)
-        sync(final.parent)
+        fsync(final.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)  # what little room it takes may be needed
         raise TrainingError(
@@ -118,14 +120,14 @@ def write(state: State, final: Path, identity: Mapping[str, Any], *, beside: Map
     return final
 
 
-class Keeper(Hook):
+class CheckpointCallback(Callback):
     """A hook of the training loop that saves the state whenever it should be kept."""
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int) -> None:
         """Takes what `save` wants beside the state."""
         self._directory, self._identity, self._keep = directory, identity, keep
 
-    def on_checkpoint(self, state: State) -> None:
+    def on_checkpoint(self, state: TrainState) -> None:
         """Saves the state."""
         save(state, self._directory, self._identity, keep=self._keep)
 
@@ -135,7 +137,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def newest_verified(directory: Path) -> tuple[Path | None, list[str]]:
+def latest_valid_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """Finds the newest checkpoint whose files all have the contents that its manifest says.
 
     Returns:
@@ -143,7 +145,7 @@ def newest_verified(directory: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for checkpoint in reversed(_checkpoints(directory)):
-        found = problem(checkpoint)
+        found = verify_checkpoint(checkpoint)
         if found is None:
             return checkpoint, problems
         problems.append(f"{checkpoint}: {found}")
@@ -155,7 +157,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
+def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
     """Puts a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
 
     Args:
@@ -166,7 +168,7 @@ def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = Non
     Raises:
         RunError: If the checkpoint's variables are not those of the state.
     """
-    contents = (processes or ProcessGroup()).from_chief(lambda: _read(checkpoint))
+    contents = (processes or ProcessGroup()).broadcast_from_chief(lambda: _read(checkpoint))
     advice = "resume with the program, network and optimizer that wrote it, or start a new run from its weights"
     for group, variables in state.groups().items():
         if f"{group}.npz" not in contents:
@@ -184,7 +186,7 @@ def restore(state: State, checkpoint: Path, processes: ProcessGroup | None = Non
                 value = arrays[name] if name in arrays else implied[name].numpy()
                 variable.assign(np.broadcast_to(value, variable.shape))
     if state.average is not None:
-        state.average.follow_those_apart()
+        state.average.track_restored()
     for name, value in json.loads(contents["plain"]).items():
         setattr(state, name, value)
 
@@ -195,7 +197,7 @@ def _read(checkpoint: Path) -> dict[str, bytes]:
     plain = {name: manifest[name] for name in PLAIN_FIELDS}
     if (
         plain["best"] is not None
-        and problem(checkpoint_path(checkpoint.parent, int(plain["best"]["step"]))) is not None
+        and verify_checkpoint(checkpoint_path(checkpoint.parent, int(plain["best"]["step"]))) is not None
     ):
         plain["best"] = None  # its weights are lost; the best of the epochs to come takes its place
     return {file.name: file.read_bytes() for file in checkpoint.glob("*.npz")} | {"plain": json.dumps(plain).encode()}
@@ -228,7 +230,7 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*"))
 
 
-def problem(checkpoint: Path) -> str | None:
+def verify_checkpoint(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as its manifest says."""
     try:
         if _hash((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
@@ -241,7 +243,7 @@ def problem(checkpoint: Path) -> str | None:
     return None
 
 
-def remove_behind(directory: Path, step: int) -> None:
+def delete_checkpoints_after(directory: Path, step: int) -> None:
     """Removes the checkpoints of later steps: the run went back."""
     for checkpoint in _checkpoints(directory):
         if checkpoint > checkpoint_path(directory, step):

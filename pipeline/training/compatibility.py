@@ -6,21 +6,21 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from pipeline.errors import RunError, nearest
+from pipeline.errors import RunError, suggest
 from pipeline.training.checkpoint import read_manifest
 
 FREE_TO_CHANGE = (  # no step taken so far would have come out otherwise
     "tracking",
     "export",
-    "runtime.input_workers",
+    "runtime.num_workers",
     "runtime.data_service",
-    "train.keep_checkpoints",
+    "train.max_checkpoints",
     "train.checkpoint_every_steps",
     "train.on_nan",
 )
 
 
-def check_identity(
+def check_compatible(
     checkpoint: Path,
     identity: Mapping[str, Any],
     allowed: Sequence[str] = (),
@@ -46,7 +46,7 @@ def check_identity(
     keys = sorted(old.keys() | new.keys())
     for name in allowed:
         if not any(_within(key, [name]) for key in keys):
-            raise RunError(f"--allow-change {name}: there is no such key{nearest(name, keys)}")
+            raise RunError(f"--allow-change {name}: there is no such key{suggest(name, keys)}")
     differing = [
         {"step": manifest["step"], "key": key, "was": old.get(key), "is": new.get(key)}
         for key in keys

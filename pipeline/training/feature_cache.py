@@ -13,13 +13,15 @@ from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 
 FEATURES = "avg_pool"  # the layer whose outputs are kept
-MOST_BYTES = 4 * 2**30  # of features in memory; 800,000 pictures of B0
+MAX_BYTES = 4 * 2**30  # of features in memory; 800,000 pictures of B0
 
 
 def is_augmented(config: Config, stage: StageConfig) -> bool:
     """Whether a stage's pictures differ from one epoch to the next."""
     settings = config.augment
-    return stage.augment and bool(settings.transforms or settings.randaugment or settings.mixup or settings.cutmix)
+    return stage.use_augmentation and bool(
+        settings.transforms or settings.randaugment or settings.mixup or settings.cutmix
+    )
 
 
 def are_constant(config: Config, stages: Sequence[StageConfig], num_images: int, width: int) -> bool:
@@ -34,7 +36,7 @@ def are_constant(config: Config, stages: Sequence[StageConfig], num_images: int,
         width: Numbers per image, C.
     """
     frozen = all(stage.trainable == "head" for stage in stages)
-    return frozen and not is_augmented(config, stages[-1]) and num_images * width * 4 <= MOST_BYTES
+    return frozen and not is_augmented(config, stages[-1]) and num_images * width * 4 <= MAX_BYTES
 
 
 def backbone_and_head(model: keras.Model) -> tuple[keras.Model, keras.Model]:

@@ -45,7 +45,7 @@ def step_memory(config: Config, model: keras.Model, images: int, *, accumulation
         images: Per micro-batch and device.
         accumulation: Whether there is more than one micro-batch.
     """
-    slots, average = 1 if config.optimizer.name == "sgd" else 2, config.optimizer.ema is not None
+    slots, average = 1 if config.optimizer.name == "sgd" else 2, config.optimizer.ema_decay is not None
     return estimated_memory(model, images, optimizer_slots=slots, ema=average, accumulation=accumulation)
 
 
@@ -64,7 +64,9 @@ def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
     return max(0, int((SHARE * memory - without) / (with_one - without)))
 
 
-def fit_batch(config: Config, runtime: Runtime, model: keras.Model, *, before: TrainConfig | None = None) -> Config:
+def resolve_batch_size(
+    config: Config, runtime: Runtime, model: keras.Model, *, before: TrainConfig | None = None
+) -> Config:
     """Replaces `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
 
     Micro-batches are of a power of two, which fits MixUp's groups. Where the number of replicas is none, the images of a step are the
@@ -82,7 +84,7 @@ def fit_batch(config: Config, runtime: Runtime, model: keras.Model, *, before: T
     if config.train.global_batch_size != "auto":
         return config
     if before is not None:
-        batch_size, accumulation = before.batch_size, before.accumulation
+        batch_size, accumulation = before.batch_size, before.gradient_accumulation_steps
     else:
         memory = device_memory()
         fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH // runtime.replicas))
@@ -93,12 +95,14 @@ def fit_batch(config: Config, runtime: Runtime, model: keras.Model, *, before: T
         together = 2 ** int(math.log2(fitting)) * runtime.replicas
         accumulation = max(1, round(AUTO_BATCH / together))
         batch_size = together * accumulation
-    train = config.train.model_copy(update={"global_batch_size": batch_size, "accumulation": accumulation})
+    train = config.train.model_copy(
+        update={"global_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    )
     return config.model_copy(update={"train": train})
 
 
 @contextmanager
-def explained(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
+def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
     """Turns TensorFlow's word that memory ran out into one that says what to do.
 
     Raises:
@@ -108,11 +112,11 @@ def explained(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[
         yield
     except tf.errors.ResourceExhaustedError as error:
         memory = device_memory()
-        size = config.train.batch_size // config.train.accumulation // runtime.replicas
+        size = config.train.batch_size // config.train.gradient_accumulation_steps // runtime.replicas
         raise TrainingError(
             f"out of memory with {size} images per device and micro-batch of {_network(config)}; "
             f"{min(largest_micro_batch(config, model, memory), size - 1)} are estimated to fit into {_gib(memory)}.\n"
-            f"Raise train.accumulation (the result stays the same but for rounding and batch normalisation), set "
+            f"Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch normalisation), set "
             f"train.global_batch_size=auto, or take a smaller variant or resolution. TensorFlow says: {error.message.splitlines()[0][:200]}"
         ) from None
 
@@ -132,7 +136,7 @@ def check_batch(config: Config, runtime: Runtime) -> None:
         ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut would go through a
             group of images that are mixed with each other.
     """
-    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.accumulation
+    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.gradient_accumulation_steps
     if batch % (replicas * accumulation):
         raise ConfigError(
             f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "

@@ -20,17 +20,17 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.config.train import Skip
+from pipeline.config.train import SkipNanSteps
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import TrainingError
 from pipeline.training import checkpoint
-from pipeline.training.state import State
+from pipeline.training.state import TrainState
 
-MOST_ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 ADVICE = "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
 
 
-def give_up(state: State, further: str = "") -> NoReturn:
+def raise_nan_error(state: TrainState, further: str = "") -> NoReturn:
     """Ends the run.
 
     Args:
@@ -43,12 +43,12 @@ def give_up(state: State, further: str = "") -> NoReturn:
     raise TrainingError(f"{_finding(state)} {ADVICE}{further}")
 
 
-def learning_rate_factor(state: State) -> float:
+def learning_rate_factor(state: TrainState) -> float:
     """What the rollbacks so far leave of the learning rate."""
     return 0.5**state.rollbacks
 
 
-class NotFinitePolicy:
+class NanPolicy:
     """Does what the config says."""
 
     def __init__(
@@ -81,12 +81,12 @@ class NotFinitePolicy:
         )
         self._training_stream, self._say = training_stream, say
 
-    def prepare(self, state: State) -> None:
+    def prepare(self, state: TrainState) -> None:
         """Sees to it that there is something to go back to in the first epoch, too."""
         if self._policy == "rollback" and state.step == 0 and self._processes.is_chief:
             checkpoint.write(state, checkpoint.checkpoint_path(self._checkpoints, 0), self._identity)
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: TrainState) -> None:
         """Leaves the state where the run should go on.
 
         Args:
@@ -96,12 +96,12 @@ class NotFinitePolicy:
             TrainingError: If the run should not go on.
         """
         where = self._save(state)
-        if isinstance(self._policy, Skip) and len(state.skipped) < self._policy.skip:
+        if isinstance(self._policy, SkipNanSteps) and len(state.skipped) < self._policy.skip:
             self._say(
                 f"{_finding(state)} Passed over, {len(state.skipped) + 1} of {self._policy.skip} times at most. {where}"
             )
             state.skipped.append(state.step)
-        elif self._policy == "rollback" and state.rollbacks < MOST_ROLLBACKS:
+        elif self._policy == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             self._roll_back(state, where)
         else:
             spent = {"stop": "", "rollback": f"\nThe run went back {state.rollbacks} times already."}
@@ -110,25 +110,27 @@ class NotFinitePolicy:
                 if isinstance(self._policy, str)
                 else f"\n{len(state.skipped)} steps were passed over already."
             )
-            give_up(
+            raise_nan_error(
                 state,
                 f"{further}\n{where} Go on with --resume and --allow-change of what you change, or with another train.on_nan.",
             )
 
-    def _roll_back(self, state: State, where: str) -> None:
+    def _roll_back(self, state: TrainState, where: str) -> None:
         finding, rollbacks, changes = _finding(state), state.rollbacks + 1, state.changes
         start = checkpoint.checkpoint_path(self._checkpoints, state.epoch_start)
-        problem = checkpoint.problem(start) if self._processes.is_chief else None
-        if self._processes.any(problem is not None):
-            give_up(state, f"\n{where} The run cannot go back to {start}: {problem or 'the first process says why'}.")
+        problem = checkpoint.verify_checkpoint(start) if self._processes.is_chief else None
+        if self._processes.any_process(problem is not None):
+            raise_nan_error(
+                state, f"\n{where} The run cannot go back to {start}: {problem or 'the first process says why'}."
+            )
         checkpoint.restore(state, start, self._processes)
         if self._processes.is_chief:
-            checkpoint.remove_behind(self._checkpoints, state.step)
+            checkpoint.delete_checkpoints_after(self._checkpoints, state.step)
         state.rollbacks, state.changes = rollbacks, changes  # what the checkpoint is too old to know
-        times = f"{rollbacks} of {MOST_ROLLBACKS} times at most"
+        times = f"{rollbacks} of {MAX_ROLLBACKS} times at most"
         self._say(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
 
-    def _save(self, state: State) -> str:
+    def _save(self, state: TrainState) -> str:
         """Saves the batch and the state; returns a sentence for the user."""
         if not self._processes.is_chief:
             return "The first process saves its batch and the state in front of it."
@@ -150,5 +152,5 @@ class NotFinitePolicy:
         return f"Its batch and the state in front of it are in {folder}."
 
 
-def _finding(state: State) -> str:
+def _finding(state: TrainState) -> str:
     return f"the loss or its gradient is not finite in step {state.step + 1}; nothing of that step was applied."

@@ -80,7 +80,7 @@ class Adam(keras.optimizers.Adam):
             grad=gradient,
         )
 
-    def advance(self, variables: Sequence[keras.Variable]) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    def bias_correction(self, variables: Sequence[keras.Variable]) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """Counts the update of `variables` that follows.
 
         Returns:
@@ -112,7 +112,7 @@ def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]
     return optimizer
 
 
-def decayed(variable: keras.Variable) -> bool:
+def uses_weight_decay(variable: keras.Variable) -> bool:
     """Whether weight decay reaches a variable: all trainable ones but batch normalisation's, as in the official code."""
     return variable.name not in ("gamma", "beta")
 
@@ -143,7 +143,7 @@ def learning_rate(
     return at
 
 
-class MovingAverage:
+class ModelEMA:
     """Exponential moving average of a network's weights and of its batch normalisation statistics.
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage does with `num_updates` in the
@@ -171,16 +171,16 @@ class MovingAverage:
             for variable in self.averaged
         ]
 
-    def follow(self, variables: Iterable[keras.Variable]) -> None:
+    def track(self, variables: Iterable[keras.Variable]) -> None:
         """Says that these change from now on, beside those named before."""
         self._followed |= {id(variable) for variable in variables}
 
-    def follow_those_apart(self) -> None:
+    def track_restored(self) -> None:
         """The same for every variable that is not its own average, once values from elsewhere have been put in."""
         pairs = zip(self.averaged, self.variables, strict=True)
-        self.follow(variable for variable, average in pairs if not np.array_equal(variable.numpy(), average.numpy()))
+        self.track(variable for variable, average in pairs if not np.array_equal(variable.numpy(), average.numpy()))
 
-    def follows_any(self, variables: Iterable[keras.Variable]) -> bool:
+    def tracks_any(self, variables: Iterable[keras.Variable]) -> bool:
         """Whether the average of one of these may differ from it."""
         return any(id(variable) in self._followed for variable in variables)
 
@@ -208,7 +208,7 @@ class MovingAverage:
             strategy.extended.update(average, update, args=(variable.value,), group=False)
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The network holds the averages inside the block and its own values again after it."""
         pairs = self._pairs()
         kept = [variable.numpy() for variable, _ in pairs]

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.config.train import StageConfig
-from pipeline.console import Screen
-from pipeline.training.callbacks import Hook
+from pipeline.console import Console
+from pipeline.training.callbacks import Callback
 
 
-class ProgressLine(Hook):
+class ProgressBar(Callback):
     """Shows a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
 
     def __init__(
-        self, screen: Screen, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
+        self, screen: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
     ) -> None:
         """Prepares the line.
 
@@ -44,7 +44,7 @@ class ProgressLine(Hook):
         )
         self._rate = Throughput()
 
-    def __enter__(self) -> "ProgressLine":
+    def __enter__(self) -> "ProgressBar":
         if self._screen.console.is_terminal:
             self._progress.start()
         return self
@@ -60,11 +60,11 @@ class ProgressLine(Hook):
         figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
         self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, figures=figures)
 
-    def on_first_step(self, stage: StageConfig, seconds: float) -> None:
+    def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
         """Says what the run waited for."""
-        self._screen.say(f"first step {duration(seconds)}, tracing and compilation included")
+        self._screen.print(f"first step {duration(seconds)}, tracing and compilation included")
 
-    def on_epoch(self, record: Mapping[str, float]) -> None:
+    def on_epoch_end(self, record: Mapping[str, float]) -> None:
         """Leaves a line for the epoch."""
         step = int(record["step"])
         text = f"epoch {record['epoch']:>3}/{self._epochs}  loss {record['train/loss']:.3f}  accuracy {record['train/accuracy']:.1%}"
@@ -75,12 +75,12 @@ class ProgressLine(Hook):
             text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (
                 f", {duration(left)} left" if step < self._total else ""
             )
-        self._screen.say(text)
+        self._screen.print(text)
         self._rate = Throughput()  # the next epoch may be another stage's, with another speed
 
-    def on_stage_left(self, epochs: int) -> None:
+    def on_early_stop(self, epochs: int) -> None:
         """Says so."""
-        self._screen.say(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
+        self._screen.print(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
 
 
 class Throughput:

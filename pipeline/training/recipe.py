@@ -10,11 +10,11 @@ from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ConfigError, nearest
+from pipeline.errors import ConfigError, suggest
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 
 HEAD_STEPS, MOST_HEAD_EPOCHS = 100, 20
-FEWEST_TO_FINE_TUNE = 500  # images: 243 photos of ants and bees got 94 to 95 % of 153 right fine-tuned, 96 to 97 % by the classifier alone
+MIN_IMAGES_TO_FINE_TUNE = 500  # images: 243 photos of ants and bees got 94 to 95 % of 153 right fine-tuned, 96 to 97 % by the classifier alone
 IMAGES_SEEN, FEWEST_EPOCHS, MOST_EPOCHS = 6_000, 5, 20  # while all is fine-tuned
 AVERAGED_SHARE = 0.15  # of the fine-tuning's steps, that the moving average reaches back over
 STEPS_FOR_STATISTICS = (
@@ -22,7 +22,9 @@ STEPS_FOR_STATISTICS = (
 )
 
 
-def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, before: Config | None = None) -> Config:
+def resolve_recipe(
+    config: Config, manifest: Manifest, new: Collection[str] = (), *, before: Config | None = None
+) -> Config:
     """Replaces `recipe: auto` by what it comes to for these data, and makes sure that they have what the config goes by.
 
     First the classifier alone, on pictures that are not augmented (their features are computed once, so its epochs are cheap), because a
@@ -44,9 +46,9 @@ def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, bef
     Raises:
         ConfigError: If the config goes by a validation split and there is none.
     """
-    if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best):
+    if not len(manifest.indices("val")) and (config.train.early_stopping or config.train.restore_best_weights):
         raise ConfigError(
-            "train.early_stopping and train.restore_best go by the validation split, and the data have none; give them one"
+            "train.early_stopping and train.restore_best_weights go by the validation split, and the data have none; give them one"
         )
     if config.recipe is None:
         return config
@@ -58,7 +60,7 @@ def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, bef
     head_epochs = min(math.ceil(HEAD_STEPS / per_epoch), MOST_HEAD_EPOCHS)
     epochs = min(max(round(IMAGES_SEEN / num_images), FEWEST_EPOCHS), MOST_EPOCHS)
     patched = any(block_of(name) < CLASSIFIER_BLOCK for name in new)
-    fine_tuned = num_images >= FEWEST_TO_FINE_TUNE or patched
+    fine_tuned = num_images >= MIN_IMAGES_TO_FINE_TUNE or patched
     steps = (epochs if fine_tuned else head_epochs) * per_epoch
     optimizer = OptimizerConfig(
         name="adamw",
@@ -66,9 +68,9 @@ def settle(config: Config, manifest: Manifest, new: Collection[str] = (), *, bef
         schedule="cosine",
         warmup_epochs=1.0,
         weight_decay=1e-4,
-        ema=round(min(max(1 - 1 / (AVERAGED_SHARE * steps), 0.9), 0.9999), 4),
+        ema_decay=round(min(max(1 - 1 / (AVERAGED_SHARE * steps), 0.9), 0.9999), 4),
     )
-    head = StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, augment=False)
+    head = StageConfig(epochs=head_epochs, trainable="head", base_lr=0.02, use_augmentation=False)
     whole = StageConfig(epochs=epochs, trainable="all", freeze_batch_norm=steps < STEPS_FOR_STATISTICS and not patched)
     stages = (whole,) if patched else (head, whole) if fine_tuned else (head,)
     return config.model_copy(
@@ -101,7 +103,7 @@ def class_weights(config: Config, class_names: Sequence[str], num_images: Sequen
         if unknown:
             raise ConfigError(
                 "\n".join(
-                    f"train.class_weights: {name!r} is none of the data's classes{nearest(name, class_names)}"
+                    f"train.class_weights: {name!r} is none of the data's classes{suggest(name, class_names)}"
                     for name in unknown
                 )
             )

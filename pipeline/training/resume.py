@@ -10,12 +10,12 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import RunError
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training import checkpoint
-from pipeline.training.compatibility import check_identity
-from pipeline.training.state import State
+from pipeline.training.compatibility import check_compatible
+from pipeline.training.state import TrainState
 
 
-def resume_newest(
-    state: State,
+def restore_latest(
+    state: TrainState,
     run: RunDirectory,
     identity: Mapping[str, Any],
     manifest: Manifest,
@@ -39,17 +39,17 @@ def resume_newest(
     """
 
     def choose() -> dict[str, bytes]:
-        newest, problems = checkpoint.newest_verified(run.checkpoints)
+        newest, problems = checkpoint.latest_valid_checkpoint(run.checkpoints)
         for problem in problems:
             say(f"passed over {problem}")
         if newest is None:
             raise RunError(f"{run.checkpoints}: holds no usable checkpoint to resume from; start a new run")
-        changes = check_identity(
+        changes = check_compatible(
             newest, identity, allowed, details={"data": differences(Manifest.load(run.manifest), manifest)}
         )
         return {"name": newest.name.encode(), "changes": json.dumps(changes).encode()}
 
-    chosen = processes.from_chief(choose)
+    chosen = processes.broadcast_from_chief(choose)
     newest: Path = run.checkpoints / chosen["name"].decode()
     checkpoint.restore(state, newest, processes)
     state.changes += json.loads(chosen["changes"])

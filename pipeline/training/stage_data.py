@@ -7,20 +7,20 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.console import Screen
-from pipeline.data.data_service import check_servers, served
+from pipeline.console import Console
+from pipeline.data.data_service import check_servers, from_data_service
 from pipeline.data.input_pipeline import evaluation_stream, feature_stream, steps_per_epoch, training_stream
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.distributed.devices import Runtime
 from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
 from pipeline.training.feature_cache import FeatureCache, are_constant, backbone_and_head
-from pipeline.training.state import State
-from pipeline.training.trainer import Interrupted, Stage, Work, plan
+from pipeline.training.state import TrainState
+from pipeline.training.trainer import StageInputs, TrainingInterrupted, TrainStage, build_schedule
 
 
-class Stages:
+class StageData:
     """Gives the training loop its batches and its validation: of pictures, or of a frozen backbone's features, computed once."""
 
     def __init__(
@@ -28,37 +28,37 @@ class Stages:
         config: Config,
         runtime: Runtime,
         manifest: Manifest,
-        source: Source,
-        state: State,
-        screen: Screen,
+        source: DataSource,
+        state: TrainState,
+        screen: Console,
         stop_requested: Callable[[], bool],
     ) -> None:
         """Takes all that a run is made from; reads nothing yet."""
         self._config, self._manifest, self._source, self._state = config, manifest, source, state
         self._screen, self._stop_requested = screen, stop_requested
         self._processes, self._share = runtime.processes, runtime.share
-        self._plan = plan(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
+        self._plan = build_schedule(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (
             Predictor(each, runtime.strategy) for each in (state.model, self._backbone)
         )
         self._features = FeatureCache(head, self._compute_features)
 
-    def work(self, stage: Stage) -> Work:
+    def for_stage(self, stage: TrainStage) -> StageInputs:
         """What a stage trains on. Features take the pictures' place where they are the same in every epoch."""
         config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
         constant = are_constant(config, so_far, len(manifest.indices("train")), self._features.width)
         average = self._state.average
-        if constant and (average is None or not average.follows_any(self._backbone.weights)):
+        if constant and (average is None or not average.tracks_any(self._backbone.weights)):
             rows = self._features.of("train")
-            return Work(
+            return StageInputs(
                 self._features.head,
                 lambda step: feature_stream(manifest, config, rows, start_step=step, share=self._share),
                 self._validate_head,
             )
         self._features.forget()
-        return Work(self._state.model, self.stream, self._validate)
+        return StageInputs(self._state.model, self.stream, self._validate)
 
     def stream(self, step: int) -> tf.data.Dataset:
         """This process's share of the stream from a step on, prepared here or by the servers that the config names."""
@@ -66,7 +66,7 @@ class Stages:
         if addresses is None:
             return self.pictures(step, share=self._share)
         check_servers(addresses)
-        return served(
+        return from_data_service(
             lambda server, of: self.pictures(
                 step, first=step + server, stride=of, share=self._share, workers=tf.data.AUTOTUNE
             ),
@@ -78,7 +78,7 @@ class Stages:
         stage = next(stage for stage in self._plan if step < stage.stop)
         start = step if first is None else first
         return training_stream(
-            self._manifest, self._source, self._config, start_step=start, augmented=stage.config.augment, **how
+            self._manifest, self._source, self._config, start_step=start, augmented=stage.config.use_augmentation, **how
         )
 
     def predict(self, split: str, **how: Any) -> Predictions:
@@ -113,13 +113,13 @@ class Stages:
         )
 
     def _compute_features(self, split: str) -> np.ndarray:
-        with self._screen.counting(f"computing the features of {split}, once") as count:
+        with self._screen.progress(f"computing the features of {split}, once") as count:
 
             def progress(done: int, of: int) -> None:
                 count(done, of)
-                if self._processes.any(
+                if self._processes.any_process(
                     self._stop_requested()
                 ):  # nothing is lost: a resume computes them anew in any case
-                    raise Interrupted
+                    raise TrainingInterrupted
 
             return self._feature_extractor(self._evaluated(split), progress=progress).logits

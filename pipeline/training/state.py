@@ -9,12 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.training.optimizers import MovingAverage
-from pipeline.training.train_step import Totals
+from pipeline.training.optimizers import ModelEMA
+from pipeline.training.train_step import MetricAccumulator
 
 
 @dataclass
-class State:
+class TrainState:
     """All that a run is at one point between two steps.
 
     Attributes:
@@ -32,8 +32,8 @@ class State:
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
-    average: MovingAverage | None
-    totals: Totals
+    average: ModelEMA | None
+    totals: MetricAccumulator
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] | None = None
@@ -48,7 +48,7 @@ class State:
 
     def averaged(self) -> AbstractContextManager[None]:
         """A block inside which the network holds the moving average, where the run keeps one."""
-        return nullcontext() if self.average is None else self.average.swapped_in()
+        return nullcontext() if self.average is None else self.average.applied()
 
     def describe_changes(self) -> list[str]:
         """A line for each of `changes`."""

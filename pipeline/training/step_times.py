@@ -13,14 +13,14 @@ from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 from pipeline.distributed.devices import Runtime, processor
 from pipeline.runs import run_directory
-from pipeline.training.callbacks import Hook
+from pipeline.training.callbacks import Callback
 from pipeline.training.feature_cache import is_augmented
 
 TIMED_STEPS = 20
 STEP = 2  # to be raised when a step is computed otherwise, so that older times do not count
 
 
-class StepTimes(Hook):
+class StepTimes(Callback):
     """Times the first step of a stage and the later ones, and notes both under XDG_CACHE_HOME."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
@@ -29,7 +29,7 @@ class StepTimes(Hook):
         self._stage: StageConfig | None = None
         self._start: tuple[int, float] | None = None
 
-    def on_first_step(self, stage: StageConfig, seconds: float) -> None:
+    def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
         """Waits for the later ones."""
         self._stage = stage if self._runtime.on_one_gpu and runs_the_backbone(self._config, stage) else None
         self._first, self._start = seconds, None
@@ -60,10 +60,10 @@ def runs_the_backbone(config: Config, stage: StageConfig) -> bool:
 def key(config: Config, runtime: Runtime, stage: StageConfig) -> str:
     """What the seconds of a step depend on; of the pictures, which it may have to wait for, a digest."""
     variant, train = config.variant, config.train
-    pictures = hashlib.sha256(repr((config.data, config.augment, stage.augment)).encode()).hexdigest()[:8]
+    pictures = hashlib.sha256(repr((config.data, config.augment, stage.use_augmentation)).encode()).hexdigest()[:8]
     return (
         f"step {STEP} on {processor()}, {variant.name} at {variant.resolution} px, {runtime.dtype}, {train.batch_size} images in "
-        f"{train.accumulation} micro-batches, training {stage.trainable}, pictures {pictures}"
+        f"{train.gradient_accumulation_steps} micro-batches, training {stage.trainable}, pictures {pictures}"
     )
 
 

@@ -9,12 +9,12 @@ import tensorflow as tf
 from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
-from pipeline.training.optimizers import Adam, MovingAverage, decayed
+from pipeline.training.optimizers import Adam, ModelEMA, uses_weight_decay
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
 
 
-class Totals:
+class MetricAccumulator:
     """Sums over the steps since the last reset, kept on the device so that reading them is the only wait for it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Totals:
             variable.assign(0.0)
 
 
-def moved_by_training(model: keras.Model) -> list[keras.Variable]:
+def mutable_variables(model: keras.Model) -> list[keras.Variable]:
     """The variables that a step changes: those that gradients reach, and the statistics and generators of layers that are not frozen."""
     return [
         *model.trainable_variables,
@@ -71,8 +71,8 @@ class TrainStep:
         self,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-        average: MovingAverage | None,
-        totals: Totals,
+        average: ModelEMA | None,
+        totals: MetricAccumulator,
         config: Config,
         runtime: Runtime,
         *,
@@ -100,17 +100,17 @@ class TrainStep:
         }
         self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
         self._class_weights = class_weights
-        self._moving = moved_by_training(model)[len(self._trainable) :]
+        self._moving = mutable_variables(model)[len(self._trainable) :]
         self._own_statistics = [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
         self._label_smoothing = config.train.label_smoothing
-        self._accumulation = config.train.accumulation
+        self._accumulation = config.train.gradient_accumulation_steps
         self._global_batch_size = config.train.batch_size
         self._weight_decay = [
-            config.optimizer.weight_decay if decayed(variable) else 0.0 for variable in self._trainable
+            config.optimizer.weight_decay if uses_weight_decay(variable) else 0.0 for variable in self._trainable
         ]
         self._decoupled = config.optimizer.name == "adamw"
         if average is not None:
-            average.follow(moved_by_training(model))
+            average.track(mutable_variables(model))
         self._compiled = tf.function(self._step, jit_compile=runtime.jit_compile, autograph=False)
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:

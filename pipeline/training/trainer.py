@@ -12,14 +12,14 @@ import tensorflow as tf
 
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
-from pipeline.data.data_service import watched
+from pipeline.data.data_service import with_watchdog
 from pipeline.distributed.devices import Runtime
 from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
-from pipeline.training.callbacks import Hook
-from pipeline.training.nan_policy import give_up, learning_rate_factor
+from pipeline.training.callbacks import Callback
+from pipeline.training.nan_policy import learning_rate_factor, raise_nan_error
 from pipeline.training.optimizers import learning_rate
-from pipeline.training.state import State
+from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
 
 REPORTS_PER_EPOCH = 20
@@ -28,7 +28,7 @@ STEPS_PER_DECISION = 10  # of several processes, which have to look at the same 
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainStage:
     """A stretch of steps with one set of trainable weights.
 
     Attributes:
@@ -47,7 +47,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Work:
+class StageInputs:
     """What a stage trains, and on what.
 
     Attributes:
@@ -62,19 +62,19 @@ class Work:
     validate: Callable[[], Mapping[str, float]]
 
 
-def plan(config: Config, steps_per_epoch: int) -> tuple[Stage, ...]:
+def build_schedule(config: Config, steps_per_epoch: int) -> tuple[TrainStage, ...]:
     """Turns epochs into steps, once."""
-    stages: list[Stage] = []
+    stages: list[TrainStage] = []
     for stage in config.train.stages:
         first = stages[-1].stop if stages else 0
         rate = learning_rate(
             config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch
         )
-        stages.append(Stage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
+        stages.append(TrainStage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
     return tuple(stages)
 
 
-def trains(stage: StageConfig, layer: keras.layers.Layer) -> bool:
+def is_layer_trainable(stage: StageConfig, layer: keras.layers.Layer) -> bool:
     """Whether a stage moves the weights of a layer, and the statistics of batch normalisation."""
     lowest = (
         {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
@@ -88,7 +88,7 @@ def trains(stage: StageConfig, layer: keras.layers.Layer) -> bool:
 def set_trainable(model: keras.Model, stage: StageConfig) -> None:
     """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
     for layer in model.layers:
-        layer.trainable = trains(stage, layer)
+        layer.trainable = is_layer_trainable(stage, layer)
 
 
 def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[StageConfig]) -> None:
@@ -102,7 +102,7 @@ def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[St
     Raises:
         ConfigError: No stage trains such a layer.
     """
-    stuck = [name for name in new if not any(trains(stage, model.get_layer(name)) for stage in stages)]
+    stuck = [name for name in new if not any(is_layer_trainable(stage, model.get_layer(name)) for stage in stages)]
     if stuck:
         named = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
         raise ConfigError(
@@ -111,7 +111,7 @@ def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[St
         )
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class TrainingInterrupted(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop and did so behind a whole step, its state handed to the hooks."""
 
 
@@ -123,9 +123,9 @@ class Trainer:
         config: Config,
         runtime: Runtime,
         steps_per_epoch: int,
-        hooks: Sequence[Hook],
+        hooks: Sequence[Callback],
         stop_requested: Callable[[], bool],
-        on_not_finite: Callable[[State], None] = give_up,
+        on_not_finite: Callable[[TrainState], None] = raise_nan_error,
         *,
         class_weights: np.ndarray | None = None,
     ) -> None:
@@ -144,14 +144,14 @@ class Trainer:
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
         self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
         self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
-        self.stages = plan(config, steps_per_epoch)
+        self.stages = build_schedule(config, steps_per_epoch)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.stages[-1].stop
 
-    def run(self, state: State, work: Callable[[Stage], Work]) -> list[dict[str, float]]:
+    def run(self, state: TrainState, work: Callable[[TrainStage], StageInputs]) -> list[dict[str, float]]:
         """Trains from `state.step` to the end of the last stage.
 
         Args:
@@ -163,25 +163,25 @@ class Trainer:
 
         Raises:
             TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
-            Interrupted: If a stop was requested.
+            TrainingInterrupted: If a stop was requested.
         """
         while state.step < self.total_steps:
             stage = next(stage for stage in self.stages if state.step < stage.stop)
-            if self._is_exhausted(stage, state.history):
+            if self._should_stop_early(stage, state.history):
                 for hook in self._hooks:
-                    hook.on_stage_left((stage.stop - state.step) // self._steps_per_epoch)
+                    hook.on_early_stop((stage.stop - state.step) // self._steps_per_epoch)
                 state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
                 continue
             set_trainable(state.model, stage.config)
             self._run_stage(stage, state, work(stage))
         return state.history
 
-    def _batches(self, work: Work, start: int) -> Iterator[Any]:
+    def _batches(self, work: StageInputs, start: int) -> Iterator[Any]:
         batches: Iterable[Any] = self._runtime.feed(work.stream(start))
         servers = self._config.runtime.data_service
-        return watched(batches, servers) if servers else iter(batches)
+        return with_watchdog(batches, servers) if servers else iter(batches)
 
-    def step_of(self, stage: Stage, state: State, model: keras.Model) -> TrainStep:
+    def make_train_step(self, stage: TrainStage, state: TrainState, model: keras.Model) -> TrainStep:
         """A step of a stage, what is trainable being settled. It moves the averages of what is followed by the time that it is compiled."""
         with self._runtime.strategy.scope():
             return TrainStep(
@@ -195,9 +195,9 @@ class Trainer:
                 class_weights=self._class_weights,
             )
 
-    def _run_stage(self, stage: Stage, state: State, work: Work) -> None:
-        train_step, warm = self.step_of(stage, state, work.model), False
-        left_out = state.step - self._counted(state)  # by early stopping of the stages before
+    def _run_stage(self, stage: TrainStage, state: TrainState, work: StageInputs) -> None:
+        train_step, warm = self.make_train_step(stage, state, work.model), False
+        left_out = state.step - self._applied_steps(state)  # by early stopping of the stages before
         shown = time.monotonic()
         batches = self._batches(work, state.step)
         while state.step < stage.stop:
@@ -209,16 +209,16 @@ class Trainer:
                     state.totals.read()  # waits for the device
                     seconds, warm = time.monotonic() - began, True
                     for hook in self._hooks:
-                        hook.on_first_step(stage.config, seconds)
+                        hook.on_compile_end(stage.config, seconds)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
             report = state.step % self._report_every == 0
             save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
-            if not (report or save or self._looks_up(state.step, shown)):
+            if not (report or save or self._should_sync(state.step, shown)):
                 continue  # without waiting for the device
             if bool(state.totals.halted.numpy()):
                 state.step = (
-                    self._counted(state) + left_out
+                    self._applied_steps(state) + left_out
                 )  # steps behind one that is not finite changed nothing, like it
                 state.totals.halted.assign(False)
                 self._on_not_finite(state)
@@ -231,25 +231,25 @@ class Trainer:
             for hook in self._hooks:
                 hook.on_progress(state.step, metrics)
                 if report:
-                    hook.on_step(state.step, metrics)
+                    hook.on_log(state.step, metrics)
             if epoch_ends:
                 self._end_epoch(state, metrics, work.validate)
-            stops = self._runtime.processes.any(self._stop_requested())
+            stops = self._runtime.processes.any_process(self._stop_requested())
             if save or stops:
                 for hook in self._hooks:
                     hook.on_checkpoint(state)
-                if stops or self._runtime.processes.any(self._stop_requested()):
-                    raise Interrupted
-            if epoch_ends and self._is_exhausted(stage, state.history):
+                if stops or self._runtime.processes.any_process(self._stop_requested()):
+                    raise TrainingInterrupted
+            if epoch_ends and self._should_stop_early(stage, state.history):
                 return
 
-    def _looks_up(self, step: int, shown: float) -> bool:
+    def _should_sync(self, step: int, shown: float) -> bool:
         """Whether to wait for the device behind a step: to show how far it is, or to stop."""
-        if self._runtime.processes.size > 1:
+        if self._runtime.processes.world_size > 1:
             return step % STEPS_PER_DECISION == 0
         return self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS
 
-    def _means(self, state: State, rate: float) -> dict[str, float]:
+    def _means(self, state: TrainState, rate: float) -> dict[str, float]:
         """The epoch's means so far."""
         sums = state.totals.read()
         images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
@@ -260,17 +260,17 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _counted(self, state: State) -> int:
+    def _applied_steps(self, state: TrainState) -> int:
         """Steps that were applied or passed over."""
         return int(state.optimizer.iterations.numpy()) + len(state.skipped)
 
     def _end_epoch(
-        self, state: State, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]
+        self, state: TrainState, metrics: Mapping[str, float], validate: Callable[[], Mapping[str, float]]
     ) -> None:
         with state.averaged():
             validation = validate()
-        if self._runtime.processes.size > 1:  # one process's rounding decides what is best and where a stage ends
-            told = self._runtime.processes.from_chief(
+        if self._runtime.processes.world_size > 1:  # one process's rounding decides what is best and where a stage ends
+            told = self._runtime.processes.broadcast_from_chief(
                 lambda: {"metrics": json.dumps({**metrics, **validation}).encode()}
             )
             metrics, validation = json.loads(told["metrics"]), {}
@@ -280,14 +280,14 @@ class Trainer:
             state.best = record
         state.totals.reset()
         for hook in self._hooks:
-            hook.on_epoch(record)
+            hook.on_epoch_end(record)
 
     def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:
         key = f"val/{self._config.train.best_metric}"
         sign = -1 if self._config.train.best_metric == "loss" else 1
         return key in record and (best is None or sign * (record[key] - best[key]) > by)
 
-    def _is_exhausted(self, stage: Stage, history: Sequence[Mapping[str, float]]) -> bool:
+    def _should_stop_early(self, stage: TrainStage, history: Sequence[Mapping[str, float]]) -> bool:
         """Whether early stopping leaves the stage: a function of the history, so that a run that is resumed or goes back decides alike."""
         rule, best, waited = self._config.train.early_stopping, None, 0
         if rule is None:

@@ -12,11 +12,11 @@ import keras
 
 from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime
-from pipeline.models.layers import leave_to_xla
-from pipeline.models.profile import cost
+from pipeline.models.layers import disable_fused_layers
+from pipeline.models.profile import profile_model
 from pipeline.training import step_times
 from pipeline.training.progress import duration
-from pipeline.training.trainer import Stage
+from pipeline.training.trainer import TrainStage
 
 # Estimates are scaled from B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores; without XLA, batch normalisation
 # alone was fused.
@@ -30,8 +30,8 @@ def seconds_saved(steps: int, *, plain: float, compiled: float, compilation: flo
     return steps * (plain - compiled) - compilation
 
 
-def settle_xla(
-    config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[Stage], *, before: Config | None = None
+def resolve_xla(
+    config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[TrainStage], *, before: Config | None = None
 ) -> tuple[Config, Runtime, str]:
     """Replaces `runtime.xla: auto` by a decision. Where that is to compile, `model` leaves to XLA what it else fuses itself.
 
@@ -54,15 +54,15 @@ def settle_xla(
     elif runtime.jit_compile is None:
         chosen, reason = _weigh(config, runtime, model, stages)
     if chosen:
-        leave_to_xla(model)
+        disable_fused_layers(model)
     settled = config.model_copy(update={"runtime": config.runtime.model_copy(update={"xla": chosen})})
     return settled, replace(runtime, jit_compile=chosen), reason
 
 
-def _weigh(config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[Stage]) -> tuple[bool, str]:
+def _weigh(config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[TrainStage]) -> tuple[bool, str]:
     """The decision over the steps that go through the backbone, and its reason."""
     blocks = sum(isinstance(layer, keras.layers.DepthwiseConv2D) for layer in model.layers)
-    guess = config.train.batch_size * cost(model).flops / MULTIPLY_ADDS_PER_SECOND
+    guess = config.train.batch_size * profile_model(model).flops / MULTIPLY_ADDS_PER_SECOND
     noted, total, saved, measured = step_times.noted(), 0, 0.0, True
     for stage in stages:
         if not step_times.runs_the_backbone(config, stage.config):
@@ -70,7 +70,7 @@ def _weigh(config: Config, runtime: Runtime, model: keras.Model, stages: Sequenc
         seconds, steps = noted.get(step_times.key(config, runtime, stage.config), {}), stage.stop - stage.first
         plain = seconds.get("plain step") or (seconds["XLA step"] * GAIN if "XLA step" in seconds else guess)
         compiled = seconds.get("XLA step", plain / GAIN)
-        compilation = SECONDS_PER_BLOCK * blocks * config.train.accumulation
+        compilation = SECONDS_PER_BLOCK * blocks * config.train.gradient_accumulation_steps
         if "XLA first" in seconds:
             compilation = seconds["XLA first"] - seconds.get("plain first", 0.0)
         saved += seconds_saved(steps, plain=plain, compiled=compiled, compilation=compilation)

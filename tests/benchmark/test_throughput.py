@@ -15,9 +15,9 @@ from PIL import Image
 from pipeline.benchmark import keras_baseline as rival
 from pipeline.benchmark import keras_fit
 from pipeline.benchmark import throughput as bench
-from pipeline.benchmark.throughput import Bench, Clock, Figures
+from pipeline.benchmark.throughput import BenchmarkResult, ThroughputBenchmark, ThroughputTimer
 from pipeline.config.schema import Config
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.errors import ConfigError, RunError
 
 PROJECT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ TINY = "{width: 0.25, depth: 0.3, resolution: 32}"
 CROP_FLIP = ({"RandomResizedCrop": {"scale": [0.5, 1.0]}}, {"HorizontalFlip": {}})
 
 
-class Quiet(Screen):
+class Quiet(Console):
     """Leaves the test's own output alone."""
 
     def say(self, text: object = "", *, details: str | None = None) -> None:
@@ -57,7 +57,7 @@ def config(photos: Path, **sections: object) -> Config:
 def test_rounds_leave_out_the_compilation_and_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    clock, paused = Clock(), []
+    clock, paused = ThroughputTimer(), []
 
     def pause() -> None:
         paused.append(now[0])
@@ -75,7 +75,7 @@ def test_rounds_leave_out_the_compilation_and_the_pauses(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("step", "stream", "bound"), [(10.0, 30.0, "step"), (50.0, 20.0, "stream")])
 def test_the_slower_one_holds_training_back(step: float, stream: float, bound: str) -> None:
-    assert Figures(step, stream, 10.0, 1.0, 1.0, 1.0, {}, 0).bound == bound
+    assert BenchmarkResult(step, stream, 10.0, 1.0, 1.0, 1.0, {}, 0).bound == bound
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_the_command_times_step_stream_and_both_and_writes_them_down(photos: Pat
 
 @pytest.mark.slow
 def test_training_and_keras_are_timed_in_turns(photos: Path) -> None:
-    pairs = rival.against(Bench(config(photos), Quiet()), "keras-fit", seconds=0.3, pairs=2)
+    pairs = rival.run_keras_baseline(ThroughputBenchmark(config(photos), Quiet()), "keras-fit", seconds=0.3, pairs=2)
     assert len(pairs) == 2
     assert all(here > 0 and there > 0 for here, there in pairs)
 
@@ -120,11 +120,13 @@ def test_keras_steps_are_timed_without_files() -> None:
             "train": {"global_batch_size": 8, "stages": [{"epochs": 1}]},
         }
     )
-    measured = Bench(digits, Quiet())
+    measured = ThroughputBenchmark(digits, Quiet())
     with pytest.raises(ConfigError, match=r"take a config whose data\.source is folder or csv"):
-        rival.against(measured, "keras-fit", seconds=0.1, pairs=1)
+        rival.run_keras_baseline(measured, "keras-fit", seconds=0.1, pairs=1)
     assert (
-        statistics.median(here / there for here, there in rival.against(measured, "keras-step", seconds=0.3, pairs=1))
+        statistics.median(
+            here / there for here, there in rival.run_keras_baseline(measured, "keras-step", seconds=0.3, pairs=1)
+        )
         > 0
     )
 
@@ -136,7 +138,7 @@ def test_keras_steps_are_timed_without_files() -> None:
         {"augment": {"transforms": CROP_FLIP, "randaugment": {"num_ops": 2, "magnitude": 9}}},
         {"augment": {"transforms": [{"HorizontalFlip": {}}]}},
         {"augment": {"transforms": [CROP_FLIP[0], {"HorizontalFlip": {"p": 1.0}}]}},
-        {"train": {"global_batch_size": 8, "stages": [{"epochs": 1, "augment": False}]}},
+        {"train": {"global_batch_size": 8, "stages": [{"epochs": 1, "use_augmentation": False}]}},
     ],
 )
 def test_unequal_work_is_not_compared(photos: Path, changed: dict[str, object]) -> None:
@@ -186,14 +188,14 @@ def test_keras_is_fed_crops_of_the_files(photos: Path) -> None:
 
 
 def test_rates_are_medians_and_the_share_is_one_of_neighbours(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Bench.__new__(Bench)
+    measured = ThroughputBenchmark.__new__(ThroughputBenchmark)
     measured._screen = Quiet()
     steps, streams = iter([(9.0, 10.0), (0.1, 20.0), (0.1, 30.0)]), iter([(1.0, 90.0), (0.1, 15.0), (0.1, 90.0)])
     both = iter([9.9, 14.7, 29.1])
-    monkeypatch.setattr(Bench, "time_step", lambda self, seconds: next(steps))
-    monkeypatch.setattr(Bench, "time_stream", lambda self, seconds: next(streams))
-    monkeypatch.setattr(Bench, "train_for", lambda self, seconds: next(both))
-    monkeypatch.setattr(Bench, "time_parts", lambda self: {"read": 1.0})
+    monkeypatch.setattr(ThroughputBenchmark, "time_step", lambda self, seconds: next(steps))
+    monkeypatch.setattr(ThroughputBenchmark, "time_stream", lambda self, seconds: next(streams))
+    monkeypatch.setattr(ThroughputBenchmark, "train_for", lambda self, seconds: next(both))
+    monkeypatch.setattr(ThroughputBenchmark, "time_parts", lambda self: {"read": 1.0})
     figures = measured.measure(3.0)
     assert (figures.step, figures.stream, figures.training) == (20.0, 90.0, 14.7)
     assert figures.share == pytest.approx(0.98), "of 0.99, 0.98 and 0.97, each of the smaller one of its own round"
@@ -204,4 +206,4 @@ def test_a_stage_that_the_recipe_does_not_make_is_refused(photos: Path) -> None:
     small = {"variant": "lite0", "resolution": 32}
     auto = Config.model_validate({"recipe": "auto", "model": small, "data": {"source": "folder", "path": photos}})
     with pytest.raises(ConfigError, match=r"stage 2: train\.stages has the stages 1 to 1"):
-        Bench(auto, Quiet(), stage=2)
+        ThroughputBenchmark(auto, Quiet(), stage=2)

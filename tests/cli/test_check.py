@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from PIL import Image
 
 from pipeline.cli import check
@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def run(config: Path, *words: str) -> tuple[int, str]:
-    screen = FakeScreen()
+    screen = FakeConsole()
     return check.main(["--config", str(config), *words], screen), screen.said
 
 
@@ -55,7 +55,7 @@ def test_bad_files_end_with_2_unless_they_are_skipped(config: Path) -> None:
     assert code == 2
     assert "cat/cut.png: is a damaged PNG" in said
     assert "not usable: 1 of 21 pictures cannot be used" in said
-    code, said = run(config, "data.on_bad=skip")
+    code, said = run(config, "data.on_bad_image=skip")
     assert code == 0
     assert "1 of 21 pictures cannot be used and are left out: cat/cut.png: is a damaged PNG" in said
 
@@ -96,7 +96,7 @@ def test_data_that_cannot_be_learned_from_are_told_without_a_table(config: Path,
     for path in (config.parent / "photos/dog").iterdir():
         path.unlink()
     (config.parent / "photos/dog/bad.png").touch()
-    code, said = run(config, "data.on_bad=skip", "--json", str(tmp_path / "found.json"))
+    code, said = run(config, "data.on_bad_image=skip", "--json", str(tmp_path / "found.json"))
     assert code == 2
     assert "1 classes have no picture that can be used:\n           dog\n" in said
     assert json.loads((tmp_path / "found.json").read_text())["classes"] is None
@@ -121,7 +121,7 @@ def test_the_program_ends_with_its_code_and_without_a_traceback(config: Path) ->
     result = start("check", "--config", str(config))
     assert (result.returncode, result.stderr) == (2, "")
     assert "cat/empty.png: is empty" in result.stdout
-    result = start("check", "--config", str(config), "data.on_bad=perhaps")
+    result = start("check", "--config", str(config), "data.on_bad_image=perhaps")
     assert result.returncode == 2
-    assert "data.on_bad" in result.stderr
+    assert "data.on_bad_image" in result.stderr
     assert "Traceback" not in result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from PIL import Image
 
 from pipeline.cli import compare as program
@@ -20,8 +20,8 @@ from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import RunError, UserError
 from pipeline.evaluation import significance
-from pipeline.evaluation.compare import Measured, Pair, compare, read_measured
-from pipeline.evaluation.report.comparison_report import THUMBNAILS, Setting, comparison_page
+from pipeline.evaluation.compare import RunComparison, RunPredictions, compare, read_measured
+from pipeline.evaluation.report.comparison_report import THUMBNAILS, ConfigDiff, comparison_page
 from pipeline.evaluation.significance import bootstrap, exact_bounds, holm, mcnemar
 from pipeline.runs.run_directory import RunDirectory
 
@@ -68,13 +68,13 @@ def measured(
     right: Sequence[bool] | np.ndarray,
     groups: Sequence[int] | None = None,
     true_probability: np.ndarray | None = None,
-) -> Measured:
+) -> RunPredictions:
     right = np.array(right, bool)
     table = table_of(np.arange(len(right)) % 2, groups=groups)
-    return Measured(name, "test", predictions_of(table, right, true_probability), Manifest(CLASSES, table))
+    return RunPredictions(name, "test", predictions_of(table, right, true_probability), Manifest(CLASSES, table))
 
 
-def pair_of(only_a: int, only_b: int, both: int = 0) -> Pair:
+def pair_of(only_a: int, only_b: int, both: int = 0) -> RunComparison:
     a = [True] * only_a + [False] * only_b + [True] * both
     b = [False] * only_a + [True] * only_b + [True] * both
     [pair] = compare([measured("A", a), measured("B", b)])
@@ -136,7 +136,7 @@ def test_of_equally_good_runs_hardly_one_is_called_better(copies: int, monkeypat
     for _ in range(200):
         kind = rng.choice(3, 120, p=[0.05, 0.05, 0.9]).repeat(copies)
         said = (all_right.assign(predicted_class=np.where(kind == wrong, CLASSES[1], CLASSES[0])) for wrong in (1, 0))
-        [pair] = compare([Measured(name, "test", each, images) for name, each in zip("AB", said, strict=True)])
+        [pair] = compare([RunPredictions(name, "test", each, images) for name, each in zip("AB", said, strict=True)])
         called += pair.verdict == "better"
         by_image += pair.p_value < 0.05
     assert called <= 10, "5 % of 200; half of that is to be expected"
@@ -299,7 +299,7 @@ def two(tmp_path: Path, photos: Path) -> tuple[Path, Path]:
 
 
 def run(*words: str | Path) -> str:
-    screen = FakeScreen()
+    screen = FakeConsole()
     assert program.main([str(word) for word in words], screen) == 0
     return screen.said
 
@@ -365,7 +365,7 @@ def test_pictures_that_changed_or_are_gone_are_not_shown(two: tuple[Path, Path],
 
 def test_names_are_text_and_never_markup() -> None:
     a, b = measured("<i>A</i>", [False] * 40), measured("B&C", [True] * 40)
-    page = comparison_page([a, b], compare([a, b]), settings=[Setting("x", ("<u>", "1"))], histories={}, source=None)
+    page = comparison_page([a, b], compare([a, b]), settings=[ConfigDiff("x", ("<u>", "1"))], histories={}, source=None)
     assert not {"<b>bee", "<i>A", "<u>", "B&C"} & set(re.findall(r"<b>bee|<i>A|<u>|B&C", page))
     assert "&lt;b&gt;bee&lt;/b&gt;" in page
     assert "&lt;i&gt;A&lt;/i&gt;" in page

@@ -52,7 +52,7 @@ def test_help_is_instant(program: str, option: str) -> None:
         ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
         ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
         ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
-        (["serve", "--address", "here"], "write it like host1:5050"),
+        (["data-server", "--address", "here"], "write it like host1:5050"),
         (["pack", "--config", "configs/lite0_digits.yaml"], "--out says where the pack goes"),
         (["pack", "--verify", "tests", "--out", "x"], "--out says where the pack goes"),
         (["pack", "--verify", "tests"], "tests holds no finished pack"),

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import evaluate
-from pipeline.console import Screen
+from pipeline.console import Console
 
 PROJECT = Path(__file__).parents[2]
 LITE0 = ("--weights", "imagenet", "--variant", "lite0")
@@ -86,7 +86,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 def label(network: Any, paths: list[Path], *, output: Any = None, **arguments: Any) -> int:
     given = argparse.Namespace(**{"format": None, "out": None, "top": None} | arguments)
-    return evaluate.label(network, paths, given, output, Screen())
+    return evaluate.predict_images(network, paths, given, output, Console())
 
 
 def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> None:

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from PIL import Image
 
 from pipeline.cli import evaluate, export, train
@@ -37,11 +37,11 @@ augment:
     - RandomResizedCrop: {scale: [0.5, 1.0]}
     - HorizontalFlip
   mixup: 0.2
-optimizer: {base_lr: 0.5, warmup_epochs: 0.5, ema: 0.9}
+optimizer: {base_lr: 0.5, warmup_epochs: 0.5, ema_decay: 0.9}
 train:
   global_batch_size: 8
   stages: [{epochs: 1, trainable: block7}, {epochs: 3}]
-runtime: {input_workers: 2}
+runtime: {num_workers: 2}
 tracking: {experiment: test}
 """
 
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(folder: Path) -> tuple[Path, str, str]:
     """A run from beginning to end: its directory and what the screen showed."""
     code, out, err = run(
-        folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.register=colours"
+        folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.registered_model_name=colours"
     )
     assert code == 0, out + err
     return folder / "whole", out, err
@@ -233,7 +233,7 @@ def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(fi
     call(monkeypatch, directory.parent, evaluate, "--run", "whole")
     assert json.loads((directory / "evaluation/test/metrics.json").read_text())["accuracy"] == at_the_end
     assert (
-        export.main(["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)], FakeScreen())
+        export.main(["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)], FakeConsole())
         == 0
     )
     proofs = [entry["proof"] for entry in json.loads((tmp_path / "metadata.json").read_text())["formats"].values()]
@@ -327,11 +327,19 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finish
     assert code == 2, "without --resume nothing is overwritten"
     assert "holds an unfinished run; go on with it by --resume" in err
     code, out, err = run(
-        folder, "train.py", "--config", "config.yaml", "--run-dir", name, "--resume", "seed=43", "optimizer.ema=0.8"
+        folder,
+        "train.py",
+        "--config",
+        "config.yaml",
+        "--run-dir",
+        name,
+        "--resume",
+        "seed=43",
+        "optimizer.ema_decay=0.8",
     )
     assert code == 2, "another config is another run"
     assert "  seed: was 42, is 43" in err
-    assert "  optimizer.ema: was 0.9, is 0.8" in err
+    assert "  optimizer.ema_decay: was 0.9, is 0.8" in err
     code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", name, "--resume")
     assert code == 0, out + err
 
@@ -363,7 +371,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *ar
     """Runs a program in this process; returns what it said."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
-    screen = FakeScreen()
+    screen = FakeConsole()
     assert program.main(screen) == 0
     return screen.said
 
@@ -432,8 +440,8 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
             (tmp_path / "photos" / label / path.name).write_bytes(
                 path.read_bytes()[: 300 if path.name == "7.png" else None]
             )
-    config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad=skip"])
-    run, screen = run_directory.create(tmp_path / "run", "test"), FakeScreen()
+    config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad_image=skip"])
+    run, screen = run_directory.create(tmp_path / "run", "test"), FakeConsole()
     first = read_data(open_source(config.data), config, run, screen)
     assert len(first.table) == 46
     listed = pd.read_csv(run.left_out)
@@ -507,7 +515,7 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
       class_weights: {class 1: 2}
       best_metric: loss
       early_stopping: {patience: 2, min_delta: 20}
-      restore_best: true
+      restore_best_weights: true
     tracking: {experiment: test}
     """
     (directory.parent / "recipe.yaml").write_text(config)
@@ -566,6 +574,6 @@ def test_early_stopping_without_validation_pictures_is_refused(folder, tmp_path,
             *arguments,
             "--run-dir",
             str(tmp_path / "run"),
-            "train.restore_best=true",
+            "train.restore_best_weights=true",
             "train.global_batch_size=2",
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config.address import parse
+from pipeline.config.address import parse_address
 
 
 @pytest.mark.parametrize(
@@ -10,7 +10,7 @@ from pipeline.config.address import parse
     [("host1:5050", "host1", 5050), ("10.0.0.1:1", "10.0.0.1", 1), ("[fe80::1]:65535", "fe80::1", 65535)],
 )
 def test_an_address_is_a_host_and_a_port(address, host, port):
-    assert parse(address) == (host, port)
+    assert parse_address(address) == (host, port)
 
 
 @pytest.mark.parametrize(
@@ -18,4 +18,4 @@ def test_an_address_is_a_host_and_a_port(address, host, port):
 )
 def test_what_is_none_is_refused(address):
     with pytest.raises(ValueError, match="is no address; write it like host1:5050"):
-        parse(address)
+        parse_address(address)

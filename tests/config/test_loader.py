@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.config.train import Skip
+from pipeline.config.train import SkipNanSteps
 from pipeline.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -109,8 +109,8 @@ train:
         ("data: {source: digits}\nmodel: {weights: 'imagenet:b8'}\n", "not for 'b8'"),
         ("data: {source: digits}\nmodel: {weights: 'imagenet:lite0'}\n", "imagenet:lite0 and b0 do not go together"),
         (
-            "data: {source: digits}\ntrain: {global_batch_size: 10, accumulation: 4}\n",
-            "must be a multiple of accumulation",
+            "data: {source: digits}\ntrain: {global_batch_size: 10, gradient_accumulation_steps: 4}\n",
+            "must be a multiple of gradient_accumulation_steps",
         ),
         ("data: {source: digits}\naugment: {transforms: [CLAHE]}\n", "set backend: albumentations"),
         ("data: {source: digits}\naugment: {backend: albumentations, transforms: [ClAHE]}\n", "did you mean 'CLAHE'?"),
@@ -139,14 +139,18 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
     write(
         tmp_path / "base.yaml",
         MINIMAL
-        + "model: {variant: {phi: 1}, survival: 0.9, weights: null}\ntrain: {stages: [{epochs: 3}, {epochs: 4}]}\n",
+        + "model: {variant: {phi: 1}, drop_path_rate: 0.1, weights: null}\ntrain: {stages: [{epochs: 3}, {epochs: 4}]}\n",
     )
     child = write(
         tmp_path / "child.yaml",
         "extends: base.yaml\nmodel:\n  variant: {width: 1, depth: 1, resolution: 64}\ntrain:\n  stages: [{epochs: 5}]\n",
     )
     config = load_config(child)
-    assert (config.model.survival, config.variant.resolution, [stage.epochs for stage in config.train.stages]) == (
+    assert (
+        config.model.drop_path_rate,
+        config.variant.resolution,
+        [stage.epochs for stage in config.train.stages],
+    ) == (
         0.9,
         64,
         [5],
@@ -155,7 +159,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
 
 def test_a_mistake_in_an_extended_config_is_placed_in_its_own_file(tmp_path):
     base = write(tmp_path / "base.yaml", MINIMAL + "optimizer:\n  base_lrr: 1\n")
-    child = write(tmp_path / "child.yaml", "extends: base.yaml\noptimizer:\n  ema: 2\n")
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\noptimizer:\n  ema_decay: 2\n")
     found = mistakes(child)
     assert [line.split(": ")[0] for line in found] == [f"{child}:3", f"{base}:3"]
 
@@ -194,8 +198,8 @@ def test_overrides_that_cannot_be_applied_are_refused(tmp_path, override):
 
 
 def test_a_misspelt_section_in_an_override_is_blamed_on_the_override(tmp_path):
-    found = mistakes(write(tmp_path / "c.yaml", MINIMAL), ("modle.survival=0.5",))
-    assert found == ["command line: modle.survival=0.5: modle: unknown key; did you mean 'model'?"]
+    found = mistakes(write(tmp_path / "c.yaml", MINIMAL), ("modle.drop_path_rate=0.5",))
+    assert found == ["command line: modle.drop_path_rate=0.5: modle: unknown key; did you mean 'model'?"]
 
 
 def test_what_to_do_about_nan_is_a_word_or_a_number_of_steps(tmp_path):
@@ -203,7 +207,7 @@ def test_what_to_do_about_nan_is_a_word_or_a_number_of_steps(tmp_path):
     assert load_config(path).train.on_nan == "stop"
     assert load_config(path, ["train.on_nan=rollback"]).train.on_nan == "rollback"
     loaded = load_config(path, ["train.on_nan={skip: 3}"])
-    assert loaded.train.on_nan == Skip(skip=3)
+    assert loaded.train.on_nan == SkipNanSteps(skip=3)
     assert Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
     for wrong, message in (
         ("halt", "input should be 'stop' or 'rollback'; received 'halt'"),
@@ -239,7 +243,7 @@ def test_every_field_is_described():
                 "name",
                 "args",
                 "label_smoothing",
-                "keep_checkpoints",
+                "max_checkpoints",
             ):  # these say it all
                 assert field.description, f"{section.__name__}.{name}"
 

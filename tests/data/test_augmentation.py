@@ -291,7 +291,7 @@ def usable() -> list[str]:
         if isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform) and hasattr(kind, "InitSchema"):
             try:
                 args = {"p": 1.0} if "p" in kind.InitSchema.model_fields else {}
-                AlbumentationsTransforms((Transform(name=name, args=args),), SIDE).try_out(False)
+                AlbumentationsTransforms((Transform(name=name, args=args),), SIDE).validate_on_dummy_images(False)
             except (ConfigError, NotImplementedError):
                 continue
             names.append(name)

@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.data.data_service import check_servers, served, start_server, watched
+from pipeline.data.data_service import check_servers, from_data_service, start_server, with_watchdog
 from pipeline.data.input_pipeline import training_stream
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
-from pipeline.distributed.devices import Share
+from pipeline.distributed.devices import Shard
 from pipeline.errors import ConfigError, RunError, TrainingError
 
 PROJECT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def serve(address: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "serve", "--address", address]
+    command = [sys.executable, "-m", "pipeline", "data-server", "--address", address]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -70,9 +70,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("share", [Share(), Share(1, 2)], ids=["whole", "share"])
+@pytest.mark.parametrize("share", [Shard(), Shard(1, 2)], ids=["whole", "share"])
 def test_the_batches_of_servers_are_those_of_this_process(
-    servers: list[str], photos: Path, number: int, share: Share
+    servers: list[str], photos: Path, number: int, share: Shard
 ) -> None:
     config = Config.model_validate(
         {
@@ -95,7 +95,7 @@ def test_the_batches_of_servers_are_those_of_this_process(
             manifest, source, config, start_step=2 + server, stride=of, share=share, workers=tf.data.AUTOTUNE
         )
 
-    dataset = served(stream, servers[:number])
+    dataset = from_data_service(stream, servers[:number])
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
     here = training_stream(manifest, source, config, start_step=2, share=share).take(7).as_numpy_iterator()
     for one, other in zip(dataset.take(7).as_numpy_iterator(), here, strict=True):
@@ -111,7 +111,7 @@ def test_a_run_ends_where_a_server_is_gone() -> None:
         yield 1
         time.sleep(60)
 
-    batches = watched(stuck(), [address], patience=0.2)
+    batches = with_watchdog(stuck(), [address], patience=0.2)
     assert next(batches) == 1
     with pytest.raises(TrainingError, match=f"nothing answers at {address} .*; then go on with --resume"):
         next(batches)
@@ -122,7 +122,7 @@ def test_a_slow_server_is_waited_for(servers: list[str]) -> None:
         time.sleep(0.7)
         yield 1
 
-    assert next(watched(slow(), servers, patience=0.2)) == 1
+    assert next(with_watchdog(slow(), servers, patience=0.2)) == 1
 
 
 def test_what_goes_wrong_on_a_server_is_said() -> None:
@@ -130,7 +130,7 @@ def test_what_goes_wrong_on_a_server_is_said() -> None:
         yield 1
         raise tf.errors.NotFoundError(None, None, "no such file: a.jpg\nmore")
 
-    batches = watched(broken(), ["127.0.0.1:1"])
+    batches = with_watchdog(broken(), ["127.0.0.1:1"])
     assert next(batches) == 1
     with pytest.raises(
         TrainingError, match=r"a server of runtime.data_service failed \(no such file: a.jpg\); start the servers again"
@@ -139,14 +139,14 @@ def test_what_goes_wrong_on_a_server_is_said() -> None:
 
 
 def test_other_errors_and_an_end_come_through() -> None:
-    assert list(watched([1, 2], ["127.0.0.1:1"])) == [1, 2]
+    assert list(with_watchdog([1, 2], ["127.0.0.1:1"])) == [1, 2]
 
     def broken() -> Iterator[int]:
         yield 1
         raise ValueError("odd")
 
     with pytest.raises(ValueError, match="odd"):
-        list(watched(broken(), ["127.0.0.1:1"]))
+        list(with_watchdog(broken(), ["127.0.0.1:1"]))
 
 
 def test_a_server_that_is_not_there_is_named(servers: list[str]) -> None:

@@ -11,8 +11,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.index_batch import Rows, mapped_rows
-from pipeline.data.manifest import AT_ONCE, Manifest
+from pipeline.data.index_batch import IndexBatch, memory_mapped_table
+from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.errors import DataError
 
 KEYS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), min_size=1, max_size=20)
@@ -30,7 +30,7 @@ def manifest_of(keys: list[str]) -> Manifest:
     return Manifest(tuple("abcdefg"), pd.DataFrame(table))
 
 
-def check(manifest: Manifest, found: Rows, indices: np.ndarray) -> None:
+def check(manifest: Manifest, found: IndexBatch, indices: np.ndarray) -> None:
     table = manifest.table.iloc[indices]
     assert found.index.numpy().tolist() == indices.tolist()
     assert [key.decode() for key in found.key.numpy()] == table["key"].tolist()
@@ -44,14 +44,14 @@ def test_rows_are_those_of_the_manifest(keys: list[str], data: st.DataObject) ->
     manifest = manifest_of(keys)
     indices = np.array(data.draw(st.lists(st.integers(0, len(keys) - 1), min_size=1)), np.int64)
     places = np.array(data.draw(st.lists(st.integers(0, len(indices) - 1))), np.int64)
-    check(manifest, mapped_rows(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
+    check(manifest, memory_mapped_table(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
 
 
 def test_more_rows_than_are_written_at_once() -> None:
-    manifest = manifest_of([f"class/{number}.jpg" for number in range(AT_ONCE + 10)])
-    indices = np.arange(AT_ONCE + 5, dtype=np.int64)[::-1]
-    places = np.array([0, AT_ONCE - 1, AT_ONCE, AT_ONCE + 4])
-    check(manifest, mapped_rows(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
+    manifest = manifest_of([f"class/{number}.jpg" for number in range(CHUNK_ROWS + 10)])
+    indices = np.arange(CHUNK_ROWS + 5, dtype=np.int64)[::-1]
+    places = np.array([0, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 4])
+    check(manifest, memory_mapped_table(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
 
 
 def test_a_column_in_several_pieces() -> None:
@@ -61,14 +61,14 @@ def test_a_column_in_several_pieces() -> None:
     for some in (indices, np.arange(9)):
         check(
             Manifest(manifest.class_names, table),
-            mapped_rows(Manifest(manifest.class_names, table), some)(tf.range(len(some))),
+            memory_mapped_table(Manifest(manifest.class_names, table), some)(tf.range(len(some))),
             some,
         )
 
 
 def test_the_file_has_no_name_and_goes_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rows = mapped_rows(manifest_of(["a", "b"]), np.arange(2))
+    rows = memory_mapped_table(manifest_of(["a", "b"]), np.arange(2))
     assert not list(tmp_path.iterdir())
     assert mappings(tmp_path) == 2
     assert rows(tf.constant([1])).key.numpy().tolist() == [b"b"]
@@ -82,7 +82,7 @@ def test_no_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         DataError, match=r"not there: the table of 1 images cannot be written \(No such file or directory\); set TMPDIR"
     ):
-        mapped_rows(manifest_of(["a"]), np.zeros(1, np.int64))
+        memory_mapped_table(manifest_of(["a"]), np.zeros(1, np.int64))
 
 
 def mappings(folder: Path) -> int:

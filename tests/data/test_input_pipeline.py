@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.data.input_pipeline import evaluation_stream, steps_per_epoch, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocessing import preprocess
-from pipeline.distributed.devices import Share
+from pipeline.distributed.devices import Shard
 from pipeline.errors import DataError
 
 SIDE = 32
@@ -81,7 +81,7 @@ def config(
             "data": {"source": "digits"},
             "augment": {"backend": backend, "transforms": list(transforms or CROP_AND_FLIP), **augment},
             "train": {"global_batch_size": batch},
-            "runtime": {"input_workers": workers},
+            "runtime": {"num_workers": workers},
         }
     )
 
@@ -139,7 +139,7 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
     whole = take(training_stream(*data, settings), 4)
     for start in (0, 3):
         parts = [
-            take(training_stream(*data, settings, start_step=start, share=Share(n, shares)), 4 - start)
+            take(training_stream(*data, settings, start_step=start, share=Shard(n, shares)), 4 - start)
             for n in range(shares)
         ]
         joined = [
@@ -152,7 +152,7 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
 def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
     data, settings = make(21), config(batch=16, **augment)
     whole = take(training_stream(*data, settings), 8)
-    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, share=Share(1, 2)), 2) for n in range(3)]
+    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, share=Shard(1, 2)), 2) for n in range(3)]
     for n, part in enumerate(parts):
         assert_equal(part, [tuple(column[8:] for column in batch) for batch in whole[2 + n :: 3]])
 
@@ -166,7 +166,7 @@ def test_a_share_reads_only_its_own_images() -> None:
         return source.read(key.decode())
 
     source.encoded = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
-    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, share=Share(1, 4)), 8)
+    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, share=Shard(1, 4)), 8)
     seen = np.concatenate([index for *_, index in batches])
     ahead = 3 * 2 + 2  # batches of two that may wait ready, and what is on its way
     assert [int(key) for key in read[: len(seen)]] == seen.tolist()
@@ -178,7 +178,7 @@ def test_shares_of_an_evaluation_hold_every_image_exactly_once(shares: int) -> N
     data = make(21, test=13)
     whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
     parts = [
-        take(evaluation_stream(*data, config(), "test", batch_size=8, share=Share(n, shares)), 9) for n in range(shares)
+        take(evaluation_stream(*data, config(), "test", batch_size=8, share=Shard(n, shares)), 9) for n in range(shares)
     ]
     joined = [
         tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)

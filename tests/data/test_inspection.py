@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.inspection import FORMATS, Header, Trait, inspect, inspect_all, read_header
+from pipeline.data.inspection import FORMATS, ImageFlag, ImageHeader, inspect, inspect_all, read_header
 from pipeline.data.preprocessing import decode, decode_jpeg
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources.base import Sample
@@ -66,9 +66,9 @@ def test_16_bits_keep_their_upper_8_and_are_not_clipped(colour: int, channels: i
     wanted = (deep >> 8).astype(np.uint8)[..., : 3 if channels > 2 else 1]
     np.testing.assert_array_equal(decoded(file), np.broadcast_to(wanted, (45, 70, 3)))
     header = read_header(file)
-    assert isinstance(header, Header)
-    assert header.traits == Trait.DEEP | (Trait.GREY if channels < 3 else 0) | (
-        Trait.TRANSPARENT if channels in (2, 4) else 0
+    assert isinstance(header, ImageHeader)
+    assert header.traits == ImageFlag.DEEP | (ImageFlag.GREY if channels < 3 else 0) | (
+        ImageFlag.TRANSPARENT if channels in (2, 4) else 0
     )
 
 
@@ -85,7 +85,7 @@ def test_cmyk_becomes_the_rgb_that_pillow_shows() -> None:
     file = encode(inks, "JPEG", quality=98)
     shown = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
     assert np.abs(decoded(file) - shown).max() <= 1
-    assert inspect(file)["traits"] == Trait.CMYK
+    assert inspect(file)["traits"] == ImageFlag.CMYK
 
 
 @pytest.mark.parametrize("options", [{}, {"transparency": 3}, {"bits": 4}], ids=["256", "transparent", "16"])
@@ -93,7 +93,7 @@ def test_palettes_are_looked_up(options: dict[str, int]) -> None:
     picture = Image.fromarray(smooth(45, 70)).quantize(13 if "bits" in options else 200)
     file = encode(picture, **options)
     np.testing.assert_array_equal(decoded(file), np.asarray(picture.convert("RGB")))
-    assert inspect(file)["traits"] == Trait.PALETTE | (Trait.TRANSPARENT if "transparency" in options else 0)
+    assert inspect(file)["traits"] == ImageFlag.PALETTE | (ImageFlag.TRANSPARENT if "transparency" in options else 0)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -102,7 +102,7 @@ def test_under_transparency_lies_what_the_file_holds_there(mode: str) -> None:
     colours[:20, :, -1] = 0
     file = encode(Image.fromarray(colours))
     np.testing.assert_array_equal(decoded(file), np.broadcast_to(colours[..., :-1], (45, 70, 3)))
-    assert inspect(file)["traits"] & Trait.TRANSPARENT
+    assert inspect(file)["traits"] & ImageFlag.TRANSPARENT
 
 
 def test_a_bmp_with_a_palette_is_refused_and_a_grey_one_is_not() -> None:
@@ -118,7 +118,7 @@ def test_animations_give_their_first_picture_but_for_webp_which_would_end_the_pr
     for kind in ("GIF", "PNG"):
         file = encode(frames[0], kind, save_all=True, append_images=frames[1:])
         np.testing.assert_array_equal(decoded(file), np.asarray(frames[0].convert("RGB")))
-        assert inspect(file)["traits"] & Trait.ANIMATED
+        assert inspect(file)["traits"] & ImageFlag.ANIMATED
     moving = encode(
         frames[0].convert("RGB"), "WEBP", save_all=True, append_images=[frame.convert("RGB") for frame in frames[1:]]
     )

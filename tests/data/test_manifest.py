@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.data import DataConfig
-from pipeline.data.manifest import LeftOut, Manifest
+from pipeline.data.manifest import Manifest, SkippedImage
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.errors import DataError
@@ -33,7 +33,7 @@ def test_every_index_is_in_one_split_and_counts_agree(digits):
 
 
 def test_a_saved_manifest_comes_back_equal(tmp_path, digits):
-    noted = Manifest(digits.class_names, digits.table, ("a note",), (LeftOut("x.jpg", "is empty"),))
+    noted = Manifest(digits.class_names, digits.table, ("a note",), (SkippedImage("x.jpg", "is empty"),))
     noted.save(tmp_path / "manifest.parquet")
     loaded = Manifest.load(tmp_path / "manifest.parquet")
     assert (loaded.class_names, loaded.notes, loaded.left_out) == (noted.class_names, noted.notes, noted.left_out)
@@ -68,12 +68,12 @@ def test_the_digest_is_that_of_whole_columns(digits, monkeypatch):
         *(digits.table[name].tolist() for name in ("key", "label", "split", "sha256")),
     ):
         whole.update(json.dumps(column).encode())
-    monkeypatch.setattr("pipeline.data.manifest.AT_ONCE", 100)
+    monkeypatch.setattr("pipeline.data.manifest.CHUNK_ROWS", 100)
     assert digits.digest() == whole.hexdigest()
 
 
 def test_what_was_left_out_is_written_as_csv(digits, tmp_path):
-    left_out = (LeftOut('a, "b".jpg', "is empty"), LeftOut("c.jpg", "has the label 9; valid are 0 to 1"))
+    left_out = (SkippedImage('a, "b".jpg', "is empty"), SkippedImage("c.jpg", "has the label 9; valid are 0 to 1"))
     Manifest(digits.class_names, digits.table, (), left_out).write_left_out(tmp_path / "report" / "left_out.csv")
     with (tmp_path / "report" / "left_out.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["path", "problem"], *map(list, left_out)]

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.input_pipeline import evaluation_stream
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.evaluation.predict import predict_files
@@ -45,7 +45,7 @@ def as_a_camera_stores_it(upright: Image.Image, kind: str, orientation: int) -> 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Source, Config]:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, DataSource, Config]:
     """One picture, 60 x 84, in three formats and eight orientations; in a/ as it is, in b/ with its colours inverted."""
     root = tmp_path_factory.mktemp("turned")
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,10 +29,10 @@ from pipeline.data import packing
 from pipeline.data.input_pipeline import training_stream
 from pipeline.data.inspection import inspect_all
 from pipeline.data.pack_inputs import SourceOrigin
-from pipeline.data.packing import Limit, pack
+from pipeline.data.packing import ShardLimit, pack
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources import pack as pack_module
-from pipeline.data.sources.base import Sample, Source, Status
+from pipeline.data.sources.base import DataSource, FileStat, Sample
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.files import FileSource
 from pipeline.data.sources.folder import open_folder
@@ -59,8 +59,8 @@ def fill(root: Path, count: int = 12, prefix: str = "") -> Path:
     return root
 
 
-def make(source: Source, folder: Path, pictures: int | None = 5) -> packing.Packed:
-    return pack(SourceOrigin(source), folder, Limit(float("inf"), pictures), lambda done, of: None)
+def make(source: DataSource, folder: Path, pictures: int | None = 5) -> packing.PackResult:
+    return pack(SourceOrigin(source), folder, ShardLimit(float("inf"), pictures), lambda done, of: None)
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -80,7 +80,7 @@ def config(photos: Path) -> Path:
 
 
 def run(*words: str | Path) -> tuple[int, str]:
-    screen = FakeScreen()
+    screen = FakeConsole()
     return main([str(word) for word in words], screen), screen.said
 
 
@@ -114,12 +114,19 @@ class InMemory:
 @given(
     st.lists(st.binary(max_size=200_000) | st.binary(max_size=3), min_size=1, max_size=12),
     st.sampled_from(
-        [Limit(1.0), Limit(100.0), Limit(1e5), Limit(float("inf")), Limit(float("inf"), 1), Limit(float("inf"), 4)]
+        [
+            ShardLimit(1.0),
+            ShardLimit(100.0),
+            ShardLimit(1e5),
+            ShardLimit(float("inf")),
+            ShardLimit(float("inf"), 1),
+            ShardLimit(float("inf"), 4),
+        ]
     ),
     st.booleans(),
 )
 def test_every_byte_comes_back_whatever_the_files_and_the_shards(
-    tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], limit: Limit, split: bool
+    tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], limit: ShardLimit, split: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("pack")
     source = InMemory(contents, ["train", "val", "test"] * len(contents) if split else None)
@@ -142,10 +149,10 @@ def test_a_pack_is_the_files_in_shards_with_an_index(photos: Path, tmp_path: Pat
     packed = open_pack(tmp_path / "pack")
     keys = [sample.key for sample in packed.samples()]
     assert keys == [sample.key for sample in source.samples()]
-    read = tf.data.Dataset.from_tensor_slices(keys).map(packed.encoded, num_parallel_calls=2)
+    read = tf.data.Dataset.from_tensor_slices(keys).map(packed.read_tf, num_parallel_calls=2)
     assert read.element_spec == tf.TensorSpec((), tf.string)
     assert list(read.as_numpy_iterator()) == [source.read(key) for key in keys]
-    assert packed.status(keys[3]).size == len(source.read(keys[3]))
+    assert packed.stat(keys[3]).size == len(source.read(keys[3]))
     with pytest.raises(DataError, match="holds no picture called cat/none"):
         packed.read("cat/none.jpg")
 
@@ -189,7 +196,7 @@ def test_starting_at_a_step_reads_nothing_of_what_lies_before(
                 "splits": {"train": 0.5, "val": 0.25, "test": 0.25},
             },
             "train": {"global_batch_size": 2},
-            "runtime": {"input_workers": 1},
+            "runtime": {"num_workers": 1},
         }
     )
     source = open_source(config.data)
@@ -368,7 +375,7 @@ def test_a_flipped_bit_is_found_by_reading_by_verifying_and_mended(config: Path,
         opened.read(key)
     assert opened.read(source.samples()[7].key) == source.read(source.samples()[7].key)
     with pytest.raises(tf.errors.OpError, match=where):
-        list(tf.data.Dataset.from_tensors(key).map(opened.encoded).as_numpy_iterator())
+        list(tf.data.Dataset.from_tensors(key).map(opened.read_tf).as_numpy_iterator())
     with pytest.raises(DataError, match=rf"(?s)1 things are damaged:\n  {where}"):
         run("--verify", tmp_path / "pack")
     with pytest.raises(DataError, match=rf"1 of 12 pictures cannot be used:\n  {key}: is damaged: record 1 of"):
@@ -438,7 +445,7 @@ def test_one_process_at_a_time_packs_into_a_folder(photos: Path, tmp_path: Path)
         yield from pictures(start, last)
 
     origin.pictures = again  # type: ignore[method-assign]
-    pack(origin, tmp_path / "pack", Limit(1e9), lambda done, of: None)
+    pack(origin, tmp_path / "pack", ShardLimit(1e9), lambda done, of: None)
     assert len(open_pack(tmp_path / "pack").samples()) == 12
 
 
@@ -507,11 +514,11 @@ def test_the_check_works_on_a_pack(photos: Path, tmp_path: Path) -> None:
     (photos / "cat/cut.png").write_bytes(encoded(7, "PNG")[:-60])
     make(open_folder(photos), tmp_path / "pack")
     (tmp_path / "pack.yaml").write_text(f"data: {{source: pack, path: {tmp_path / 'pack'}}}\n")
-    screen = FakeScreen()
+    screen = FakeConsole()
     assert check.main(["--config", str(tmp_path / "pack.yaml")], screen) == 2
     assert "cat/cut.png: is a damaged PNG" in screen.said
-    screen = FakeScreen()
-    assert check.main(["--config", str(tmp_path / "pack.yaml"), "data.on_bad=skip"], screen) == 0
+    screen = FakeConsole()
+    assert check.main(["--config", str(tmp_path / "pack.yaml"), "data.on_bad_image=skip"], screen) == 0
     assert "12 usable pictures" in screen.said
 
 
@@ -528,7 +535,7 @@ def test_a_status_is_the_same_as_long_as_the_contents_are(photos: Path, tmp_path
     make(open_folder(photos), tmp_path / "one", 5)
     make(open_folder(photos), tmp_path / "other", 2)
     one, other = open_pack(tmp_path / "one"), open_pack(tmp_path / "other")
-    statuses = {one.status(sample.key) for sample in one.samples()}
-    assert statuses == {other.status(sample.key) for sample in other.samples()}
+    statuses = {one.stat(sample.key) for sample in one.samples()}
+    assert statuses == {other.stat(sample.key) for sample in other.samples()}
     assert len(statuses) == 12
-    assert all(isinstance(status, Status) and -(2**63) <= status.version < 2**63 for status in statuses)
+    assert all(isinstance(status, FileStat) and -(2**63) <= status.version < 2**63 for status in statuses)

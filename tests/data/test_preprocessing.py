@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from pipeline.data.preprocessing import PADDING_GREY, decode, fit_square, preprocess, shrink_or_grow
+from pipeline.data.preprocessing import PADDING_GREY, decode, preprocess, resize_bilinear, resize_to_square
 
 
 def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -74,7 +74,7 @@ def marked(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(300, 500), (500, 300), (256, 256), (257, 300), (259, 300)])
 def test_crop_takes_the_centre_of_side_r_over_r_plus_32(height: int, width: int) -> None:
-    square = fit_square(marked(height, width), 96, "crop").numpy().astype(float)
+    square = resize_to_square(marked(height, width), 96, "crop").numpy().astype(float)
     side = round(min(height, width) * 96 / 128)
     for axis, length in enumerate((height, width)):
         start = (length - side + 1) // 2
@@ -93,13 +93,13 @@ def test_crop_resamples_as_pillow_does(height: int, width: int) -> None:
     side = int(min(height, width) * 96 / 128 + 0.5)
     left, top = (width - side + 1) // 2, (height - side + 1) // 2
     expected = picture.crop((left, top, left + side, top + side)).resize((96, 96), Image.Resampling.BICUBIC)
-    apart = fit_square(np.asarray(picture), 96, "crop").numpy().astype(int) - np.asarray(expected)
+    apart = resize_to_square(np.asarray(picture), 96, "crop").numpy().astype(int) - np.asarray(expected)
     assert np.abs(apart).max() <= 1
     assert np.abs(apart).mean() < 0.3
 
 
 def test_squash_keeps_every_corner() -> None:
-    square = fit_square(marked(90, 40), 64, "squash").numpy()
+    square = resize_to_square(marked(90, 40), 64, "squash").numpy()
     np.testing.assert_allclose(
         square[[0, 0, -1, -1], [0, -1, 0, -1], :2], [[0, 0], [0, 250], [250, 0], [250, 250]], atol=3
     )
@@ -107,7 +107,7 @@ def test_squash_keeps_every_corner() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(40, 80), (80, 40)])
 def test_letterbox_keeps_the_aspect_and_pads_with_grey(height: int, width: int) -> None:
-    square = fit_square(np.full((height, width, 3), 250, np.uint8), 64, "letterbox").numpy()
+    square = resize_to_square(np.full((height, width, 3), 250, np.uint8), 64, "letterbox").numpy()
     square = square if height < width else square.transpose(1, 0, 2)
     assert (square[:16] == PADDING_GREY).all()
     assert (square[48:] == PADDING_GREY).all()
@@ -117,21 +117,25 @@ def test_letterbox_keeps_the_aspect_and_pads_with_grey(height: int, width: int) 
 def test_slivers_survive_every_resize() -> None:
     for resize in ("crop", "squash", "letterbox"):
         for shape in ((1, 400, 3), (400, 1, 3), (1, 1, 3)):
-            assert fit_square(np.full(shape, 7, np.uint8), 32, resize).shape == (32, 32, 3)
+            assert resize_to_square(np.full(shape, 7, np.uint8), 32, resize).shape == (32, 32, 3)
 
 
 def test_shrinking_does_not_alias() -> None:
     stripes = np.zeros((300, 300, 3), np.uint8)
     stripes[:, ::2] = 255
     assert np.ptp(tf.image.resize(stripes, (64, 64), "bicubic").numpy()) > 200  # what it would be without the filter
-    for shrunk in (shrink_or_grow(stripes, 64), fit_square(stripes, 64, "squash"), fit_square(stripes, 64, "crop")):
+    for shrunk in (
+        resize_bilinear(stripes, 64),
+        resize_to_square(stripes, 64, "squash"),
+        resize_to_square(stripes, 64, "crop"),
+    ):
         assert np.ptp(shrunk.numpy()[:, 8:-8].astype(int)) < 32
 
 
 def test_overshoot_is_clipped_not_wrapped() -> None:
     edge = np.zeros((40, 40, 3), np.uint8)
     edge[:, 20:] = 255
-    square = fit_square(edge, 64, "squash").numpy()[:, :, 0].astype(int)
+    square = resize_to_square(edge, 64, "squash").numpy()[:, :, 0].astype(int)
     assert (np.diff(square, axis=1) >= -3).all()
 
 
@@ -141,4 +145,4 @@ def test_preprocess_is_decode_then_fit_and_runs_in_a_graph(picture: np.ndarray) 
         lambda f, o: preprocess(f, o, resolution=48, resize="letterbox")
     )
     assert mapped.element_spec == tf.TensorSpec((48, 48, 3), tf.uint8)
-    np.testing.assert_array_equal(next(iter(mapped)), fit_square(np.rot90(picture, -1), 48, "letterbox"))
+    np.testing.assert_array_equal(next(iter(mapped)), resize_to_square(np.rot90(picture, -1), 48, "letterbox"))

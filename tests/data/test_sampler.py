@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from pipeline.data.sampler import positions, shuffled
-from pipeline.distributed.devices import Share
+from pipeline.distributed.devices import Shard
 
 
 def orders(count: int, seed: int, passes: int, first: int = 0) -> np.ndarray:
@@ -76,11 +76,11 @@ def test_many_images_are_in_an_order_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start_step", "stride", "share"), [(0, 1, Share()), (1000, 3, Share(1, 4)), (10**12, 1, Share(7, 8))]
+    ("start_step", "stride", "share"), [(0, 1, Shard()), (1000, 3, Shard(1, 4)), (10**12, 1, Shard(7, 8))]
 )
-def test_positions_are_those_of_the_shares_of_the_steps(start_step: int, stride: int, share: Share) -> None:
-    batch_size, part = 24, 24 // share.of
+def test_positions_are_those_of_the_shares_of_the_steps(start_step: int, stride: int, share: Shard) -> None:
+    batch_size, part = 24, 24 // share.count
     dealt = positions(batch_size, share, start_step=start_step, stride=stride).unbatch().batch(part)
     for number, batch in enumerate(islice(dealt.as_numpy_iterator(), 200)):
-        first = (start_step + number * stride) * batch_size + share.number * part
+        first = (start_step + number * stride) * batch_size + share.index * part
         assert batch.tolist() == list(range(first, first + part))

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.config.data import DataConfig
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.tfds import unreachable
 from pipeline.errors import DataError
@@ -30,18 +30,18 @@ def write(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def folder(path: Path) -> Source:
+def folder(path: Path) -> DataSource:
     return open_source(DataConfig(source="folder", path=path))
 
 
-def csv_file(path: Path, text: str) -> Source:
+def csv_file(path: Path, text: str) -> DataSource:
     path.write_text(text)
     return open_source(DataConfig(source="csv", path=path))
 
 
-def graph_reads_the_same(source: Source) -> bool:
+def graph_reads_the_same(source: DataSource) -> bool:
     keys = [sample.key for sample in source.samples()]
-    read = tf.data.Dataset.from_tensor_slices(keys).map(source.encoded, num_parallel_calls=2)
+    read = tf.data.Dataset.from_tensor_slices(keys).map(source.read_tf, num_parallel_calls=2)
     assert read.element_spec == tf.TensorSpec((), tf.string)
     return list(read.as_numpy_iterator()) == [source.read(key) for key in keys]
 

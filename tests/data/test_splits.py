@@ -98,7 +98,7 @@ def test_time_grows_with_the_pictures_where_all_hashes_are_equal():
 
 
 def test_groups_do_not_depend_on_how_many_pairs_are_held_at_once(monkeypatch):
-    monkeypatch.setattr("pipeline.data.splits.MOST_EDGES", 3)
+    monkeypatch.setattr("pipeline.data.splits.MAX_EDGES", 3)
     pictures = [
         picture
         for seed in range(4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from PIL import Image
 
 from pipeline.cli.pack import main
@@ -56,7 +56,7 @@ def write(path: Path, records: Sequence[bytes]) -> Path:
 
 
 def run(*words: str | Path) -> str:
-    screen = FakeScreen()
+    screen = FakeConsole()
     assert main([str(word) for word in words], screen) == 0
     return screen.said
 

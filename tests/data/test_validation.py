@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import DataConfig, SplitsConfig
-from pipeline.data.manifest import LeftOut, Manifest, differences
+from pipeline.data.manifest import Manifest, SkippedImage, differences
 from pipeline.data.sources.base import Sample
 from pipeline.data.sources.catalog import open_source
-from pipeline.data.validation import Examination, Finding, examine, scan
+from pipeline.data.validation import Finding, ValidationReport, scan, validate
 from pipeline.errors import DataError
 
 
@@ -245,14 +245,14 @@ def test_bad_files_are_left_out_on_request_and_nothing_is_changed(tmp_path):
     bad = {"cat/cut.jpg": jpeg[: len(jpeg) // 2], "dog/000a.jpg": b"", "dog/zz.png": b"<html>"}
     config = write(tmp_path, good | bad)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
-    manifest = look(config.model_copy(update={"on_bad": "skip"}))
+    manifest = look(config.model_copy(update={"on_bad_image": "skip"}))
     assert manifest.table["key"].tolist() == sorted(good)
     assert [key for key, _ in manifest.left_out] == sorted(bad)
     assert dict(manifest.left_out)["dog/000a.jpg"] == "is empty"
     assert {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()
     } == before
-    with pytest.raises(DataError, match=r"(?s)3 of 23 pictures cannot be used.*data\.on_bad=skip"):
+    with pytest.raises(DataError, match=r"(?s)3 of 23 pictures cannot be used.*data\.on_bad_image=skip"):
         look(config)
     for path in bad:
         (tmp_path / path).unlink()
@@ -267,7 +267,7 @@ def test_a_class_that_loses_all_of_its_pictures_is_refused(tmp_path, suffix):
     }
     if suffix:
         files["test/cat/z.jpg"] = encoded(5555)
-    config = write(tmp_path, files).model_copy(update={"on_bad": "skip"})
+    config = write(tmp_path, files).model_copy(update={"on_bad_image": "skip"})
     with pytest.raises(DataError, match=r"1 classes have no picture that can be used:\n  emu"):
         look(config)
 
@@ -291,10 +291,14 @@ def test_labels_that_no_class_has_are_bad(monkeypatch):
     config = DataConfig(source="digits")
     with pytest.raises(DataError, match=r"1 of 4 pictures cannot be used:\n  2: has the label -1; valid are 0 to 1"):
         scan(Labels(), config, seed=0)
-    assert scan(Labels(), config.model_copy(update={"on_bad": "skip"}), seed=0).table["key"].tolist() == ["0", "1", "3"]
+    assert scan(Labels(), config.model_copy(update={"on_bad_image": "skip"}), seed=0).table["key"].tolist() == [
+        "0",
+        "1",
+        "3",
+    ]
 
 
-def kinds(examination: Examination) -> dict[str, list[Finding]]:
+def kinds(examination: ValidationReport) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
     for finding in examination.findings:
         found.setdefault(finding.kind, []).append(finding)
@@ -321,11 +325,11 @@ def test_one_examination_finds_everything_at_once(leaking, tmp_path):
             "train/emu/b.jpg": encoded(506),
         },
     )
-    examination = examine(open_source(leaking), leaking, seed=42)
+    examination = validate(open_source(leaking), leaking, seed=42)
     found = kinds(examination)
     assert [finding.kind for finding in examination.errors] == ["bad_files", "leaks"]
     assert found["bad_files"][0].items == ("train/dog/empty.jpg: is empty",)
-    assert examination.left_out == (LeftOut("train/dog/empty.jpg", "is empty"),)
+    assert examination.left_out == (SkippedImage("train/dog/empty.jpg", "is empty"),)
     assert found["identical_files"][0].items == ("train/dog/0.jpg = train/dog/copy.jpg",)
     assert found["aspects"][0].items == ("train/dog/long.jpg (20 x 200)",)
     assert {item for finding in found["traits"] for item in finding.items} == {

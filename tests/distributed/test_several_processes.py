@@ -18,7 +18,7 @@ from launcher import PROJECT, TRAIN_STEP
 from launching import LauncherProcess
 from PIL import Image
 
-from pipeline.distributed.cluster import Place, find_place
+from pipeline.distributed.cluster import ProcessInfo, cluster_from_tf_config
 from pipeline.errors import ConfigError, RunError
 
 CONFIG = """
@@ -27,13 +27,13 @@ data: {source: folder, path: PHOTOS, resize: squash, splits: {train: 0.6, val: 0
 augment:
   transforms: [{RandomResizedCrop: {scale: [0.5, 1.0]}}, HorizontalFlip]
   mixup: 0.2
-optimizer: {base_lr: 0.05, warmup_epochs: 0.5, ema: 0.9}
+optimizer: {base_lr: 0.05, warmup_epochs: 0.5, ema_decay: 0.9}
 train:
   global_batch_size: 16
   stages: [{epochs: 1, trainable: block7}, {epochs: 2}]
   checkpoint_every_steps: 1
-  keep_checkpoints: 100
-runtime: {precision: float32, input_workers: 2}
+  max_checkpoints: 100
+runtime: {precision: float32, num_workers: 2}
 tracking: {experiment: machines}
 """
 END = 9  # steps
@@ -49,27 +49,27 @@ def tf_config(task: tuple[str, int] = ("worker", 1), **cluster: Any) -> str:
 @pytest.mark.parametrize("strategy", ["auto", "multi_worker"])
 def test_tf_config_gives_a_process_its_place(monkeypatch, strategy):
     monkeypatch.setenv("TF_CONFIG", tf_config())
-    assert find_place(strategy) == Place(("a:1", "b:2"), 1)
+    assert cluster_from_tf_config(strategy) == ProcessInfo(("a:1", "b:2"), 1)
     monkeypatch.setenv("TF_CONFIG", tf_config(("worker", 0), chief=["c:1"], worker=["a:1", "b:2"]))
-    place = find_place(strategy)
-    assert place == Place(("c:1", "a:1", "b:2"), 1, has_chief=True)
+    place = cluster_from_tf_config(strategy)
+    assert place == ProcessInfo(("c:1", "a:1", "b:2"), 1, has_chief=True)
     assert [place.number_of("chief", 0), place.number_of("worker", 0), place.number_of("worker", 1)] == [0, 1, 2]
     assert not place.is_chief
     assert place.name() == "process 2 of 3 (a:1)"
     assert place.others() == "c:1, b:2"
 
 
-@pytest.mark.parametrize("strategy", ["one", "mirrored"])
+@pytest.mark.parametrize("strategy", ["single", "mirrored"])
 def test_a_run_of_one_process_does_not_care_for_tf_config(monkeypatch, strategy):
     monkeypatch.setenv("TF_CONFIG", tf_config())
-    assert find_place(strategy) is None
+    assert cluster_from_tf_config(strategy) is None
 
 
 def test_without_others_there_is_no_place(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    assert find_place("auto") is None
+    assert cluster_from_tf_config("auto") is None
     monkeypatch.setenv("TF_CONFIG", tf_config(("worker", 0), worker=["a:1"]))
-    assert find_place("auto") is None
+    assert cluster_from_tf_config("auto") is None
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ def test_without_others_there_is_no_place(monkeypatch):
 def test_a_tf_config_that_does_not_serve_is_refused_in_words(monkeypatch, text, message):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ConfigError, match=message):
-        find_place("multi_worker")
+        cluster_from_tf_config("multi_worker")
 
 
 def test_a_process_waits_for_the_first_one_and_says_so():
     with socket.create_server(("127.0.0.1", 0)) as server:
         said: list[str] = []
-        Place((f"127.0.0.1:{server.getsockname()[1]}", "b:2"), 1).wait_for_chief(said.append, timeout=20)
+        ProcessInfo((f"127.0.0.1:{server.getsockname()[1]}", "b:2"), 1).wait_for_chief(said.append, timeout=20)
         assert said == []
         port = server.getsockname()[1]
     with pytest.raises(RunError, match=rf"process 1 of 2 \(127.0.0.1:{port}\) cannot be reached after 1 s"):
-        Place((f"127.0.0.1:{port}", "b:2"), 1).wait_for_chief(said.append, timeout=1)
+        ProcessInfo((f"127.0.0.1:{port}", "b:2"), 1).wait_for_chief(said.append, timeout=1)
     assert said == [f"process 2 of 2 (b:2) waits for the first one at 127.0.0.1:{port}"]
 
 
@@ -191,7 +191,7 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 def test_devices_and_processes_train_as_one_device_does(machines):
     """At the same global batch, synchronised batch normalisation, dropout off: weights after five steps, and the images of each step."""
     first, _ = machines
-    plain = ["model.dropout=0", "model.survival=1", "train.global_batch_size=32", "train.stages=[{epochs: 5}]"]
+    plain = ["model.dropout=0", "model.drop_path_rate=0", "train.global_batch_size=32", "train.stages=[{epochs: 5}]"]
     for run, devices in (("one", 1), ("two", 2), ("four", 4)):
         first.start(run, *plain, f"runtime.strategy={'one' if devices == 1 else 'mirrored'}", devices=devices)
         assert first.ended() == 0, first.shown(run)

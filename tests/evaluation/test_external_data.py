@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from pipeline.data.pack_inputs import SourceOrigin
-from pipeline.data.packing import Limit, pack
+from pipeline.data.packing import ShardLimit, pack
 from pipeline.data.sources.files import FileSource
 from pipeline.data.sources.folder import open_folder
 from pipeline.errors import DataError, WeightsError
-from pipeline.evaluation.external_data import SPLIT, align, open_labelled, scan_labelled
+from pipeline.evaluation.external_data import SPLIT, align, open_external_data, scan_external_data
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
 from pipeline.models.weights.pretrained import imagenet_classes
 
@@ -91,42 +91,43 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("split", "count"), [(None, 5), ("test", 2)])
 def test_all_pictures_are_measured_or_those_of_one_split(photos: Path, split: str | None, count: int) -> None:
-    manifest = scan_labelled(*open_labelled(photos, split), lambda done, of: None)
+    manifest = scan_external_data(*open_external_data(photos, split), lambda done, of: None)
     assert len(manifest.indices(SPLIT)) == len(manifest.table) == count
     assert {Path(key).parent.name for key in manifest.table["key"]} == {"cat", "dog"}
 
 
 def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> None:
-    pack(SourceOrigin(open_folder(photos)), tmp_path / "pack", Limit(2**20, None), lambda done, of: None)
+    pack(SourceOrigin(open_folder(photos)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
     (tmp_path / "pack" / "cat").mkdir()  # a pack is told by its description, whatever lies beside it
     tables = [
-        scan_labelled(*open_labelled(data, "test"), lambda done, of: None).table for data in (photos, tmp_path / "pack")
+        scan_external_data(*open_external_data(data, "test"), lambda done, of: None).table
+        for data in (photos, tmp_path / "pack")
     ]
     assert len(tables[0]) == 2
     pd.testing.assert_frame_equal(*tables)
 
 
 def test_measuring_a_split_leaves_what_is_known_of_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan_labelled(*open_labelled(photos, None), lambda done, of: None)
+    scan_external_data(*open_external_data(photos, None), lambda done, of: None)
     Image.new("RGB", (40, 40), "white").save(photos / "test" / "cat" / "3.png")
-    scan_labelled(*open_labelled(photos, "test"), lambda done, of: None)
+    scan_external_data(*open_external_data(photos, "test"), lambda done, of: None)
     read: list[str] = []
     monkeypatch.setattr(FileSource, "read", lambda self, key: read.append(key))
-    scan_labelled(*open_labelled(photos, None), lambda done, of: None)
+    scan_external_data(*open_external_data(photos, None), lambda done, of: None)
     assert read == []
 
 
 def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:
     for place in ("train/dog", "test/dog"):
         shutil.rmtree(photos / place)
-    assert len(scan_labelled(*open_labelled(photos, None), lambda done, of: None).table) == 2
+    assert len(scan_external_data(*open_external_data(photos, None), lambda done, of: None).table) == 2
 
 
 def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:
     with pytest.raises(DataError, match="bring no split val; leave --split out"):
-        open_labelled(photos, "val")
+        open_external_data(photos, "val")
 
 
 def test_a_csv_is_told_by_its_suffix(photos: Path) -> None:
     (photos.parent / "list.CSV").write_text("path,label\nphotos/test/cat/3.png,cat\nphotos/test/dog/4.png,dog\n")
-    assert open_labelled(photos.parent / "list.CSV", None)[0].class_names == ("cat", "dog")
+    assert open_external_data(photos.parent / "list.CSV", None)[0].class_names == ("cat", "dog")

@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
 from pipeline.evaluation.report.figures import confusion_figure
-from pipeline.evaluation.report.gallery import PICTURES, cards, surest_hits, worst_errors
+from pipeline.evaluation.report.gallery import PICTURES, cards, most_confident_correct, worst_errors
 from pipeline.evaluation.report.html_report import write_page
 from pipeline.evaluation.report.tables import save
-from pipeline.evaluation.results import Results, judge
+from pipeline.evaluation.results import Results, summarize_with_intervals
 from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,7 +32,7 @@ def results() -> Results:
     logits[np.arange(80), labels] += 1.5
     predictions = Predictions(np.arange(80), labels, logits)
     keys = [f"<script>alert({i})</script>.jpg" for i in range(80)]
-    found = judge(predictions, evaluate_predictions(predictions, NAMES, "test"), keys, None, 0.8)
+    found = summarize_with_intervals(predictions, evaluate_predictions(predictions, NAMES, "test"), keys, None, 0.8)
     return replace(
         found, corruptions=corruption_table({(kind, severity): 0.5 for kind in KINDS for severity in SEVERITIES})
     )
@@ -63,7 +63,7 @@ def test_the_galleries_are_ranked_and_show_the_pictures_that_they_name(results):
     loss = -np.log(np.exp(results.predictions.logits) / np.exp(results.predictions.logits).sum(axis=1, keepdims=True))
     wrong = results.predictions.logits.argmax(axis=1) != results.predictions.labels
     own = loss[np.arange(80), results.predictions.labels]
-    worst, surest = worst_errors(results), surest_hits(results)
+    worst, surest = worst_errors(results), most_confident_correct(results)
     assert worst.tolist() == sorted(np.flatnonzero(wrong), key=lambda row: -own[row])[:PICTURES]
     assert not wrong[surest].any()
     assert own[surest].max() <= np.sort(own[~wrong])[PICTURES - 1] + 1e-6

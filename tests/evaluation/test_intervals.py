@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.calibration import calibration
-from pipeline.evaluation.intervals import Figures, bootstrap
+from pipeline.evaluation.intervals import BootstrapMetrics, bootstrap
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
 
 CLASSES = 5
@@ -26,7 +26,7 @@ def test_with_every_image_once_the_figures_are_those_of_the_evaluation():
         *(evaluation.top1, evaluation.top5, evaluation.balanced_accuracy, evaluation.macro_f1, evaluation.loss),
         *(calibrated.brier, calibrated.overconfidence),
     )
-    np.testing.assert_allclose(Figures(predictions)(np.ones((1, 200)))[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(BootstrapMetrics(predictions)(np.ones((1, 200)))[0], expected, rtol=1e-6)
 
 
 def test_weights_count_as_so_many_equal_images():
@@ -35,7 +35,9 @@ def test_weights_count_as_so_many_equal_images():
     rows = np.repeat(np.arange(40), weights)
     repeated = Predictions(np.arange(len(rows)), predictions.labels[rows], predictions.logits[rows])
     np.testing.assert_allclose(
-        Figures(predictions)(weights[None].astype(float)), Figures(repeated)(np.ones((1, len(rows)))), rtol=1e-9
+        BootstrapMetrics(predictions)(weights[None].astype(float)),
+        BootstrapMetrics(repeated)(np.ones((1, len(rows)))),
+        rtol=1e-9,
     )
 
 
@@ -44,7 +46,7 @@ def test_they_hold_what_they_promise(sharpness, monkeypatch):
     """Of 95 % intervals of many samples, 93 to 97 % contain the figure of the world that the samples are from."""
     monkeypatch.setattr(intervals, "RESAMPLES", 600)  # for the test's time
     rng = np.random.default_rng(3)
-    [truth] = Figures(simulated(rng, 1_000_000, sharpness=sharpness))(np.ones((1, 1_000_000)))
+    [truth] = BootstrapMetrics(simulated(rng, 1_000_000, sharpness=sharpness))(np.ones((1, 1_000_000)))
     samples = 1000
     inside = np.zeros(len(truth))
     for seed in range(samples):
@@ -52,7 +54,7 @@ def test_they_hold_what_they_promise(sharpness, monkeypatch):
         inside += [
             interval.low <= value <= interval.high for interval, value in zip(found.values(), truth, strict=True)
         ]
-    coverage = dict(zip(Figures.names, inside / samples, strict=True))
+    coverage = dict(zip(BootstrapMetrics.names, inside / samples, strict=True))
     coverage.pop("top5_accuracy")  # of five classes it is always 1
     assert all(0.93 <= share <= 0.97 for share in coverage.values()), coverage
 

@@ -17,7 +17,7 @@ from pipeline.evaluation.calibration import calibration
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
 from pipeline.evaluation.report.figures import batch_figure, confusion_figure, reliability_figure, training_figure
 from pipeline.evaluation.report.tables import save, table, write_results
-from pipeline.evaluation.results import Results, judge
+from pipeline.evaluation.results import Results, summarize_with_intervals
 from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_table
 
 FILES = [
@@ -40,7 +40,7 @@ def made(n: int, k: int, *, temperature: float | None = None) -> Results:
     logits[np.arange(n), labels] += 3
     predictions = Predictions(np.arange(0, 2 * n, 2), labels, logits)
     evaluation = evaluate_predictions(predictions, [f"class, {i}" for i in range(k)], "test")
-    return judge(predictions, evaluation, [f"{i}.jpg" for i in range(2 * n)], None, temperature)
+    return summarize_with_intervals(predictions, evaluation, [f"{i}.jpg" for i in range(2 * n)], None, temperature)
 
 
 def shown(results: Results) -> str:
@@ -188,6 +188,8 @@ def test_screen_shows_the_five_worst_of_many_classes() -> None:
 
 def test_screen_marks_undefined_figures_with_a_dash() -> None:
     predictions = Predictions(np.arange(1), np.zeros(1, np.int32), np.eye(3, dtype=np.float32)[:1])
-    results = judge(predictions, evaluate_predictions(predictions, ["a", "b", "c"], "val"), ["x.jpg"], None, None)
+    results = summarize_with_intervals(
+        predictions, evaluate_predictions(predictions, ["a", "b", "c"], "val"), ["x.jpg"], None, None
+    )
     lines = shown(results).splitlines()
     assert next(line for line in lines if line.startswith("b ")).split() == ["b", "-", "-", "-", "0"]

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from scipy.special import softmax
 
-from pipeline.data.preprocessing import fit_square
+from pipeline.data.preprocessing import resize_to_square
 from pipeline.errors import RunError
 from pipeline.evaluation.metrics import Predictions
 from pipeline.evaluation.tta import VIEWS, averaged, squares
@@ -23,7 +23,7 @@ def seen(name: str, resize: str, picture: np.ndarray) -> list[np.ndarray]:
 def test_a_flip_is_the_square_of_evaluation_and_its_mirror_image(resize):
     picture = np.random.default_rng(0).integers(0, 256, (80, 120, 3), np.uint8)
     plain, mirrored = seen("flip", resize, picture)
-    np.testing.assert_array_equal(plain, fit_square(tf.constant(picture), RESOLUTION, resize))
+    np.testing.assert_array_equal(plain, resize_to_square(tf.constant(picture), RESOLUTION, resize))
     np.testing.assert_array_equal(mirrored, plain[:, ::-1])
 
 
@@ -33,7 +33,7 @@ def test_the_centre_crop_is_that_of_evaluation_and_the_others_reach_the_corners(
         rows, columns = slice(0, 12) if top == 0 else slice(-12, None), slice(0, 12) if left == 0 else slice(-12, None)
         picture[rows, columns] = 60 * number
     centre, *corners = seen("5-crop", "crop", picture)
-    np.testing.assert_array_equal(centre, fit_square(tf.constant(picture), RESOLUTION, "crop"))
+    np.testing.assert_array_equal(centre, resize_to_square(tf.constant(picture), RESOLUTION, "crop"))
     values = [int(view[y, x, 0]) for view, (y, x) in zip(corners, [(0, 0), (0, -1), (-1, 0), (-1, -1)], strict=True)]
     assert values == [60, 120, 180, 240]
 

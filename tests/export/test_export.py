@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from fake_screen import FakeScreen
+from fake_console import FakeConsole
 from PIL import Image
 from test_efficientnet import make_lively
 
@@ -22,7 +22,7 @@ from pipeline.cli import export as command
 from pipeline.config.export import ExportConfig
 from pipeline.config.loader import load_config
 from pipeline.data.manifest import Manifest
-from pipeline.data.preprocessing import describe, fit_square, preprocess
+from pipeline.data.preprocessing import describe, preprocess, resize_to_square
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.errors import RunError, UserError
@@ -30,7 +30,7 @@ from pipeline.evaluation.predict import predict_files
 from pipeline.export import directory as export_directory
 from pipeline.export import formats as written
 from pipeline.export import loading as loaded
-from pipeline.export.verification import Proof, prove, refer
+from pipeline.export.verification import ParityReport, check_parity, run_reference
 from pipeline.models.efficientnet import efficientnet
 from pipeline.runs.run_directory import RunDirectory
 
@@ -44,7 +44,7 @@ export: {min_agreement: 0.75, max_accuracy_loss: 0.25, calibration_images: 10}
 
 
 def export(run: RunDirectory, *words: str) -> tuple[int, str]:
-    screen = FakeScreen()
+    screen = FakeConsole()
     return command.main(["--run", str(run.path), *words], screen), screen.said
 
 
@@ -266,7 +266,7 @@ def test_the_described_preprocessing_can_be_written_anew_from_its_words(resize: 
             inner = square.resize((known["w"], known["h"]), Image.Resampling.BICUBIC)
             square = Image.new("RGB", (32, 32), (grey, grey, grey))
             square.paste(inner, (said("its left at "), said("its top at ")))
-        ours = fit_square(tf.constant(image), 32, resize).numpy().astype(int)
+        ours = resize_to_square(tf.constant(image), 32, resize).numpy().astype(int)
         assert np.abs(ours - np.asarray(square).astype(int)).max() <= 1
 
 
@@ -320,7 +320,7 @@ def test_limits_on_the_command_line_are_the_limits(copy: RunDirectory, monkeypat
 
 
 def test_what_a_converter_raises_fails_its_format_alone(copy: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(model: keras.Model, contract: written.Contract, path: Path) -> None:
+    def write(model: keras.Model, contract: written.ModelSignature, path: Path) -> None:
         path.write_bytes(b"half")
         raise ValueError("no such\noperation")
 
@@ -352,7 +352,7 @@ def test_what_a_runtime_cannot_load_is_kept_apart(copy: RunDirectory, monkeypatc
 def test_an_export_that_is_interrupted_leaves_everything_as_it_was(
     copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(model: keras.Model, contract: written.Contract, path: Path) -> None:
+    def write(model: keras.Model, contract: written.ModelSignature, path: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: path.write_bytes(b"new"))
@@ -370,7 +370,9 @@ def test_calibration_sees_training_images_only(
 ) -> None:
     seen: list[int] = []
 
-    def write(model: keras.Model, contract: written.Contract, path: Path, *, calibration: tf.data.Dataset) -> None:
+    def write(
+        model: keras.Model, contract: written.ModelSignature, path: Path, *, calibration: tf.data.Dataset
+    ) -> None:
         for images, _, _, index in calibration:
             assert images.shape == (1, 32, 32, 3)
             seen.append(int(index[0]))
@@ -436,7 +438,7 @@ LIMITS = ExportConfig(min_agreement=0.9, max_accuracy_loss=0.1, max_logit_differ
 
 def compared(
     change: Callable[[np.ndarray], np.ndarray], *, exact: bool = True, names: tuple[str, ...] = ("a", "b", "c")
-) -> Proof:
+) -> ParityReport:
     """What is found of a runtime that gives the logits of a model, changed: they are the first pixels of 20 images, all labelled right."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 200, (20, 4, 4, 3)).astype(np.uint8)
@@ -451,10 +453,10 @@ def compared(
     )
     dataset = tf.data.Dataset.from_tensor_slices(arrays).batch(8)
     inputs = keras.Input((4, 4, 3))
-    reference = refer(loaded.run_model(keras.Model(inputs, inputs[:, 0, 0])), ("a", "b", "c"), dataset, "test")
+    reference = run_reference(loaded.run_model(keras.Model(inputs, inputs[:, 0, 0])), ("a", "b", "c"), dataset, "test")
     assert reference.accuracy == 1
-    exported = loaded.Exported(lambda batch: change(batch[:, 0, 0].copy()), names)
-    return prove(exported, reference, dataset, LIMITS, exact=exact)
+    exported = loaded.LoadedExport(lambda batch: change(batch[:, 0, 0].copy()), names)
+    return check_parity(exported, reference, dataset, LIMITS, exact=exact)
 
 
 def shift_some(share: float) -> Callable[[np.ndarray], np.ndarray]:

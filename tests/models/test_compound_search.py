@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline.config.loader import load_config
 from pipeline.errors import UserError
 from pipeline.models import compound_search as search
-from pipeline.models.compound_search import Budget, Candidate, Fit, Solution
+from pipeline.models.compound_search import Budget, Candidate, Solution, WeightOverlap
 from pipeline.models.efficientnet import efficientnet
-from pipeline.models.profile import cost, estimated_memory
+from pipeline.models.profile import estimated_memory, profile_model
 from pipeline.models.variants import VARIANTS, Variant, from_phi, phi_of
 
 
@@ -24,7 +24,7 @@ from pipeline.models.variants import VARIANTS, Variant, from_phi, phi_of
 def test_a_network_without_values_has_the_size_of_one_with_them(variant: Variant) -> None:
     model = efficientnet(variant, num_classes=7)
     size = search.size_of(variant, num_classes=7, batch_size=3)
-    assert (size.parameters, size.flops) == (cost(model).trainable_parameters, cost(model).flops)
+    assert (size.parameters, size.flops) == (profile_model(model).trainable_parameters, profile_model(model).flops)
     assert size.memory == estimated_memory(model, 3)
     assert size.blocks == 16
 
@@ -111,7 +111,7 @@ def test_the_nearest_published_variant_of_each_is_itself() -> None:
 
 def test_only_identical_shapes_count_as_a_published_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "IMAGENET_VARIANTS", ("b0", "b1", "lite0"))
-    assert search.best_fit(replace(from_phi(0.02), resolution=96)) == Fit(
+    assert search.best_fit(replace(from_phi(0.02), resolution=96)) == WeightOverlap(
         "b1", 184, 184, True
     )  # 2 + 2 * 6 + 21 * 8 + 2
     shallow = search.best_fit(replace(VARIANTS["b0"], depth=0.5))
@@ -128,7 +128,7 @@ def test_the_written_config_loads_and_means_the_solution(
 ) -> None:
     solution = Solution(0.02, from_phi(0.02), "latency")
     text = search.training_config(
-        solution, Fit("b1", fitting, 9, identical), Path("my photos: all"), batch_size=8, header="one\ntwo"
+        solution, WeightOverlap("b1", fitting, 9, identical), Path("my photos: all"), batch_size=8, header="one\ntwo"
     )
     file = tmp_path / "my.yaml"
     file.write_text(text)

@@ -13,7 +13,14 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline.models.efficientnet import LayerTypes, block_name, block_of, efficientnet, plain_copy, stage_repeats
+from pipeline.models.efficientnet import (
+    LayerTypes,
+    block_name,
+    block_of,
+    efficientnet,
+    stage_repeats,
+    to_inference_model,
+)
 from pipeline.models.variants import VARIANTS, Variant, from_multipliers
 
 TINY = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
@@ -121,10 +128,10 @@ def test_every_layer_but_padding_and_normalisation_is_called_as_in_keras_applica
     assert ours - names == {"images", "rescaling"} - names
 
 
-@pytest.mark.parametrize(("name", "survival"), [("b0", 0.8), ("b0", 0.5), ("b3", 0.8), ("lite2", 0.8)])
-def test_survival_falls_linearly_over_the_blocks(name: str, survival: float) -> None:
+@pytest.mark.parametrize(("name", "drop_path_rate"), [("b0", 0.2), ("b0", 0.5), ("b3", 0.2), ("lite2", 0.2)])
+def test_the_drop_rate_rises_linearly_over_the_blocks(name: str, drop_path_rate: float) -> None:
     with keras.StatelessScope(initialize_variables=False):
-        model = efficientnet(VARIANTS[name], survival=survival)
+        model = efficientnet(VARIANTS[name], drop_path_rate=drop_path_rate)
     blocks = list(
         dict.fromkeys(re.findall(r"block\d[a-z]+(?=_dwconv)", " ".join(layer.name for layer in model.layers)))
     )
@@ -133,17 +140,17 @@ def test_survival_falls_linearly_over_the_blocks(name: str, survival: float) -> 
     for i, block in enumerate(blocks):
         assert (f"{block}_drop" in layers) == (f"{block}_add" in layers) == (not block.endswith("a"))
         if f"{block}_drop" in layers:
-            assert 1 - layers[f"{block}_drop"].rate == pytest.approx(1 - (1 - survival) * i / len(blocks), abs=1e-12)
+            assert 1 - layers[f"{block}_drop"].rate == pytest.approx(1 - drop_path_rate * i / len(blocks), abs=1e-12)
     keras.utils.clear_session()
 
 
 def test_without_stochastic_depth_there_is_no_drop_layer() -> None:
-    model = efficientnet(replace(TINY, depth=1.0), survival=1.0, dropout=0.0)
+    model = efficientnet(replace(TINY, depth=1.0), drop_path_rate=0.0, dropout=0.0)
     assert not [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
 
 
 def test_stochastic_depth_drops_whole_samples_and_rescales_the_others() -> None:
-    model = efficientnet(replace(TINY, depth=1.0), survival=0.3)
+    model = efficientnet(replace(TINY, depth=1.0), drop_path_rate=0.7)
     drop = model.get_layer("block6d_drop")
     kept = drop(np.ones((4000, 2, 2, 3), "float32"), training=True).numpy()
     assert (kept == kept[:, :1, :1, :1]).all()
@@ -267,7 +274,7 @@ def test_more_blocks_than_letters_still_have_names_of_letters() -> None:
 def test_a_network_deeper_than_pythons_recursion_can_be_built_and_copied() -> None:
     model = efficientnet(from_multipliers(0.1, 6.0, 32), num_classes=2)
     assert model.get_layer("block6x_add").output.shape == (None, 1, 1, 24)
-    np.testing.assert_array_equal(plain_copy(model)(images(32)), model(images(32)))
+    np.testing.assert_array_equal(to_inference_model(model)(images(32)), model(images(32)))
 
 
 def test_a_free_variant_is_named_so_that_it_can_be_traced() -> None:
@@ -283,7 +290,7 @@ def test_a_plain_copy_has_kerass_own_layers_again() -> None:
 
     model = efficientnet(replace(TINY, depth=0.5), num_classes=4, layer_types=LayerTypes(TrainingDropout))
     assert [type(layer) for layer in model.layers if isinstance(layer, keras.layers.Dropout)] == [TrainingDropout] * 4
-    copy = plain_copy(model)
+    copy = to_inference_model(model)
     assert {type(layer).__module__.split(".")[0] for layer in copy.layers} == {"keras"}
     for layer in copy.layers:
         if isinstance(layer, keras.layers.Dropout):
@@ -298,7 +305,7 @@ def test_a_plain_copy_computes_in_float32_and_loads_without_this_package(tmp_pat
     model = efficientnet(TINY, num_classes=4, dtype="mixed_bfloat16", synchronized=True)
     model.set_weights(same.get_weights())
     model.get_layer("stem_conv").trainable = False
-    copy = plain_copy(model)
+    copy = to_inference_model(model)
     assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
     assert [layer.name for layer in copy.layers] == [layer.name for layer in model.layers]
     assert all(layer.trainable for layer in copy.layers)

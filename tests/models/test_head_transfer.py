@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from pipeline.config.loader import load_config
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.efficientnet import efficientnet
-from pipeline.models.head_transfer import MARGIN, build_head, match_classes, merge_logits, read_class_map
+from pipeline.models.head_transfer import MARGIN, match_classes, merge_logits, read_class_map, transfer_head
 from pipeline.models.variants import VARIANTS
 from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
 
@@ -27,7 +27,7 @@ SYNSETS, NAMES = map(list, zip(*imagenet_classes(), strict=True))
 @pytest.fixture(scope="module")
 def old() -> keras.Model:
     """Of `CLASSES`, with statistics and a head that give logits a few nats apart on `pictures`."""
-    model = efficientnet(SMALL, num_classes=len(CLASSES), survival=1, dropout=0, batch_norm_momentum=0)
+    model = efficientnet(SMALL, num_classes=len(CLASSES), drop_path_rate=0, dropout=0, batch_norm_momentum=0)
     model(pictures(32), training=True)
     random = np.random.default_rng(3)
     kernel, bias = model.get_layer("predictions").get_weights()
@@ -98,7 +98,7 @@ def test_the_number_of_classes_moves_a_kept_logit_by_no_more_than_the_order_of_s
     bound = 16 * np.finfo("f4").eps * (features @ np.abs(head[0]))  # up to 5 were measured
     kept = min(count, 1000)
     layers = []
-    for kernel, bias in (head, build_head(*head, [(index,) if index < 1000 else () for index in range(count)])):
+    for kernel, bias in (head, transfer_head(*head, [(index,) if index < 1000 else () for index in range(count)])):
         layer = keras.layers.Dense(len(bias))
         layer.build((None, 1280))
         layer.set_weights([kernel, bias])
@@ -157,7 +157,7 @@ def test_new_classes_lie_below_every_kept_one(run: Path) -> None:
 
 def test_a_new_row_is_the_mean_of_the_taken_ones_with_the_margin_off_its_bias() -> None:
     kernel, bias = np.array([[1.0, 3, 100], [-2, 4, 100]], "f4"), np.array([0.5, 1.5, 100], "f4")
-    new_kernel, new_bias = build_head(kernel, bias, [(), (1,), (0,)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(), (1,), (0,)])
     np.testing.assert_array_equal(new_kernel, [[2, 3, 1], [1, 4, -2]])
     np.testing.assert_array_equal(new_bias, [1 - MARGIN, 1.5, 0.5])
 
@@ -173,7 +173,7 @@ finite = st.floats(-50, 50, width=32)
 def test_whatever_the_features_a_taken_class_wins_by_the_margin(
     kernel: np.ndarray, bias: np.ndarray, features: np.ndarray
 ) -> None:
-    new_kernel, new_bias = (array.astype(np.float64) for array in build_head(kernel, bias, [(0,), (), (1, 2), (3,)]))
+    new_kernel, new_bias = (array.astype(np.float64) for array in transfer_head(kernel, bias, [(0,), (), (1, 2), (3,)]))
     logits = features @ new_kernel + new_bias
     tolerance = 1e-5 * (1 + np.abs(features) @ np.abs(new_kernel).max(axis=1) + np.abs(new_bias).max())
     highest = logits[:, [0, 2, 3]].max(axis=1)
@@ -308,7 +308,7 @@ def test_a_class_map_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_merged_row_is_the_mean_with_the_logarithm_of_the_number_on_its_bias() -> None:
     kernel, bias = np.array([[1.0, 3, 8], [-2, 4, 8]], "f4"), np.array([0.5, 1.5, 8], "f4")
-    new_kernel, new_bias = build_head(kernel, bias, [(0, 1), (2,)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1), (2,)])
     np.testing.assert_array_equal(new_kernel, [[2, 8], [1, 8]])
     np.testing.assert_allclose(new_bias, [1 + np.log(2), 8], rtol=1e-7)
 
@@ -328,7 +328,7 @@ def test_exactly_merged_logits_add_probabilities() -> None:
 )
 def test_a_merged_row_never_exceeds_the_exact_logit(kernel: np.ndarray, bias: np.ndarray, features: np.ndarray) -> None:
     rows = [(0, 1, 2), (3,)]
-    new_kernel, new_bias = (array.astype(np.float64) for array in build_head(kernel, bias, rows))
+    new_kernel, new_bias = (array.astype(np.float64) for array in transfer_head(kernel, bias, rows))
     exact = merge_logits(features.astype(np.float64) @ kernel + bias, rows)
     assert (
         features @ new_kernel + new_bias
@@ -338,7 +338,7 @@ def test_a_merged_row_never_exceeds_the_exact_logit(kernel: np.ndarray, bias: np
 
 def test_a_merged_row_is_exact_where_its_classes_agree() -> None:
     kernel, bias = np.full((2, 3), 0.25, "f4"), np.zeros(3, "f4")
-    new_kernel, new_bias = build_head(kernel, bias, [(0, 1, 2)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1, 2)])
     features = np.array([[4.0, 8]])
     np.testing.assert_allclose(
         features @ new_kernel + new_bias, merge_logits(features @ kernel + bias, [(0, 1, 2)]), rtol=1e-6

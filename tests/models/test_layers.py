@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.models.efficientnet import KERAS_LAYERS, LayerTypes, efficientnet, plain_copy
+from pipeline.models.efficientnet import KERAS_LAYERS, LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import (
     FusedActivation,
     FusedBatchNormalization,
     SplitDepthwiseConv2D,
+    disable_fused_layers,
     layer_types,
-    leave_to_xla,
 )
 from pipeline.models.variants import from_multipliers
 
@@ -110,7 +110,7 @@ def test_a_step_of_a_whole_network_is_the_same_with_them_and_what_is_saved_holds
     labels = tf.one_hot(np.arange(16) % 4, 4)
     results = []
     for types in (KERAS_LAYERS, ALL):
-        model = efficientnet(variant, num_classes=4, dropout=0.0, survival=1.0, layer_types=types)
+        model = efficientnet(variant, num_classes=4, dropout=0.0, drop_path_rate=0.0, layer_types=types)
         model.get_layer("predictions").kernel.assign(model.get_layer("predictions").kernel * 100)
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels, model(x, training=True)))
@@ -123,7 +123,7 @@ def test_a_step_of_a_whole_network_is_the_same_with_them_and_what_is_saved_holds
     )  # some are zero but for rounding: of what the next normalisation takes out
     for one, other in zip(expected, found, strict=True):
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(one) + 1e-5 * whole
-    copy = plain_copy(fused)
+    copy = to_inference_model(fused)
     assert {type(layer).__module__.split(".")[0] for layer in copy.layers} == {"keras"}
     for one, other in zip(plain.get_weights(), copy.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
@@ -170,7 +170,7 @@ def test_a_network_that_is_left_to_xla_computes_by_kerass_operations() -> None:
 
     before = operations()
     assert special <= before.keys()
-    leave_to_xla(model)
+    disable_fused_layers(model)
     after = operations()
     assert not special & after.keys()
     kernels = [layer for layer in model.layers if isinstance(layer, SplitDepthwiseConv2D)]

@@ -7,7 +7,7 @@ import keras
 import pytest
 
 from pipeline.models.efficientnet import efficientnet
-from pipeline.models.profile import Cost, cost, estimated_memory
+from pipeline.models.profile import ModelProfile, estimated_memory, profile_model
 from pipeline.models.variants import VARIANTS
 
 # variant: trainable parameters with 1000 classes; published GFLOPs; how near to them the count comes
@@ -41,7 +41,7 @@ def without_values() -> Iterator[None]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_the_published_size(name: str, without_values: None) -> None:
     parameters, gflops, tolerance = PUBLISHED[name]
-    counted = cost(efficientnet(VARIANTS[name]))
+    counted = profile_model(efficientnet(VARIANTS[name]))
     assert counted.trainable_parameters == parameters
     assert counted.flops / 1e9 == pytest.approx(gflops, rel=tolerance)
 
@@ -54,7 +54,9 @@ def test_a_small_network_counted_by_hand() -> None:
     x = keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(images, keras.layers.Dense(10)(x))
     trainable = 3 * 3 * 3 * 4 + 2 * 4 + 5 * 5 * 4 + 4 * 10 + 10
-    assert cost(model) == Cost(trainable + 2 * 4, trainable, 4 * 4 * 3 * 3 * 3 * 4 + 4 * 4 * 5 * 5 * 4 + 4 * 10)
+    assert profile_model(model) == ModelProfile(
+        trainable + 2 * 4, trainable, 4 * 4 * 3 * 3 * 3 * 4 + 4 * 4 * 5 * 5 * 4 + 4 * 10
+    )
     activations = 4 * (8 * 8 * 3 + 3 * 4 * 4 * 4 + 4 + 10)
     weights = 4 * (2 * (trainable + 8) + 3 * trainable)
     assert estimated_memory(model, 5) == weights + 5 * activations
@@ -66,13 +68,13 @@ def test_frozen_layers_need_no_gradients() -> None:
     for layer in model.layers[:-1]:
         layer.trainable = False
     head = model.get_layer("predictions").count_params()
-    assert cost(model).trainable_parameters == head
+    assert profile_model(model).trainable_parameters == head
     assert estimated_memory(model, 1) < everything
 
 
 def test_memory_grows_with_batch_slots_average_and_accumulation() -> None:
     model = efficientnet(replace(VARIANTS["lite0"], width=0.25, resolution=32))
-    size = cost(model)
+    size = profile_model(model)
     base = estimated_memory(model, 4, optimizer_slots=1, ema=False)
     assert estimated_memory(model, 4, optimizer_slots=2, ema=False) - base == 4 * size.trainable_parameters
     assert estimated_memory(model, 4, optimizer_slots=1, ema=True) - base == 4 * size.parameters

@@ -89,11 +89,11 @@ def test_a_run_is_one_processs_at_a_time_and_free_again_however_that_one_ends(tm
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     assert process.stdout.readline() == b"in\n"
-    with pytest.raises(RunError, match="mine: another process is at work on this run"), run.alone():
+    with pytest.raises(RunError, match="mine: another process is at work on this run"), run.exclusive_lock():
         pass
     process.kill()
     process.wait()
-    with run.alone():
+    with run.exclusive_lock():
         pass
 
 

@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.tracking.mlflow_logger import Tracker, log_evaluation
+from pipeline.tracking.mlflow_logger import MLflowLogger, log_evaluation
 from pipeline.tracking.mlflow_store import tracking_uri
-from pipeline.training.trainer import Interrupted
+from pipeline.training.trainer import TrainingInterrupted
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, floa
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
 
 
-def run_until(tracker: Tracker, metrics: dict[str, float], error: BaseException) -> None:
+def run_until(tracker: MLflowLogger, metrics: dict[str, float], error: BaseException) -> None:
     """A run that logs metrics and ends by `error`."""
     with tracker:
         tracker.log_metrics(metrics, step=70)
@@ -68,12 +68,12 @@ def test_a_run_holds_params_metrics_data_set_and_artifacts(
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "note.txt").write_text("best")
     (tmp_path / "config.yaml").write_text("seed: 42")
-    with Tracker(config, tmp_path / "2026-01-02_03-04-05") as tracker:
+    with MLflowLogger(config, tmp_path / "2026-01-02_03-04-05") as tracker:
         assert client.get_run(tracker.run_id).info.status == "RUNNING"
         tracker.log_dataset("digits", "abcd" * 16, "scikit-learn", {"train": {"0": 3, "1": 4}, "val": {"0": 1, "1": 0}})
         for step in range(10, 51, 10):
-            tracker.on_step(step, {"train/loss": 1 / step, "learning_rate": 0.1})
-        tracker.on_epoch({"epoch": 1, "step": 50, "train/loss": 1 / 50, "val/accuracy": 0.75})
+            tracker.on_log(step, {"train/loss": 1 / step, "learning_rate": 0.1})
+        tracker.on_epoch_end({"epoch": 1, "step": 50, "train/loss": 1 / 50, "val/accuracy": 0.75})
         tracker.log_artifacts(tmp_path / "best", "best")
         tracker.log_artifacts(tmp_path / "config.yaml")
     run = client.get_run(tracker.run_id)
@@ -104,9 +104,9 @@ def test_the_logged_model_loads_back_and_predicts_the_same(
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(inputs)))
     model.save(tmp_path / "model.keras")
-    with Tracker(config, tmp_path / "run") as tracker:
+    with MLflowLogger(config, tmp_path / "run") as tracker:
         for step in (1, 2):
-            tracker.on_step(step, {"train/loss": 1 / step})
+            tracker.on_log(step, {"train/loss": 1 / step})
         uri = tracker.log_model(tmp_path / "model.keras", "final", step=2)
         images = np.random.default_rng(0).uniform(0, 255, (5, 8, 8, 3)).astype(np.float32)
         loaded = mlflow.keras.load_model(uri)
@@ -130,14 +130,14 @@ def test_the_logged_model_loads_back_and_predicts_the_same(
         (SystemExit(2), "FAILED"),
         (SystemExit(143), "KILLED"),
         (KeyboardInterrupt(), "KILLED"),
-        (Interrupted(), "KILLED"),
+        (TrainingInterrupted(), "KILLED"),
         (SystemExit(0), "FINISHED"),
     ],
 )
 def test_the_status_says_how_a_run_ended(
     config: Config, client: MlflowClient, tmp_path: Path, error: BaseException, status: str
 ) -> None:
-    tracker = Tracker(config, tmp_path / "run")
+    tracker = MLflowLogger(config, tmp_path / "run")
     with pytest.raises(type(error)):
         run_until(tracker, {"train/loss": 2.0}, error)
     run = client.get_run(tracker.run_id)
@@ -151,22 +151,22 @@ def test_the_status_says_how_a_run_ended(
 def test_resume_goes_on_with_the_run_and_logs_no_step_twice(
     config: Config, client: MlflowClient, tmp_path: Path
 ) -> None:
-    first = Tracker(config, tmp_path / "run")
+    first = MLflowLogger(config, tmp_path / "run")
     with contextlib.suppress(ValueError), first:
         first.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
         for step in range(1, 8):
-            first.on_step(step, {"train/loss": float(step)})
-        first.on_epoch({"epoch": 1, "step": 5, "val/accuracy": 0.5})
+            first.on_log(step, {"train/loss": float(step)})
+        first.on_epoch_end({"epoch": 1, "step": 5, "val/accuracy": 0.5})
         raise ValueError("stop")
     assert client.get_run(first.run_id).info.status == "FAILED"
-    with Tracker(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
+    with MLflowLogger(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
         assert second.run_id == first.run_id
         assert client.get_run(first.run_id).info.status == "RUNNING"
         second.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
         for step in range(4, 11):  # the checkpoint was older than the last metrics
-            second.on_step(step, {"train/loss": float(step)})
-        second.on_epoch({"epoch": 1, "step": 5, "val/accuracy": 0.5})
-        second.on_epoch({"epoch": 2, "step": 10, "val/accuracy": 0.6})
+            second.on_log(step, {"train/loss": float(step)})
+        second.on_epoch_end({"epoch": 1, "step": 5, "val/accuracy": 0.5})
+        second.on_epoch_end({"epoch": 2, "step": 10, "val/accuracy": 0.6})
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert "error" not in run.data.tags
@@ -180,16 +180,16 @@ def test_what_a_kill_kept_from_being_noted_at_the_start_is_noted_on_resume(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(mlflow, "log_params", lambda params: None)
-        with Tracker(config, tmp_path / "run") as first:
+        with MLflowLogger(config, tmp_path / "run") as first:
             pass
     assert client.get_run(first.run_id).data.params == {}
-    with Tracker(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
+    with MLflowLogger(config, tmp_path / "run", resumed=(first.uri, first.run_id)) as second:
         second.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
     assert client.get_run(first.run_id).data.params["seed"] == "42"
     assert len(client.get_run(first.run_id).inputs.dataset_inputs) == 1
     changes = ["seed: 42 -> 7 behind step 3"]
     changed = config_for(Path(config.tracking.uri.removeprefix("sqlite:///")).parent, seed=7)
-    with Tracker(changed, tmp_path / "run", resumed=(first.uri, first.run_id), changes=changes):
+    with MLflowLogger(changed, tmp_path / "run", resumed=(first.uri, first.run_id), changes=changes):
         pass
     run = client.get_run(first.run_id)
     assert run.data.tags["changes"] == changes[0]
@@ -199,13 +199,13 @@ def test_what_a_kill_kept_from_being_noted_at_the_start_is_noted_on_resume(
 def test_metrics_wait_for_a_flush_and_checkpoints_cause_one(
     config: Config, client: MlflowClient, tmp_path: Path
 ) -> None:
-    with Tracker(config, tmp_path / "run") as tracker:
-        tracker.on_step(1, {"train/loss": 1.0})
+    with MLflowLogger(config, tmp_path / "run") as tracker:
+        tracker.on_log(1, {"train/loss": 1.0})
         assert "train/loss" not in client.get_run(tracker.run_id).data.metrics
         tracker.on_checkpoint(object())
         assert history(client, tracker.run_id, "train/loss") == [(1, 1.0)]
         for step in range(2, 1203):  # more than one call takes
-            tracker.on_step(step, {"train/loss": 1.0})
+            tracker.on_log(step, {"train/loss": 1.0})
         tracker.flush()
         assert len(history(client, tracker.run_id, "train/loss")) == 1202
 
@@ -220,8 +220,8 @@ def test_training_survives_an_outage_and_sends_the_metrics_later(
     def refuse(*args: object, **kwargs: object) -> None:
         raise ConnectionError("refused")
 
-    with Tracker(config, tmp_path / "run") as tracker:
-        tracker.on_step(1, {"train/loss": 1.0})
+    with MLflowLogger(config, tmp_path / "run") as tracker:
+        tracker.on_log(1, {"train/loss": 1.0})
         with monkeypatch.context() as outage:
             outage.setattr(MlflowClient, "log_batch", refuse)
             for _ in range(3):
@@ -230,14 +230,14 @@ def test_training_survives_an_outage_and_sends_the_metrics_later(
             record.message for record in caplog.records if "did not take 1 metrics: refused" in record.message
         ] != []
         assert sum("did not take" in record.message for record in caplog.records) == 1
-        tracker.on_step(2, {"train/loss": 2.0})
+        tracker.on_log(2, {"train/loss": 2.0})
     assert history(client, tracker.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_two_runs_compare_by_params_and_metrics(home: Path, tmp_path: Path) -> None:
     for seed, accuracy in ((1, 0.9), (2, 0.95)):
         config = config_for(home, "comparison", seed=seed)
-        with Tracker(config, tmp_path / f"run{seed}") as tracker:
+        with MLflowLogger(config, tmp_path / f"run{seed}") as tracker:
             tracker.log_metrics({"test/accuracy": accuracy}, step=10)
     mlflow.set_tracking_uri(config.tracking.uri)
     try:
@@ -249,7 +249,7 @@ def test_two_runs_compare_by_params_and_metrics(home: Path, tmp_path: Path) -> N
 
 
 def test_an_evaluation_is_added_to_a_run_that_has_ended(config: Config, client: MlflowClient, tmp_path: Path) -> None:
-    tracker = Tracker(config, tmp_path / "run")
+    tracker = MLflowLogger(config, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         run_until(tracker, {"test/accuracy": 0.5}, KeyboardInterrupt())
     results = tmp_path / "evaluation" / "test"
@@ -284,7 +284,7 @@ def test_the_environment_is_left_as_it_was(config: Config, tmp_path: Path, monke
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         if before is not None:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", before)
-        with Tracker(config, tmp_path / "run"):
+        with MLflowLogger(config, tmp_path / "run"):
             pass
         assert os.environ.get("MLFLOW_TRACKING_URI") == before
         assert mlflow.active_run() is None
@@ -293,7 +293,7 @@ def test_the_environment_is_left_as_it_was(config: Config, tmp_path: Path, monke
 
 def test_artifacts_lie_beside_the_database(config: Config, client: MlflowClient, home: Path, tmp_path: Path) -> None:
     (tmp_path / "a b.txt").write_text("x")
-    with Tracker(config, tmp_path / "run") as tracker:
+    with MLflowLogger(config, tmp_path / "run") as tracker:
         tracker.log_artifacts(tmp_path / "a b.txt")
     assert (home / "mlartifacts" / tracker.run_id / "artifacts" / "a b.txt").read_text() == "x"
 
@@ -304,7 +304,7 @@ def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path: Path, monk
     start = time.monotonic()
     with (
         pytest.raises(ConfigError, match=r"tracking.uri: MLflow cannot work with http://\*\*\*@127.0.0.1:9") as caught,
-        Tracker(config, tmp_path),
+        MLflowLogger(config, tmp_path),
     ):
         raise AssertionError("the block must not be entered")
     assert "secret" not in str(caught.value)
@@ -315,18 +315,18 @@ def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path: Path, monk
 
 def test_a_deleted_experiment_is_named_with_its_remedy(home: Path, client: MlflowClient, tmp_path: Path) -> None:
     config = config_for(home, "gone")
-    with Tracker(config, tmp_path / "run"):
+    with MLflowLogger(config, tmp_path / "run"):
         pass
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
     with (
         pytest.raises(ConfigError, match=r"'gone' was deleted in MLflow.*mlflow experiments restore"),
-        Tracker(config, tmp_path / "run"),
+        MLflowLogger(config, tmp_path / "run"),
     ):
         raise AssertionError("the block must not be entered")
 
 
 def test_a_run_that_mlflow_has_lost_is_begun_anew(config: Config, client: MlflowClient, tmp_path: Path) -> None:
-    with Tracker(config, tmp_path / "run", resumed=("sqlite:///elsewhere.db", "0" * 32)) as tracker:
+    with MLflowLogger(config, tmp_path / "run", resumed=("sqlite:///elsewhere.db", "0" * 32)) as tracker:
         tracker.log_metrics({"train/loss": 1.0}, 3)
     assert tracker.run_id != "0" * 32
     run = client.get_run(tracker.run_id)
@@ -336,7 +336,7 @@ def test_a_run_that_mlflow_has_lost_is_begun_anew(config: Config, client: Mlflow
 
 def test_long_values_are_cut_to_what_mlflow_takes(home: Path, client: MlflowClient, tmp_path: Path) -> None:
     long = "x" * 7000
-    with Tracker(config_for(home, model={"weights": long}), tmp_path / "run") as tracker:
+    with MLflowLogger(config_for(home, model={"weights": long}), tmp_path / "run") as tracker:
         pass
     assert client.get_run(tracker.run_id).data.params["model.weights"] == long[:6000]
 
@@ -346,19 +346,19 @@ def test_how_to_open_is_a_command_for_a_file_and_the_address_of_a_server(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:pw@host/x")
-    remote = Tracker(Config.model_validate({"data": {"source": "digits"}}), tmp_path)
-    assert remote.how_to_open() == "https://***@host/x"
+    remote = MLflowLogger(Config.model_validate({"data": {"source": "digits"}}), tmp_path)
+    assert remote.ui_command() == "https://***@host/x"
     assert remote.uri == "https://host/x", "what is noted in the run's directory holds no password"
-    command = Tracker(config_for(tmp_path), tmp_path).how_to_open()
+    command = MLflowLogger(config_for(tmp_path), tmp_path).ui_command()
     assert command.endswith("-m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1")
 
 
 @pytest.mark.slow
 def test_processes_that_start_together_share_a_new_database_silently(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.config.schema import Config\nfrom pipeline.tracking.mlflow_logger import Tracker\n"
+        "import sys\nfrom pathlib import Path\nfrom pipeline.config.schema import Config\nfrom pipeline.tracking.mlflow_logger import MLflowLogger\n"
         "config = Config.model_validate({'data': {'source': 'digits'}, 'tracking': {'uri': 'sqlite:///mlflow.db'}})\n"
-        "with Tracker(config, Path(sys.argv[1])) as tracker:\n    tracker.on_step(1, {'train/loss': 1.0})\n"
+        "with MLflowLogger(config, Path(sys.argv[1])) as tracker:\n    tracker.on_log(1, {'train/loss': 1.0})\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     started = [
@@ -386,7 +386,7 @@ def test_processes_that_start_together_share_a_new_database_silently(tmp_path: P
 def test_weights_of_classes_with_any_name_are_params(config: Config, client: MlflowClient, tmp_path: Path) -> None:
     weights = {"lady's slipper": 5.0, "oak, white (Quercus)": 2.0}
     weighted = config.model_copy(update={"train": config.train.model_copy(update={"class_weights": weights})})
-    with Tracker(weighted, tmp_path / "run") as tracker:
+    with MLflowLogger(weighted, tmp_path / "run") as tracker:
         pass
     params = client.get_run(tracker.run_id).data.params
     assert params["train.class_weights.lady_s slipper"] == "5.0"

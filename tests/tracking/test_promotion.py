@@ -18,10 +18,10 @@ from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import Predictions, evaluate_predictions
 from pipeline.evaluation.report.tables import write_results
-from pipeline.evaluation.results import judge
+from pipeline.evaluation.results import summarize_with_intervals
 from pipeline.runs.run_directory import RunDirectory
-from pipeline.tracking.mlflow_logger import Tracker, log_comparison, log_evaluation
-from pipeline.tracking.promotion import contend
+from pipeline.tracking.mlflow_logger import MLflowLogger, log_comparison, log_evaluation
+from pipeline.tracking.promotion import register_and_promote
 
 CLASSES = ("ant", "bee")
 IMAGES = 100
@@ -58,19 +58,21 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
     said = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
     predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[said])
     evaluation = evaluate_predictions(predictions, CLASSES, "test")
-    write_results(judge(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test"))
+    write_results(
+        summarize_with_intervals(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test")
+    )
     return run
 
 
 def end(
     config: Config, home: Path, run: RunDirectory, name: str, *, resumed: tuple[str, str] | None = None
-) -> tuple[str, Tracker]:
+) -> tuple[str, MLflowLogger]:
     """The end of a training; what was said of the champion."""
-    with Tracker(config, run.path, resumed=resumed) as tracker:
+    with MLflowLogger(config, run.path, resumed=resumed) as tracker:
         tracker.log_artifacts(run.manifest)
         tracker.log_artifacts(run.evaluation("test"), "evaluation/test")
         model = tracker.log_model(home / "final.keras", "model", step=5)
-        return contend(tracker.registry(name), model, run, "test"), tracker
+        return register_and_promote(tracker.registry(name), model, run, "test"), tracker
 
 
 def champion(client: MlflowClient, name: str) -> int:
@@ -130,10 +132,10 @@ def test_runs_that_end_together_contend_one_after_the_other(
     config: Config, home: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
     run = measured_run(tmp_path / "run", wrong=5)
-    with Tracker(config, run.path) as tracker:
+    with MLflowLogger(config, run.path) as tracker:
         model, registry = tracker.log_model(home / "final.keras", "model", step=5), tracker.registry("together")
-        contender = threading.Thread(target=contend, args=(registry, model, run, "test"))
-        with registry.contest():
+        contender = threading.Thread(target=register_and_promote, args=(registry, model, run, "test"))
+        with registry.promotion_lock():
             contender.start()
             contender.join(1)
             assert contender.is_alive()
@@ -146,8 +148,10 @@ def test_a_champion_without_predictions_keeps_its_title(
     config: Config, home: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
     run = measured_run(tmp_path / "silent", wrong=50)
-    with Tracker(config, run.path) as tracker:
-        contend(tracker.registry("silent"), tracker.log_model(home / "final.keras", "model", step=5), run, "test")
+    with MLflowLogger(config, run.path) as tracker:
+        register_and_promote(
+            tracker.registry("silent"), tracker.log_model(home / "final.keras", "model", step=5), run, "test"
+        )
     said, _ = end(config, home, measured_run(tmp_path / "loud", wrong=0), "silent")
     assert "cannot be made: the run of version 1 has no evaluation/test/predictions.parquet in MLflow" in said
     assert champion(client, "silent") == 1
@@ -157,7 +161,7 @@ def test_results_are_linked_to_the_model_and_the_data_set(
     config: Config, home: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
     run = measured_run(tmp_path / "run", wrong=5)
-    with Tracker(config, run.path) as tracker:
+    with MLflowLogger(config, run.path) as tracker:
         tracker.log_dataset("insects", "abcd" * 16, "here", {"test": {"ant": 50, "bee": 50}})
         tracker.log_metrics({"train/loss": 0.5}, 5)
         model = tracker.log_model(home / "final.keras", "model", step=5)
@@ -182,7 +186,7 @@ def test_results_are_linked_to_the_model_and_the_data_set(
 
 def test_a_comparison_is_added_to_the_run_that_is_judged(config: Config, client: MlflowClient, tmp_path: Path) -> None:
     run = measured_run(tmp_path / "run", wrong=5)
-    with Tracker(config, run.path) as tracker:
+    with MLflowLogger(config, run.path) as tracker:
         pass
     folder = run.comparison(["plain (1)"])
     folder.mkdir(parents=True)
@@ -205,10 +209,12 @@ def test_the_key_register_hides_nothing_and_brings_no_warning() -> None:
 
 
 def test_a_name_that_mlflow_refuses_is_refused_in_the_config(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("data: {source: digits}\ntracking: {register: a/b}\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml:2: tracking\.register: "):
+    (tmp_path / "config.yaml").write_text("data: {source: digits}\ntracking: {registered_model_name: a/b}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml:2: tracking\.registered_model_name: "):
         load_config(tmp_path / "config.yaml")
     assert (
-        load_config(tmp_path / "config.yaml", ["tracking.register=flowers17 lite0"]).tracking.register
+        load_config(
+            tmp_path / "config.yaml", ["tracking.registered_model_name=flowers17 lite0"]
+        ).tracking.registered_model_name
         == "flowers17 lite0"
     )

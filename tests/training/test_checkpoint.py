@@ -10,24 +10,24 @@ import tensorflow as tf
 from pipeline.errors import RunError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training import checkpoint
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.training.state import State
-from pipeline.training.train_step import Totals
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.state import TrainState
+from pipeline.training.train_step import MetricAccumulator
 
 IDENTITY = {"config": {"seed": 1}}
 
 
-def make_state(units: int = 3, *, average: bool = True) -> State:
+def make_state(units: int = 3, *, average: bool = True) -> TrainState:
     from pipeline.config.optimizer import OptimizerConfig
 
     inputs = keras.Input((4,))
     x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(units, name="dense")(inputs))
     model = keras.Model(inputs, PerReplicaDropout(0.5, seed=7, name="drop")(x))
     optimizer = build_optimizer(OptimizerConfig(), model.trainable_variables)
-    return State(model, optimizer, MovingAverage(model.weights, 0.9) if average else None, Totals())
+    return TrainState(model, optimizer, ModelEMA(model.weights, 0.9) if average else None, MetricAccumulator())
 
 
-def scramble(state: State, seed: int) -> None:
+def scramble(state: TrainState, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for variables in state.groups().values():
         for variable in variables.values():
@@ -41,7 +41,7 @@ def scramble(state: State, seed: int) -> None:
     state.history = [{"epoch": 1, "step": int(rng.integers(1, 1000)), "val/accuracy": float(rng.random())}]
 
 
-def contents(state: State) -> dict[str, bytes]:
+def contents(state: TrainState) -> dict[str, bytes]:
     return {
         f"{group}/{name}": v.numpy().tobytes()
         for group, variables in state.groups().items()
@@ -88,7 +88,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             state.best = {"step": 20, "val/accuracy": 0.9}
         checkpoint.save(state, tmp_path, IDENTITY, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000040", "step-00000050"]
-    assert checkpoint.newest_verified(tmp_path) == (tmp_path / "step-00000050", [])
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == (tmp_path / "step-00000050", [])
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "history", "hash"])
@@ -111,13 +111,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
         file.write_bytes(bytes(content[:-7]))
     else:
         file.unlink()
-    found, problems = checkpoint.newest_verified(tmp_path)
+    found, problems = checkpoint.latest_valid_checkpoint(tmp_path)
     assert found == tmp_path / "step-00000001"
     assert len(problems) == 1
     assert str(newest) in problems[0]
     state.step = 2
     checkpoint.save(state, tmp_path, IDENTITY, keep=2)  # the run came here again: the damaged one is replaced
-    assert checkpoint.newest_verified(tmp_path) == (newest, [])
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == (newest, [])
 
 
 def test_a_best_epoch_whose_weights_are_lost_is_forgotten(tmp_path):
@@ -126,7 +126,7 @@ def test_a_best_epoch_whose_weights_are_lost_is_forgotten(tmp_path):
         state.step, state.best = step, {"step": best, "val/accuracy": 0.5}
         checkpoint.save(state, tmp_path, IDENTITY, keep=2)
     (tmp_path / "step-00000003" / "model.npz").write_bytes(b"")
-    newest, _ = checkpoint.newest_verified(tmp_path)
+    newest, _ = checkpoint.latest_valid_checkpoint(tmp_path)
     assert newest == tmp_path / "step-00000002"
     checkpoint.restore(state, newest)
     assert (state.step, state.best) == (2, None), "step 1, the best by then, was removed when step 3 became it"
@@ -155,7 +155,7 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint_and_no_litter(tmp_path
     state.step = 2
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(state, tmp_path, IDENTITY, keep=1)
-    assert checkpoint.newest_verified(tmp_path) == (tmp_path / "step-00000001", [])
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == (tmp_path / "step-00000001", [])
     monkeypatch.setattr(checkpoint, "_write_synced", real)
     checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
@@ -215,14 +215,14 @@ def test_a_change_that_asks_for_what_a_checkpoint_lacks_is_refused_in_words(tmp_
 def test_what_had_an_average_of_its_own_has_it_again_whatever_is_trained_next(tmp_path):
     state = make_state()
     apart = [variable for variable in state.average.averaged if variable.path == "dense/kernel"]
-    state.average.follow(apart)
+    state.average.track(apart)
     kernel = state.model.get_layer("dense").kernel.numpy()
     for variable in apart:
         variable.assign_add(np.ones(variable.shape))
     written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     fresh = make_state()
     checkpoint.restore(fresh, written)
-    followed = [variable.path for variable in fresh.average.averaged if fresh.average.follows_any([variable])]
+    followed = [variable.path for variable in fresh.average.averaged if fresh.average.tracks_any([variable])]
     assert followed == ["dense/kernel"]
     with fresh.averaged():
         np.testing.assert_array_equal(fresh.model.get_layer("dense").kernel.numpy(), kernel)

@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.errors import RunError
 from pipeline.training.checkpoint import MANIFEST
-from pipeline.training.compatibility import check_identity
+from pipeline.training.compatibility import check_compatible
 
 
 def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
@@ -15,33 +15,33 @@ def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
     before_there_were_any = {key: value for key, value in config.items() if key != "export"}
     (tmp_path / MANIFEST).write_text(json.dumps({"step": 3, "identity": {"config": before_there_were_any}}))
     for export in (config["export"], {"min_agreement": 0.5}):
-        assert check_identity(tmp_path, {"config": {**before_there_were_any, "export": export}}) == []
+        assert check_compatible(tmp_path, {"config": {**before_there_were_any, "export": export}}) == []
 
 
 def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
     def identity(seed: int, keep: int, path: str, classes: list[str]) -> dict:
-        config = {"seed": seed, "train": {"keep_checkpoints": keep}, "data": {"path": path}}
+        config = {"seed": seed, "train": {"max_checkpoints": keep}, "data": {"path": path}}
         return {"config": config, "classes": classes, "data": "abc", "replicas": 1}
 
     written = tmp_path / "step-00000003"
     written.mkdir()
     (written / MANIFEST).write_text(json.dumps({"step": 3, "identity": identity(1, 2, "a", ["x", "y"])}))
-    assert check_identity(written, identity(1, 3, "a", ["x", "y"])) == [], "what changes no step is free"
+    assert check_compatible(written, identity(1, 3, "a", ["x", "y"])) == [], "what changes no step is free"
     changed = identity(2, 2, "b", ["x", "z"])
     with pytest.raises(RunError) as caught:
-        check_identity(written, changed, ["seed"])
+        check_compatible(written, changed, ["seed"])
     assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.path: was 'a', is 'b'\n" in str(caught.value)
     assert "seed: was" not in str(caught.value)
     assert "by --allow-change classes --allow-change data.path" in str(caught.value)
     with pytest.raises(RunError, match=r"data:\n    a/3\.png: is gone\n.*--allow-change data$"):
-        check_identity(
+        check_compatible(
             written, identity(1, 2, "a", ["x", "y"]) | {"data": "def"}, details={"data": "  a/3.png: is gone"}
         )
-    allowed = check_identity(written, changed, ["seed", "data", "classes"])
+    allowed = check_compatible(written, changed, ["seed", "data", "classes"])
     assert [(one["step"], one["key"], one["was"], one["is"]) for one in allowed] == [
         (3, "classes", ["x", "y"], ["x", "z"]),
         (3, "data.path", "a", "b"),
         (3, "seed", 1, 2),
     ]
     with pytest.raises(RunError, match="--allow-change sed: there is no such key; did you mean 'seed'"):
-        check_identity(written, changed, ["sed"])
+        check_compatible(written, changed, ["sed"])

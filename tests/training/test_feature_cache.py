@@ -7,28 +7,28 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
-from pipeline.console import Screen
+from pipeline.console import Console
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.digits import DigitsSource
-from pipeline.distributed.devices import set_up
+from pipeline.distributed.devices import setup_devices
 from pipeline.errors import TrainingError
-from pipeline.models.efficientnet import LayerTypes, efficientnet, plain_copy
+from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
-from pipeline.training.feature_cache import MOST_BYTES, are_constant, backbone_and_head
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.training.stage_data import Stages
-from pipeline.training.state import State
-from pipeline.training.train_step import Totals
-from pipeline.training.trainer import Interrupted, Trainer, plan
+from pipeline.training.feature_cache import MAX_BYTES, are_constant, backbone_and_head
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.stage_data import StageData
+from pipeline.training.state import TrainState
+from pipeline.training.train_step import MetricAccumulator
+from pipeline.training.trainer import Trainer, TrainingInterrupted, build_schedule
 
 IMAGES = 80
-HEAD = StageConfig(epochs=2, trainable="head", augment=False)
+HEAD = StageConfig(epochs=2, trainable="head", use_augmentation=False)
 CONFIG = Config.model_validate(
     {
         "model": {"variant": {"width": 0.25, "depth": 0.3, "resolution": 32}, "weights": None},
         "data": {"source": "digits", "resize": "squash"},
-        "optimizer": {"name": "adamw", "base_lr": 0.05, "ema": 0.9},
+        "optimizer": {"name": "adamw", "base_lr": 0.05, "ema_decay": 0.9},
         "train": {"global_batch_size": 16, "stages": [HEAD.model_dump(), {"epochs": 1, "trainable": "all"}]},
         "runtime": {"precision": "float32"},
     }
@@ -53,17 +53,20 @@ def digits() -> tuple[Manifest, DigitsSource]:
     return Manifest(source.class_names, table), source
 
 
-def train() -> tuple[State, list[dict[str, float]]]:
+def train() -> tuple[TrainState, list[dict[str, float]]]:
     keras.utils.clear_session()
     manifest, source = digits()
-    runtime = set_up(CONFIG)
+    runtime = setup_devices(CONFIG)
     model = efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout), seed=CONFIG.seed)
-    state = State(
-        model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    state = TrainState(
+        model,
+        build_optimizer(CONFIG.optimizer, model.trainable_variables),
+        ModelEMA(model.weights, 0.9),
+        MetricAccumulator(),
     )
-    stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False)
+    stages = StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: False)
     trainer = Trainer(CONFIG, runtime, steps_per_epoch(len(manifest.indices("train")), 16), [], lambda: False)
-    return state, trainer.run(state, stages.work)
+    return state, trainer.run(state, stages.for_stage)
 
 
 @pytest.mark.slow
@@ -98,7 +101,7 @@ def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
     assert wanted.std() > 0.1
     head.layers[-1].bias.assign_add(np.ones(10))
     np.testing.assert_allclose(model(images).numpy(), wanted + 1, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(plain_copy(model)(images).numpy(), model(images).numpy())
+    np.testing.assert_array_equal(to_inference_model(model)(images).numpy(), model(images).numpy())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
         ({}, [StageConfig(epochs=1, trainable="head")], True),
         ({"mixup": 0.2}, [StageConfig(epochs=1, trainable="head")], False),
         ({"transforms": ["HorizontalFlip"]}, [HEAD, StageConfig(epochs=1, trainable="head")], False),
-        ({}, [StageConfig(epochs=1, trainable="block7", augment=False)], False),
+        ({}, [StageConfig(epochs=1, trainable="block7", use_augmentation=False)], False),
         ({}, [StageConfig(epochs=1), HEAD], False),
     ],
 )
@@ -119,7 +122,7 @@ def test_features_are_kept_where_nothing_before_the_head_changes(augment: dict, 
 
 
 def test_features_that_would_fill_the_memory_are_not_kept() -> None:
-    most = MOST_BYTES // (4 * 1280)
+    most = MAX_BYTES // (4 * 1280)
     assert are_constant(CONFIG, [HEAD], most, 1280)
     assert not are_constant(CONFIG, [HEAD], most + 1, 1280)
 
@@ -127,29 +130,32 @@ def test_features_that_would_fill_the_memory_are_not_kept() -> None:
 def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
     manifest, source = digits()
     runtime, model = (
-        set_up(CONFIG),
+        setup_devices(CONFIG),
         efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
-    state = State(
-        model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    state = TrainState(
+        model,
+        build_optimizer(CONFIG.optimizer, model.trainable_variables),
+        ModelEMA(model.weights, 0.9),
+        MetricAccumulator(),
     )
-    stage = plan(CONFIG, 4)[0]
-    stages = Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: True)
-    with pytest.raises(Interrupted):
-        stages.work(stage)
-    state.average.follow(model.get_layer("stem_conv").weights)
-    assert stages.work(stage).model is model
+    stage = build_schedule(CONFIG, 4)[0]
+    stages = StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: True)
+    with pytest.raises(TrainingInterrupted):
+        stages.for_stage(stage)
+    state.average.track(model.get_layer("stem_conv").weights)
+    assert stages.for_stage(stage).model is model
 
 
 def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_the_input() -> None:
     manifest, source = digits()
     runtime, model = (
-        set_up(CONFIG),
+        setup_devices(CONFIG),
         efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
-    state = State(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, Totals())
+    state = TrainState(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, MetricAccumulator())
     model.get_layer("predictions").bias.assign(np.full(10, np.nan))
     with pytest.raises(
         TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"
     ):
-        Stages(CONFIG, runtime, manifest, source, state, Screen(), lambda: False).evaluate("val")
+        StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: False).evaluate("val")

@@ -6,11 +6,18 @@ import tensorflow as tf
 
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.schema import Config
-from pipeline.distributed.devices import Runtime, set_up
+from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.errors import TrainingError
 from pipeline.models.efficientnet import efficientnet
 from pipeline.training import memory
-from pipeline.training.memory import check_batch, device_memory, explained, fit_batch, largest_micro_batch, step_memory
+from pipeline.training.memory import (
+    check_batch,
+    device_memory,
+    largest_micro_batch,
+    resolve_batch_size,
+    step_memory,
+    translate_oom_error,
+)
 
 VARIANT = {"width": 0.25, "depth": 0.3, "resolution": 64}
 MIB = 2**20
@@ -29,7 +36,7 @@ def model() -> keras.Model:
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    return set_up(config())
+    return setup_devices(config())
 
 
 def test_auto_takes_256_images_in_the_fewest_micro_batches_that_fit(monkeypatch, model, runtime):
@@ -37,15 +44,17 @@ def test_auto_takes_256_images_in_the_fewest_micro_batches_that_fit(monkeypatch,
     seen = set()
     for mib in (100_000, 600, 200, 60):
         monkeypatch.setattr(memory, "device_memory", lambda mib=mib: mib * MIB)
-        settled = fit_batch(auto, runtime, model).train
+        settled = resolve_batch_size(auto, runtime, model).train
         fitting = largest_micro_batch(auto, model, mib * MIB)
         assert settled.batch_size == 256
-        assert 256 // settled.accumulation <= fitting
-        assert settled.accumulation == 1 or 512 // settled.accumulation > fitting, "twice as many would not fit"
+        assert 256 // settled.gradient_accumulation_steps <= fitting
+        assert settled.gradient_accumulation_steps == 1 or 512 // settled.gradient_accumulation_steps > fitting, (
+            "twice as many would not fit"
+        )
         assert (
             Config.model_validate(auto.model_copy(update={"train": settled}).model_dump(mode="json")).train == settled
         )
-        seen.add(settled.accumulation)
+        seen.add(settled.gradient_accumulation_steps)
     assert 1 in seen
     assert len(seen) > 1
 
@@ -57,9 +66,9 @@ def test_what_auto_chooses_can_be_shared_and_mixed(monkeypatch, model, replicas)
     mixed = config(global_batch_size="auto").model_copy(update={"augment": AugmentConfig(mixup=0.2)})
     for fitting in (8, 42, 50, 1000):
         monkeypatch.setattr(memory, "largest_micro_batch", lambda *_, fitting=fitting: fitting)
-        settled = fit_batch(mixed, runtime, model)
-        share = settled.train.batch_size // settled.train.accumulation // replicas
-        assert settled.train.batch_size == share * settled.train.accumulation * replicas
+        settled = resolve_batch_size(mixed, runtime, model)
+        share = settled.train.batch_size // settled.train.gradient_accumulation_steps // replicas
+        assert settled.train.batch_size == share * settled.train.gradient_accumulation_steps * replicas
         assert 1 <= share <= fitting
         assert 128 <= settled.train.batch_size <= max(384, replicas)
         if share >= 8:
@@ -68,8 +77,8 @@ def test_what_auto_chooses_can_be_shared_and_mixed(monkeypatch, model, replicas)
 
 def test_a_resumed_run_stays_with_what_it_settled_on(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
-    auto, before = config(global_batch_size="auto"), config(global_batch_size=256, accumulation=4)
-    assert fit_batch(auto, runtime, model, before=before.train).train == before.train
+    auto, before = config(global_batch_size="auto"), config(global_batch_size=256, gradient_accumulation_steps=4)
+    assert resolve_batch_size(auto, runtime, model, before=before.train).train == before.train
 
 
 def test_a_containers_limit_counts(monkeypatch, tmp_path):
@@ -90,15 +99,15 @@ def test_the_estimate_counts_what_fits_and_not_one_more(model):
 
 def test_a_number_stays_and_auto_does_not_share_with_accumulation(model, runtime):
     plain = config(global_batch_size=48)
-    assert fit_batch(plain, runtime, model) is plain
-    with pytest.raises(ValueError, match="auto chooses accumulation"):
-        config(global_batch_size="auto", accumulation=2)
+    assert resolve_batch_size(plain, runtime, model) is plain
+    with pytest.raises(ValueError, match="auto chooses gradient_accumulation_steps"):
+        config(global_batch_size="auto", gradient_accumulation_steps=2)
 
 
 def test_a_network_that_fits_in_no_way_is_refused(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
     with pytest.raises(TrainingError, match=r"width=0\.25.* at 64 px does not fit into 0\.0 GiB with a single image"):
-        fit_batch(config(global_batch_size="auto"), runtime, model)
+        resolve_batch_size(config(global_batch_size="auto"), runtime, model)
 
 
 def test_out_of_memory_names_the_batch_the_variant_and_what_would_fit(monkeypatch, model, runtime):
@@ -106,7 +115,7 @@ def test_out_of_memory_names_the_batch_the_variant_and_what_would_fit(monkeypatc
     plain = config(global_batch_size=64)
 
     def out_of_memory() -> None:
-        with explained(plain, runtime, model):
+        with translate_oom_error(plain, runtime, model):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[64,16]\nmore")
 
     with pytest.raises(TrainingError) as caught:
@@ -117,7 +126,7 @@ def test_out_of_memory_names_the_batch_the_variant_and_what_would_fit(monkeypatc
         "64 images per device",
         "at 64 px",
         f"{fitting} are estimated to fit",
-        "train.accumulation",
+        "train.gradient_accumulation_steps",
         "OOM when allocating tensor",
     ):
         assert words in str(caught.value)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.train import StageConfig
-from pipeline.training.optimizers import MovingAverage, build_optimizer, decayed, learning_rate
+from pipeline.training.optimizers import ModelEMA, build_optimizer, learning_rate, uses_weight_decay
 
 
 def test_rmsprop_equals_five_steps_of_the_official_rule_from_an_accumulator_of_ones():
@@ -47,7 +47,9 @@ def test_sgd_is_nesterov_with_momentum():
 def test_weight_decay_spares_batch_normalisation_only():
     inputs = keras.Input((4, 4, 3))
     outputs = keras.layers.Dense(2)(keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(inputs)))
-    names = [(variable.path, decayed(variable)) for variable in keras.Model(inputs, outputs).trainable_variables]
+    names = [
+        (variable.path, uses_weight_decay(variable)) for variable in keras.Model(inputs, outputs).trainable_variables
+    ]
     assert [reached for _, reached in names] == [True, True, False, False, True, True], names
 
 
@@ -100,8 +102,8 @@ def test_learning_rate_is_positive_and_never_above_its_base(schedule, epochs, st
 def test_moving_average_warms_up_and_covers_batch_norm_statistics():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, keras.layers.BatchNormalization()(inputs))
-    average = MovingAverage(model.weights, decay=0.25)
-    average.follow(model.weights)
+    average = ModelEMA(model.weights, decay=0.25)
+    average.track(model.weights)
     expected = [variable.numpy() for variable in model.weights]
     for step, value in enumerate([1.0, 5.0, -2.0, 7.0]):
         for variable in model.weights:
@@ -116,13 +118,13 @@ def test_moving_average_warms_up_and_covers_batch_norm_statistics():
 
 def test_swapping_the_average_in_leaves_the_weights_as_they_were_even_after_an_error():
     variable = keras.Variable(np.float32(3.0))
-    average = MovingAverage([variable], decay=0.5)
-    average.follow([variable])
+    average = ModelEMA([variable], decay=0.5)
+    average.track([variable])
     variable.assign(4.0)
     seen = []
 
     def fail_inside() -> None:
-        with average.swapped_in():
+        with average.applied():
             seen.append(float(variable.numpy()))
             raise RuntimeError("inside")
 

@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from pipeline.config.schema import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
-from pipeline.training.recipe import class_weights, settle
+from pipeline.training.recipe import class_weights, resolve_recipe
 
 
 def images(train: int, val: int = 1) -> Manifest:
@@ -23,23 +23,23 @@ def config(**sections: object) -> Config:
 
 def test_a_config_without_a_recipe_stays_as_it_is():
     plain = config()
-    assert settle(plain, images(1000)) is plain
+    assert resolve_recipe(plain, images(1000)) is plain
 
 
 @given(st.integers(2, 10**5), st.integers(1, 512))
 def test_the_recipe_gives_every_data_set_a_config_that_loads_back_equal(num_images, batch):
-    settled = settle(config(recipe="auto", train={"global_batch_size": batch}), images(num_images))
+    settled = resolve_recipe(config(recipe="auto", train={"global_batch_size": batch}), images(num_images))
     assert settled.recipe is None
     assert Config.model_validate(settled.model_dump(mode="json")) == settled
     assert [stage.trainable for stage in settled.train.stages] == (["head", "all"] if num_images >= 500 else ["head"])
     assert all(1 <= stage.epochs <= 20 for stage in settled.train.stages)
-    assert 0.9 <= settled.optimizer.ema <= 0.9999
+    assert 0.9 <= settled.optimizer.ema_decay <= 0.9999
 
 
 def test_small_data_are_seen_more_often_and_averaged_over_fewer_steps():
-    small, large = (settle(config(recipe="auto"), images(count)) for count in (600, 50_000))
+    small, large = (resolve_recipe(config(recipe="auto"), images(count)) for count in (600, 50_000))
     assert small.train.stages[1].epochs > large.train.stages[1].epochs
-    assert small.optimizer.ema < large.optimizer.ema
+    assert small.optimizer.ema_decay < large.optimizer.ema_decay
     assert small.train.stages[1].freeze_batch_norm
     assert not large.train.stages[1].freeze_batch_norm
 
@@ -81,20 +81,20 @@ def test_a_weight_of_no_class_is_named_with_the_nearest_one():
 
 
 def test_weights_that_fit_only_parts_are_trained_as_a_whole_from_the_start():
-    settled = settle(config(recipe="auto"), images(100), ["block2a_expand_conv", "predictions"])
+    settled = resolve_recipe(config(recipe="auto"), images(100), ["block2a_expand_conv", "predictions"])
     assert [(stage.trainable, stage.freeze_batch_norm) for stage in settled.train.stages] == [("all", False)]
-    assert [stage.trainable for stage in settle(config(recipe="auto"), images(100), ["predictions"]).train.stages] == [
-        "head"
-    ]
+    assert [
+        stage.trainable for stage in resolve_recipe(config(recipe="auto"), images(100), ["predictions"]).train.stages
+    ] == ["head"]
 
 
 def test_a_resumed_run_keeps_to_what_the_recipe_came_to():
-    began = settle(config(recipe="auto"), images(600))
-    assert settle(config(recipe="auto"), images(60_000), before=began) == began
+    began = resolve_recipe(config(recipe="auto"), images(600))
+    assert resolve_recipe(config(recipe="auto"), images(60_000), before=began) == began
 
 
-@pytest.mark.parametrize("train", [{"restore_best": True}, {"early_stopping": {"patience": 1}}])
+@pytest.mark.parametrize("train", [{"restore_best_weights": True}, {"early_stopping": {"patience": 1}}])
 def test_what_goes_by_the_validation_split_wants_one(train):
-    assert settle(config(train=train), images(10)) == config(train=train)
+    assert resolve_recipe(config(train=train), images(10)) == config(train=train)
     with pytest.raises(ConfigError, match="the data have none"):
-        settle(config(train=train), images(10, val=0))
+        resolve_recipe(config(train=train), images(10, val=0))

@@ -12,14 +12,14 @@ import pytest
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.distributed.devices import Runtime, set_up
+from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.errors import ConfigError
-from pipeline.models.efficientnet import LayerTypes, efficientnet, plain_copy
+from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.models.variants import from_multipliers
 from pipeline.training.memory import check_batch
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.training.train_step import Totals, TrainStep
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.train_step import MetricAccumulator, TrainStep
 
 PROJECT = Path(__file__).parents[2]
 CLASSES = 4
@@ -54,10 +54,10 @@ class Bench:
 
     def __init__(self, model: keras.Model, config: Config) -> None:
         self.model, self.config = model, config
-        self.runtime = set_up(config)
+        self.runtime = setup_devices(config)
         self.optimizer = build_optimizer(config.optimizer, model.trainable_variables)
-        self.average = MovingAverage(model.weights, 0.99)
-        self.totals = Totals()
+        self.average = ModelEMA(model.weights, 0.99)
+        self.totals = MetricAccumulator()
 
     def step(self) -> TrainStep:
         return TrainStep(self.model, self.optimizer, self.average, self.totals, self.config, self.runtime)
@@ -117,7 +117,8 @@ def test_micro_batches_give_the_same_update_as_the_whole_batch():
     results = []
     for accumulation in (1, 4):
         bench = Bench(
-            small_network(batch_norm=False), make_config(train={"global_batch_size": 8, "accumulation": accumulation})
+            small_network(batch_norm=False),
+            make_config(train={"global_batch_size": 8, "gradient_accumulation_steps": accumulation}),
         )
         step = bench.step()
         for number in range(3):
@@ -281,7 +282,7 @@ from pipeline.distributed.devices import set_up
 from pipeline.training.train_step import Totals, TrainStep
 for name in ("rmsprop", "sgd", "adamw"):
     found = []
-    for runtime in ({"strategy": "one"}, {"strategy": "mirrored"}, {"strategy": "one", "xla": True}):
+    for runtime in ({"strategy": "single"}, {"strategy": "mirrored"}, {"strategy": "single", "xla": True}):
         config = make_config(optimizer={"name": name, "weight_decay": 0.1}, train={"global_batch_size": 8}, runtime=runtime)
         runtime = set_up(config)
         with runtime.strategy.scope():
@@ -311,16 +312,16 @@ def test_every_optimizer_moves_the_weights_alike_on_two_devices_and_by_xla():
 
 def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     config = make_config(train={"global_batch_size": 8}, runtime={"precision": "bfloat16"})
-    runtime = set_up(config)
+    runtime = setup_devices(config)
     assert runtime.dtype == "mixed_bfloat16"
     model = efficientnet(
         from_multipliers(0.25, 0.3, 32),
         num_classes=CLASSES,
-        survival=0.5,
+        drop_path_rate=0.5,
         layer_types=LayerTypes(PerReplicaDropout),
         dtype=runtime.dtype,
     )
-    average, totals = MovingAverage(model.weights, 0.9), Totals()
+    average, totals = ModelEMA(model.weights, 0.9), MetricAccumulator()
     optimizer = build_optimizer(config.optimizer, model.trainable_variables)
     step = TrainStep(model, optimizer, average, totals, config, runtime)
     before = model.get_layer("stem_conv").kernel.numpy()
@@ -331,8 +332,8 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     assert {str(variable.dtype.name) for variable in average.variables} == {"float32"}
     assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
     assert np.isfinite(totals.read()["loss"])
-    with average.swapped_in():
-        plain_copy(model).save(tmp_path / "model.keras")
+    with average.applied():
+        to_inference_model(model).save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert {layer.compute_dtype for layer in loaded.layers} == {"float32"}
     np.testing.assert_array_equal(loaded.get_layer("stem_conv").kernel.numpy(), average.variables[0].numpy())
@@ -340,10 +341,12 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
 
 def test_an_indivisible_batch_is_refused():
     config = make_config(
-        train={"global_batch_size": 12, "accumulation": 2}, runtime={"strategy": "one"}, augment={"mixup": 0.2}
+        train={"global_batch_size": 12, "gradient_accumulation_steps": 2},
+        runtime={"strategy": "single"},
+        augment={"mixup": 0.2},
     )
     two = Runtime(SimpleNamespace(num_replicas_in_sync=2), "float32", False)
-    check_batch(config, set_up(config))
+    check_batch(config, setup_devices(config))
     with pytest.raises(
         ConfigError, match=r"groups of 2 images, which 3 images per replica and micro-batch would cut apart; .* of 8"
     ):
@@ -352,5 +355,5 @@ def test_an_indivisible_batch_is_refused():
         ConfigError,
         match="6 images cannot be shared evenly among 2 replicas with 2 micro-batches each; take a multiple of 4",
     ):
-        check_batch(make_config(train={"global_batch_size": 6, "accumulation": 2}), two)
+        check_batch(make_config(train={"global_batch_size": 6, "gradient_accumulation_steps": 2}), two)
     assert two.whole_batch(31) == 32

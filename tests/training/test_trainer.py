@@ -11,17 +11,24 @@ import tensorflow as tf
 
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
-from pipeline.distributed.devices import set_up
+from pipeline.distributed.devices import setup_devices
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training import checkpoint
-from pipeline.training.callbacks import Hook
-from pipeline.training.checkpoint import Keeper
-from pipeline.training.nan_policy import MOST_ROLLBACKS, NotFinitePolicy, give_up
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.training.state import State
-from pipeline.training.train_step import Totals, TrainStep
-from pipeline.training.trainer import Interrupted, Trainer, Work, check_new_layers, plan, set_trainable
+from pipeline.training.callbacks import Callback
+from pipeline.training.checkpoint import CheckpointCallback
+from pipeline.training.nan_policy import MAX_ROLLBACKS, NanPolicy, raise_nan_error
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.state import TrainState
+from pipeline.training.train_step import MetricAccumulator, TrainStep
+from pipeline.training.trainer import (
+    StageInputs,
+    Trainer,
+    TrainingInterrupted,
+    build_schedule,
+    check_new_layers,
+    set_trainable,
+)
 
 STEPS = 5  # per epoch
 CONFIG = Config.model_validate(
@@ -49,10 +56,13 @@ def network() -> keras.Model:
     )
 
 
-def fresh_state() -> State:
+def fresh_state() -> TrainState:
     model = network()
-    return State(
-        model, build_optimizer(CONFIG.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    return TrainState(
+        model,
+        build_optimizer(CONFIG.optimizer, model.trainable_variables),
+        ModelEMA(model.weights, 0.9),
+        MetricAccumulator(),
     )
 
 
@@ -69,7 +79,7 @@ def stream(start: int, *, poisoned: int | None = None) -> tf.data.Dataset:
     return tf.data.Dataset.range(start, 10**9).map(batch)
 
 
-class Recorder(Hook):
+class Recorder(Callback):
     """A hook that keeps what it is told, and checks what it sees of the network."""
 
     def __init__(self) -> None:
@@ -82,42 +92,44 @@ class Recorder(Hook):
     def on_progress(self, step: int, metrics: dict) -> None:
         assert set(metrics) == {"train/loss", "train/accuracy", "train/gradient_norm", "learning_rate"}
 
-    def on_first_step(self, stage: StageConfig, seconds: float) -> None:
+    def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
         assert seconds > 0
         self.first_steps.append(stage.trainable)
 
-    def on_step(self, step: int, metrics: dict) -> None:
+    def on_log(self, step: int, metrics: dict) -> None:
         self.steps.append(step)
 
-    def on_epoch(self, record: dict) -> None:
+    def on_epoch_end(self, record: dict) -> None:
         self.epochs.append(dict(record))
 
-    def on_stage_left(self, epochs: int) -> None:
+    def on_early_stop(self, epochs: int) -> None:
         self.left_out.append(epochs)
 
-    def on_checkpoint(self, state: State) -> None:
+    def on_checkpoint(self, state: TrainState) -> None:
         self.kept.append(state.step)
 
 
 def run(
-    state: State,
+    state: TrainState,
     hooks: list,
     *,
     accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9),
     stop_at: int | None = None,
     config: Config = CONFIG,
-    not_finite: Callable[[State], None] = give_up,
+    not_finite: Callable[[TrainState], None] = raise_nan_error,
     poisoned: int | None = None,
 ) -> list[dict]:
-    trainer = Trainer(config, set_up(config), STEPS, hooks, lambda: state.step == stop_at, not_finite)
+    trainer = Trainer(config, setup_devices(config), STEPS, hooks, lambda: state.step == stop_at, not_finite)
 
     def validate() -> dict[str, float]:
         return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
 
-    return trainer.run(state, lambda stage: Work(state.model, lambda start: stream(start, poisoned=poisoned), validate))
+    return trainer.run(
+        state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=poisoned), validate)
+    )
 
 
-def contents(state: State) -> dict[str, bytes]:
+def contents(state: TrainState) -> dict[str, bytes]:
     return {
         f"{group}/{name}": v.numpy().tobytes()
         for group, variables in state.groups().items()
@@ -126,7 +138,7 @@ def contents(state: State) -> dict[str, bytes]:
 
 
 def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
-    stages = plan(CONFIG, STEPS)
+    stages = build_schedule(CONFIG, STEPS)
     assert [(stage.first, stage.stop) for stage in stages] == [(0, 10), (10, 20)]
     assert stages[0].learning_rate(0) == pytest.approx(4 / 256)
     assert stages[1].learning_rate(0) == pytest.approx(0.5 * 4 / 256)
@@ -164,7 +176,7 @@ def test_a_run_keeps_history_best_epoch_and_checkpoints():
 def test_frozen_blocks_do_not_move_and_slots_outlive_the_change_of_stage():
     state = fresh_state()
     start = {variable.path: variable.numpy() for variable in state.model.variables}
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(state, [], stop_at=10)
     moved = {
         path
@@ -174,7 +186,7 @@ def test_frozen_blocks_do_not_move_and_slots_outlive_the_change_of_stage():
     assert moved == {"predictions/kernel", "predictions/bias"}
     slots = {v.name: v.numpy() for v in state.optimizer.variables if "predictions" in v.name and "velocity" in v.name}
     assert any((value != 1).any() for value in slots.values())
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(state, [], stop_at=11)
     later = {v.name: v.numpy() for v in state.optimizer.variables if v.name in slots}
     for name, value in slots.items():  # one step of decay 0.9 on what was there, not a new start from ones
@@ -192,10 +204,10 @@ def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int
     history = run(whole, [])
 
     stopped = fresh_state()
-    with pytest.raises(Interrupted):
-        run(stopped, [Keeper(tmp_path, {}, keep=1)], stop_at=stop_at)
+    with pytest.raises(TrainingInterrupted):
+        run(stopped, [CheckpointCallback(tmp_path, {}, keep=1)], stop_at=stop_at)
     resumed = fresh_state()
-    newest, problems = checkpoint.newest_verified(tmp_path)
+    newest, problems = checkpoint.latest_valid_checkpoint(tmp_path)
     assert problems == []
     assert newest is not None
     checkpoint.restore(resumed, newest)
@@ -207,10 +219,10 @@ def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int
 def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
     state = fresh_state()
     trainer = Trainer(
-        CONFIG, set_up(CONFIG), 100, [Keeper(tmp_path, {}, keep=1)], lambda: state.step == 4
+        CONFIG, setup_devices(CONFIG), 100, [CheckpointCallback(tmp_path, {}, keep=1)], lambda: state.step == 4
     )  # reports every 5 steps
     with pytest.raises(TrainingError, match="not finite in step 3"):
-        trainer.run(state, lambda stage: Work(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
+        trainer.run(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
     assert not list(tmp_path.iterdir())
 
 
@@ -227,8 +239,8 @@ def test_validation_sees_the_moving_average():
         )
         return {}
 
-    Trainer(CONFIG, set_up(CONFIG), STEPS, [], lambda: False).run(
-        state, lambda stage: Work(state.model, stream, validate)
+    Trainer(CONFIG, setup_devices(CONFIG), STEPS, [], lambda: False).run(
+        state, lambda stage: StageInputs(state.model, stream, validate)
     )
     assert seen == [True] * 4
     assert state.best is None, "without a validation metric no epoch is best"
@@ -236,7 +248,7 @@ def test_validation_sees_the_moving_average():
 
 def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_state():
     good, bad = fresh_state(), fresh_state()
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(good, [], stop_at=7)
     with pytest.raises(
         TrainingError, match=r"not finite in step 8; nothing of that step was applied. Try a lower optimizer.base_lr"
@@ -286,10 +298,10 @@ def test_early_stopping_survives_a_resume(tmp_path: Path, stop_at: int):
     history = run(whole, [], config=config, accuracies=accuracies)
     assert [record["epoch"] for record in history] == [1, 2, 3, 5, 6, 7, 8]
     stopped = fresh_state()
-    with pytest.raises(Interrupted):
-        run(stopped, [Keeper(tmp_path, {}, keep=1)], config=config, accuracies=accuracies, stop_at=stop_at)
+    with pytest.raises(TrainingInterrupted):
+        run(stopped, [CheckpointCallback(tmp_path, {}, keep=1)], config=config, accuracies=accuracies, stop_at=stop_at)
     resumed = fresh_state()
-    newest, _ = checkpoint.newest_verified(tmp_path)
+    newest, _ = checkpoint.latest_valid_checkpoint(tmp_path)
     checkpoint.restore(resumed, newest)
     assert run(resumed, [], config=config, accuracies=accuracies) == history
     assert contents(resumed) == contents(whole)
@@ -305,12 +317,12 @@ def test_the_average_of_a_block_goes_on_after_the_block_is_frozen_again():
         }
     )
 
-    def distance(state: State) -> float:
+    def distance(state: TrainState) -> float:
         pairs = zip(state.average.averaged, state.average.variables, strict=True)
         return max(np.abs(v.numpy() - a.numpy()).max() for v, a in pairs if v.path == "stem_conv/kernel")
 
     state, between = fresh_state(), []
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(state, [], config=config, stop_at=5)
     between.append(distance(state))
     run(state, [], config=config)  # as a resumed process does: the first stage is over
@@ -325,14 +337,16 @@ def test_layer_decay_scales_the_update_of_each_block_under_rmsprop():
         config = Config.model_validate(
             {
                 "data": {"source": "digits"},
-                "optimizer": {"base_lr": 1.0, "weight_decay": 0.0, "ema": None},
+                "optimizer": {"base_lr": 1.0, "weight_decay": 0.0, "ema_decay": None},
                 "train": {"global_batch_size": 4, "stages": stages},
             }
         )
         model = network()
         before = {v.path: v.numpy() for v in model.trainable_variables}
-        state = State(model, build_optimizer(config.optimizer, model.trainable_variables), None, Totals())
-        with pytest.raises(Interrupted):
+        state = TrainState(
+            model, build_optimizer(config.optimizer, model.trainable_variables), None, MetricAccumulator()
+        )
+        with pytest.raises(TrainingInterrupted):
             run(state, [], config=config, stop_at=1)
         moved[decay] = {v.path: v.numpy() - before[v.path] for v in model.trainable_variables}
     for path, factor in {
@@ -379,12 +393,12 @@ def test_checkpoints_are_kept_between_epochs_as_the_config_says():
     assert recorder.kept == [4, 5, 8, 10, 12, 15, 16, 20]
 
 
-class Policy(NotFinitePolicy):
+class Policy(NanPolicy):
     """A policy with all that it needs, and what it said."""
 
     def __init__(self, config: Config, folder: Path, **kwargs: int) -> None:
         self.said: list[str] = []
-        self.keeper = Keeper(folder / "checkpoints", {}, keep=1)
+        self.keeper = CheckpointCallback(folder / "checkpoints", {}, keep=1)
         super().__init__(
             config, folder / "nan", folder / "checkpoints", {}, lambda start: stream(start, **kwargs), self.said.append
         )
@@ -419,10 +433,10 @@ def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_pat
         fed = next(iter(stream(7, poisoned=7)))
         for name, expected in zip(("images", "labels", "weights", "index"), fed, strict=True):
             np.testing.assert_array_equal(saved[name], expected.numpy())
-    assert checkpoint.problem(folder) is None
+    assert checkpoint.verify_checkpoint(folder) is None
     met = fresh_state()
     checkpoint.restore(met, folder)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(good, [], stop_at=7)
     assert contents(met) == contents(good)
     assert (met.step, met.history) == (7, good.history)
@@ -435,9 +449,9 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
     policy._training_stream = lambda start: stream(start).map(
         lambda images, labels, weights, index: (images, labels, weights * np.nan, index)
     )
-    trainer = Trainer(config, set_up(config), STEPS, [], lambda: False, policy)
+    trainer = Trainer(config, setup_devices(config), STEPS, [], lambda: False, policy)
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
-        trainer.run(state, lambda stage: Work(state.model, policy._training_stream, lambda: {}))
+        trainer.run(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]
     assert {path.name for path in (tmp_path / "nan").iterdir()} == {f"step-{number:08d}" for number in (1, 2, 3)}
 
@@ -461,7 +475,7 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     config = with_train(on_nan="rollback", checkpoint_every_steps=1)
     rates = [
         stage.learning_rate(step - stage.first)
-        for stage in plan(config, STEPS)
+        for stage in build_schedule(config, STEPS)
         for step in range(stage.first, stage.stop)
     ]
     diverging(monkeypatch, bad, above=0.6 * rates[bad])
@@ -489,7 +503,7 @@ def test_a_run_goes_back_a_few_times_only(tmp_path: Path, monkeypatch):
     policy.prepare(state)
     with pytest.raises(TrainingError, match=r"not finite in step 8; .*\nThe run went back 3 times already"):
         run(state, [policy.keeper], config=config, not_finite=policy)
-    assert len(policy.said) == MOST_ROLLBACKS
+    assert len(policy.said) == MAX_ROLLBACKS
 
 
 def test_a_run_does_not_go_back_to_a_damaged_checkpoint(tmp_path: Path, monkeypatch):
@@ -498,7 +512,7 @@ def test_a_run_does_not_go_back_to_a_damaged_checkpoint(tmp_path: Path, monkeypa
     policy = Policy(config, tmp_path)
 
     class Damage(Recorder):
-        def on_checkpoint(self, state: State) -> None:
+        def on_checkpoint(self, state: TrainState) -> None:
             (tmp_path / "checkpoints" / "step-00000005" / "model.npz").write_bytes(b"")
 
     with pytest.raises(
@@ -516,7 +530,7 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
         "stages": stages,
     }
     config = Config.model_validate({"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": train})
-    rate = plan(config, STEPS)[1].learning_rate(2)
+    rate = build_schedule(config, STEPS)[1].learning_rate(2)
     diverging(monkeypatch, 12, above=0.6 * rate)  # the third step of the second stage, ten of the first being left out
     state = fresh_state()
     policy, recorder = Policy(config, tmp_path), Recorder()
@@ -533,9 +547,9 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
 
 def test_a_run_that_is_resumed_at_its_end_still_has_its_average(tmp_path: Path):
     state = fresh_state()
-    run(state, [Keeper(tmp_path, {}, keep=1)])
+    run(state, [CheckpointCallback(tmp_path, {}, keep=1)])
     resumed = fresh_state()
-    checkpoint.restore(resumed, checkpoint.newest_verified(tmp_path)[0])
+    checkpoint.restore(resumed, checkpoint.latest_valid_checkpoint(tmp_path)[0])
     assert run(resumed, []) == state.history
     for one in (state, resumed):
         with one.averaged():

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config
-from pipeline.distributed.devices import Runtime, set_up
+from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import FusedBatchNormalization, layer_types
 from pipeline.training import step_times
 from pipeline.training.step_times import TIMED_STEPS, StepTimes
-from pipeline.training.trainer import plan
-from pipeline.training.xla import seconds_saved, settle_xla
+from pipeline.training.trainer import build_schedule
+from pipeline.training.xla import resolve_xla, seconds_saved
 
 SECONDS = st.floats(1e-4, 1e4)
-WHOLE, HEAD = {"trainable": "all"}, {"trainable": "head", "augment": False}
+WHOLE, HEAD = {"trainable": "all"}, {"trainable": "head", "use_augmentation": False}
 
 
 @given(st.integers(0, 10**7), SECONDS, SECONDS, SECONDS, st.integers(0, 10**7))
@@ -69,8 +69,10 @@ def network(runtime: Runtime) -> keras.Model:
 
 
 def settle(wanted: Config, steps: int, before: Config | None = None) -> tuple[bool | str, str]:
-    runtime = set_up(wanted)
-    settled, decided, reason = settle_xla(wanted, runtime, network(runtime), plan(wanted, steps), before=before)
+    runtime = setup_devices(wanted)
+    settled, decided, reason = resolve_xla(
+        wanted, runtime, network(runtime), build_schedule(wanted, steps), before=before
+    )
     assert settled.runtime.xla == decided.jit_compile
     assert Config.model_validate(settled.model_dump(mode="json")) == settled
     return settled.runtime.xla, reason
@@ -80,8 +82,8 @@ def note(wanted: Config, monkeypatch: pytest.MonkeyPatch, *, first: float, step:
     """As a run would whose steps take so many seconds."""
     now = [0.0]
     monkeypatch.setattr(step_times, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    hook = StepTimes(wanted, Runtime(set_up(wanted).strategy, "float32", bool(wanted.runtime.xla)))
-    hook.on_first_step(wanted.train.stages[stage], first)
+    hook = StepTimes(wanted, Runtime(setup_devices(wanted).strategy, "float32", bool(wanted.runtime.xla)))
+    hook.on_compile_end(wanted.train.stages[stage], first)
     for number in range(1, 2 * TIMED_STEPS):
         hook.on_progress(number, {})
         now[0] += step
@@ -159,9 +161,9 @@ def test_what_the_config_says_is_done(given: bool) -> None:
 @pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("steps", [10, 10**8])
 def test_batch_normalisation_is_left_to_xla_where_it_compiles(steps: int) -> None:
-    runtime = set_up(config())
+    runtime = setup_devices(config())
     model = network(runtime)
-    _, decided, _ = settle_xla(config(), runtime, model, plan(config(), steps))
+    _, decided, _ = resolve_xla(config(), runtime, model, build_schedule(config(), steps))
     fused = {layer.fused for layer in model.layers if isinstance(layer, FusedBatchNormalization)}
     assert fused == {not decided.jit_compile}
 

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     """train, val or test where the data say so, else None. Either all samples of a source have one or none has."""
 
 
-class Status(NamedTuple):
+class FileStat(NamedTuple):
     """What a picture's file is known by without being read: where it has not changed, neither have the contents."""
 
     size: int
@@ -47,7 +47,7 @@ class Status(NamedTuple):
     """int64: of a file of its own the time of change in nanoseconds, of a packed one 64 bits of its SHA-256."""
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """What the manifest and the stream need to know of a data set."""
 
     @property
@@ -57,17 +57,17 @@ class Source(Protocol):
     def samples(self) -> list[Sample]:
         """All samples, always in the same order."""
 
-    def status(self, key: str) -> Status | None:
+    def stat(self, key: str) -> FileStat | None:
         """What tells whether a sample's file has changed; None where nothing does, short of reading it."""
 
     def read(self, key: str) -> bytes:
         """The encoded image file of a sample."""
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """The same in a tf.data graph: scalar string key to scalar string bytes."""
 
 
-class NotFetchedError(DataError):
+class DatasetNotDownloadedError(DataError):
     """The data are not on this machine yet.
 
     Attributes:
@@ -79,7 +79,7 @@ class NotFetchedError(DataError):
         self.class_names = class_names
 
 
-class DamagedError(DataError):
+class CorruptImageError(DataError):
     """A packed picture is no longer what was packed.
 
     Attributes:
@@ -91,7 +91,7 @@ class DamagedError(DataError):
         self.problem = problem
 
 
-def listing(problems: Sequence[str], limit: int = 20) -> str:
+def format_list(problems: Sequence[str], limit: int = 20) -> str:
     """The first problems, one on a line, and how many more there are."""
     rest = [f"  and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n".join([*(f"  {problem}" for problem in problems[:limit]), *rest])

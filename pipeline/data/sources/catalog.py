@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.csv_file import open_csv
 from pipeline.data.sources.digits import DigitsSource
 from pipeline.data.sources.folder import open_folder
@@ -12,7 +12,7 @@ from pipeline.data.sources.pack import open_pack
 from pipeline.data.sources.tfds import open_tfds
 
 SOURCES: dict[
-    str, Callable[[DataConfig, bool], Source]
+    str, Callable[[DataConfig, bool], DataSource]
 ] = {  # by data.source: opens it; the second argument allows a download
     "folder": lambda config, download: open_folder(_path(config)),
     "csv": lambda config, download: open_csv(_path(config)),
@@ -22,7 +22,7 @@ SOURCES: dict[
 }
 
 
-def open_source(config: DataConfig, *, fetch: bool = True) -> Source:
+def open_source(config: DataConfig, *, fetch: bool = True) -> DataSource:
     """Open the data set that the config names.
 
     Args:

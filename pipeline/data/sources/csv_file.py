@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from pipeline.data.sources.base import SPLIT_NAMES, Sample, listing
+from pipeline.data.sources.base import SPLIT_NAMES, Sample, format_list
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
@@ -54,7 +54,7 @@ def open_csv(path: Path) -> FileSource:
         problems += [f"line {number}: {fault}" for fault in faults]
     if problems:
         raise DataError(
-            f"{path}: {len(problems)} things are wrong:\n{listing(problems)}\nPaths are relative to the folder of the CSV file."
+            f"{path}: {len(problems)} things are wrong:\n{format_list(problems)}\nPaths are relative to the folder of the CSV file."
         )
     names = sorted({row["label"] for _, row in lines})
     labels = {name: label for label, name in enumerate(names)}

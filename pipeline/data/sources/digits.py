@@ -25,13 +25,13 @@ class DigitsSource:
     def samples(self) -> list[Sample]:
         return [Sample(str(i), label, None) for i, label in enumerate(self._labels)]
 
-    def status(self, key: str) -> None:
+    def stat(self, key: str) -> None:
         return None
 
     def read(self, key: str) -> bytes:
         return self._files[int(key)]
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.constant(self._files), tf.strings.to_number(key, tf.int32))
 
 

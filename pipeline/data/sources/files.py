@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.sources.base import Sample, Status
+from pipeline.data.sources.base import FileStat, Sample
 
 
 class FileSource:
@@ -21,12 +21,12 @@ class FileSource:
     def samples(self) -> list[Sample]:
         return list(map(Sample, *(column.to_pylist() for column in self._columns)))
 
-    def status(self, key: str) -> Status:
+    def stat(self, key: str) -> FileStat:
         status = (self.root / key).stat()
-        return Status(status.st_size, status.st_mtime_ns)
+        return FileStat(status.st_size, status.st_mtime_ns)
 
     def read(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         return tf.io.read_file(tf.strings.join([self.root.as_posix(), "/", key]))

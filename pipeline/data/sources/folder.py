@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.data.image_files import is_hidden, is_picture, pictures_below
-from pipeline.data.sources.base import SPLIT_NAMES, Sample, listing
+from pipeline.data.sources.base import SPLIT_NAMES, Sample, format_list
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
@@ -24,7 +24,7 @@ def open_folder(root: Path) -> FileSource:
     strays = [str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_picture(path)]
     if strays:
         raise DataError(
-            f"{len(strays)} pictures lie in no class folder:\n{listing(strays)}\n"
+            f"{len(strays)} pictures lie in no class folder:\n{format_list(strays)}\n"
             "Expected <class>/<image> or {train,val,test}/<class>/<image>; move or delete them."
         )
     folders = [(split, folder) for parent, split in parents.items() for folder in _subfolders(parent)]
@@ -40,11 +40,11 @@ def open_folder(root: Path) -> FileSource:
     empty = sorted(set(range(len(names))) - {row.label for row in rows})
     if empty:
         raise DataError(
-            f"{len(empty)} class folders hold no picture:\n{listing([names[i] for i in empty])}\nFill or delete them."
+            f"{len(empty)} class folders hold no picture:\n{format_list([names[i] for i in empty])}\nFill or delete them."
         )
     unreadable = [ascii(row.key) for row in rows if not _is_utf8(row.key)]
     if unreadable:
-        raise DataError(f"{len(unreadable)} file names are not UTF-8:\n{listing(unreadable)}\nRename them.")
+        raise DataError(f"{len(unreadable)} file names are not UTF-8:\n{format_list(unreadable)}\nRename them.")
     return FileSource(root, tuple(names), rows)
 
 
@@ -57,7 +57,7 @@ def _class_parents(root: Path) -> dict[Path, str | None]:
         return {root: None}
     if others:
         raise DataError(
-            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other folders:\n{listing(others)}\nMove the others away."
+            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other folders:\n{format_list(others)}\nMove the others away."
         )
     named = [SPLIT_NAMES[folder.name] for folder in splits]
     doubled = [folder.name for folder in splits if named.count(SPLIT_NAMES[folder.name]) > 1]

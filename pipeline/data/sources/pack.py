@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
-from pipeline.data.scan_cache import name_of
-from pipeline.data.sources.base import DamagedError, Sample, Status
+from pipeline.data.scan_cache import key_hash
+from pipeline.data.sources.base import CorruptImageError, FileStat, Sample
 from pipeline.errors import DataError
 
 DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
@@ -58,7 +58,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Description:
+class PackMetadata:
     """What `pack.json` holds.
 
     Attributes:
@@ -78,7 +78,7 @@ class Description:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
-def load(folder: Path) -> tuple[Description, pa.Table]:
+def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
     """Reads a pack's description and its index, of the schema INDEX.
 
     Raises:
@@ -96,7 +96,7 @@ def load(folder: Path) -> tuple[Description, pa.Table]:
                 f"{path} is of format {version}; this program reads format {FORMAT}: pack the data set again"
             )
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        description = Description(**values | {"shards": shards, "class_names": tuple(values["class_names"])})
+        description = PackMetadata(**values | {"shards": shards, "class_names": tuple(values["class_names"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}; restore it from a copy, or pack the data set again") from None
     try:
@@ -134,21 +134,25 @@ def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: by
     try:
         [data] = reader.read([position])
     except RuntimeError as error:
-        raise DamagedError(key, f"is damaged: record {position} of {path}: {str(error).partition(';')[0]}") from None
+        raise CorruptImageError(
+            key, f"is damaged: record {position} of {path}: {str(error).partition(';')[0]}"
+        ) from None
     if hashlib.sha256(data).digest() != sha256:
-        raise DamagedError(key, f"is damaged: record {position} of {path} has another SHA-256 than {INDEX_FILE} says")
+        raise CorruptImageError(
+            key, f"is damaged: record {position} of {path} has another SHA-256 than {INDEX_FILE} says"
+        )
     return data
 
 
 class PackSource:
     """The pictures of a pack. Threads may read at the same time."""
 
-    def __init__(self, folder: Path, description: Description, index: pa.Table) -> None:
+    def __init__(self, folder: Path, description: PackMetadata, index: pa.Table) -> None:
         self.class_names = description.class_names
         self._paths = [folder / shard.name for shard in description.shards]
         self._columns = {name: index[name].combine_chunks() for name in index.column_names}
         # Digests of the keys, sorted: a tenth of the memory of a dictionary.
-        names = np.fromiter(map(name_of, index["key"].to_pylist()), np.uint64, len(index))
+        names = np.fromiter(map(key_hash, index["key"].to_pylist()), np.uint64, len(index))
         self._rows = np.argsort(names)
         self._names = names[self._rows]
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
@@ -156,19 +160,19 @@ class PackSource:
     def samples(self) -> list[Sample]:
         return list(map(Sample, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
 
-    def status(self, key: str) -> Status:
+    def stat(self, key: str) -> FileStat:
         size, sha256 = self._look_up(key, "bytes", "sha256")
-        return Status(size, int.from_bytes(sha256[:8], signed=True))
+        return FileStat(size, int.from_bytes(sha256[:8], signed=True))
 
     def read(self, key: str) -> bytes:
         shard, position, sha256 = self._look_up(key, "shard", "position", "sha256")
         try:
             reader = self._reader(shard)
         except RuntimeError as error:
-            raise DamagedError(key, f"cannot be read: {self._paths[shard]}: {error}") from None
+            raise CorruptImageError(key, f"cannot be read: {self._paths[shard]}: {error}") from None
         return read_record(self._paths[shard], reader, position, sha256, key)
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         file, damage = tf.numpy_function(self._read_or_tell, [key], (tf.string, tf.string), stateful=False)
         with tf.control_dependencies(
             [tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]
@@ -179,11 +183,11 @@ class PackSource:
         """The file and nothing, or nothing and what is wrong: an exception would come out of the graph with a traceback in its message."""
         try:
             return self.read(key.decode()), b""
-        except DamagedError as error:
+        except CorruptImageError as error:
             return b"", str(error).encode()
 
     def _look_up(self, key: str, *columns: str) -> list[Any]:
-        name = name_of(key)
+        name = key_hash(key)
         for row in self._rows[
             np.searchsorted(self._names, name) : np.searchsorted(self._names, name, "right")
         ].tolist():
@@ -213,7 +217,7 @@ def open_pack(folder: Path) -> PackSource:
     return PackSource(folder, description, index)
 
 
-def damages(path: Path, sha256: str, rows: pa.Table) -> list[str]:
+def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
     """What is wrong with a shard: a line for the file or for each picture that is no longer what was packed; none if it is whole.
 
     Args:
@@ -233,12 +237,12 @@ def damages(path: Path, sha256: str, rows: pa.Table) -> list[str]:
     for position, (key, digest) in enumerate(zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)):
         try:
             read_record(path, reader, position, digest, key)
-        except DamagedError as error:
+        except CorruptImageError as error:
             found.append(str(error))
     return found or [f"{path}: is not the file that was written, but all of its pictures are whole"]
 
 
-def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[Description, list[str]]:
+def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
     """Reads a whole pack and compares it with its hashes.
 
     Args:
@@ -255,7 +259,7 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[Descript
     found: list[str] = []
     done = 0
     for shard in description.shards:
-        found += damages(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
+        found += find_corruption(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
         done += shard.pictures
         progress(done, len(index))
     return description, found

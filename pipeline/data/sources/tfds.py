@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import tensorflow as tf
 
-from pipeline.data.sources.base import SPLIT_NAMES, NotFetchedError, Sample
+from pipeline.data.sources.base import SPLIT_NAMES, DatasetNotDownloadedError, Sample
 from pipeline.errors import DataError
 
 REACH_SECONDS = 12.0  # for all servers together
@@ -38,14 +38,14 @@ class TfdsSource:
             for i, example in enumerate(examples)
         ]
 
-    def status(self, key: str) -> None:
+    def stat(self, key: str) -> None:
         return None
 
     def read(self, key: str) -> bytes:
         name, _, position = key.rpartition("/")
         return self.records[name][int(position)]["image"]
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         file = tf.numpy_function(lambda key: self.read(key.decode()), [key], tf.string, stateful=False)
         return tf.ensure_shape(file, ())
 
@@ -82,7 +82,7 @@ def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
         )
     if not builder.is_prepared():
         if not fetch:
-            raise NotFetchedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
+            raise DatasetNotDownloadedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
         _prepare(builder, name, data_dir)
 
     splits = [split for split in builder.info.splits if split in SPLIT_NAMES]

@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from pipeline.data.preprocessing import decode
-from pipeline.data.sources.base import Source
-from pipeline.evaluation.compare import Measured, Pair, percent, signed
+from pipeline.data.sources.base import DataSource
+from pipeline.evaluation.compare import RunComparison, RunPredictions, percent, signed
 from pipeline.evaluation.report.figures import curve, over_epochs
 from pipeline.evaluation.report.html_report import environment
 
@@ -34,7 +34,7 @@ History = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConfigDiff:
     """Something that is not the same for all runs.
 
     Attributes:
@@ -47,12 +47,12 @@ class Setting:
 
 
 def comparison_page(
-    runs: Sequence[Measured],
-    pairs: Sequence[Pair],
+    runs: Sequence[RunPredictions],
+    pairs: Sequence[RunComparison],
     *,
-    settings: Sequence[Setting],
+    settings: Sequence[ConfigDiff],
     histories: Mapping[str, History],
-    source: Source | None,
+    source: DataSource | None,
 ) -> str:
     """Makes the page.
 
@@ -79,7 +79,7 @@ def comparison_page(
     )
 
 
-def _changes(pair: Pair, first: Measured, source: Source | None) -> list[dict[str, Any]]:
+def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | None) -> list[dict[str, Any]]:
     """For each direction: its name, its rows, and of the first of them the pictures."""
     stored = first.images.table.set_index("key")
     found = []
@@ -96,7 +96,7 @@ def _changes(pair: Pair, first: Measured, source: Source | None) -> list[dict[st
     return found
 
 
-def _thumbnail(source: Source, stored: Any) -> str | None:
+def _thumbnail(source: DataSource, stored: Any) -> str | None:
     """A small JPEG of the picture as a data URI; None where the file is gone or is another one than was measured."""
     try:
         encoded = source.read(str(stored.name))

