@@ -1,0 +1,1 @@
+"""Evaluation of trained networks: metrics, statistics, calibration, comparison and prediction."""

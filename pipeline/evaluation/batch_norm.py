@@ -1,4 +1,4 @@
-"""What the moving statistics of batch normalisation cost: the network measured by them, and by each batch's own."""
+"""The accuracy gap between the moving statistics of batch normalization and the statistics of each batch."""
 
 from typing import NamedTuple
 
@@ -7,56 +7,61 @@ import tensorflow as tf
 
 
 class BatchNormGap(NamedTuple):
-    """Accuracy on the same images, in [0, 1]. Far apart, the moving statistics lag behind the weights: see train.freeze_batch_norm."""
+    """The accuracy on the same images, in [0, 1]; a large gap means that the moving statistics lag behind the weights.
+
+    See `train.freeze_batch_norm`.
+    """
 
     moving: float
-    """By the moving statistics, as a finished network is used."""
+    """With the moving statistics, as in inference."""
     batch: float
-    """By the statistics of each batch, as in training, dropout off."""
+    """With the statistics of each batch, as in training, but without dropout."""
 
 
 class BatchStatsNormalization(keras.layers.BatchNormalization):
-    """Batch normalisation by the batch's statistics that leaves the moving ones alone."""
+    """Batch normalization with the statistics of the batch, which leaves the moving statistics unchanged."""
 
     def call(self, inputs: tf.Tensor, training: bool = False, mask: None = None) -> tf.Tensor:
-        """Normalises (B, H, W, C) over all but the channels."""
+        """Normalize (B, H, W, C) over all axes except the channels."""
         del training, mask
         mean, variance = tf.nn.moments(inputs, [0, 1, 2])
         return tf.nn.batch_normalization(inputs, mean, variance, self.beta.value, self.gamma.value, self.epsilon)
 
 
-def by_batch_statistics(model: keras.Model) -> keras.Model:
-    """A copy of a network of plain Keras layers that normalises by each batch's own statistics, in inference, too."""
+def with_batch_statistics(model: keras.Model) -> keras.Model:
+    """Return a copy of a network of plain Keras layers that uses the statistics of each batch in inference, too."""
 
-    def exchanged(layer: keras.layers.Layer) -> keras.layers.Layer:
-        kind = BatchStatsNormalization if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
-        return kind.from_config(layer.get_config())
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+        layer_class = BatchStatsNormalization if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
+        return layer_class.from_config(layer.get_config())
 
-    copy = keras.models.clone_model(model, clone_function=exchanged)
+    copy = keras.models.clone_model(model, clone_function=clone)
     copy.set_weights(model.get_weights())
     return copy
 
 
 def batch_norm_gap(model: keras.Model, dataset: tf.data.Dataset) -> BatchNormGap:
-    """Measures it.
+    """Measure the accuracy with moving statistics and with batch statistics.
 
     Args:
         model: Of plain Keras layers, float32 (B, R, R, 3) in [0, 255] to logits (B, K).
-        dataset: Batches as of `evaluation_stream`, without padding and in a random order, for the batches' statistics to be the data's.
+        dataset: Batches as from `evaluation_stream`, without padding and in a random order, so that the statistics of
+            the batches are those of the data.
     """
-    other = by_batch_statistics(model)
-    right, seen = [0, 0], 0
+    batch_model = with_batch_statistics(model)
+    correct, num_images = [0, 0], 0
 
     @tf.function(reduce_retracing=True)
-    def both(images: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
+    def count_correct(images: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
         true = tf.argmax(labels, axis=-1)
         hits = [
             tf.equal(tf.argmax(each(tf.cast(images, tf.float32), training=False), axis=-1), true)
-            for each in (model, other)
+            for each in (model, batch_model)
         ]
         return [tf.math.count_nonzero(hit) for hit in hits]
 
     for images, labels, _, _ in dataset:
-        right = [so_far + int(more) for so_far, more in zip(right, both(images, labels), strict=True)]
-        seen += len(images)
-    return BatchNormGap(*(count / seen for count in right))
+        counts = count_correct(images, labels)
+        correct = [total + int(count) for total, count in zip(correct, counts, strict=True)]
+        num_images += len(images)
+    return BatchNormGap(*(count / num_images for count in correct))

@@ -1,4 +1,4 @@
-"""Whether a network's probabilities may be believed: reliability, expected calibration error, and the temperature that mends them."""
+"""Calibration of a network's probabilities: reliability, expected calibration error and temperature scaling."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,29 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from pipeline.evaluation.metrics import Predictions
+from pipeline.evaluation.predictor import Predictions
 
-BINS = 15  # of equal width; arXiv 1706.04599
-NUM_SIMULATIONS = 200  # simulations of a network whose confidences are true
-TEMPERATURES = (0.05, 20.0)  # what a fitted one is looked for between
+NUM_BINS = 15  # of equal width; arXiv 1706.04599
+NUM_SIMULATIONS = 200  # simulated networks that are perfectly calibrated
+TEMPERATURE_BOUNDS = (0.05, 20.0)  # of a fitted temperature
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well the probabilities of a split agree with what happened.
+    """The calibration of the probabilities of a split.
 
     Attributes:
-        temperature: What the logits were divided by; 1 leaves them as they are.
+        temperature: Divisor of the logits; 1 leaves them unchanged.
         loss: Mean negative log-likelihood of the true class, in nats.
-        brier: Mean over the images of the squared distance between probabilities and truth, summed over the classes: 0 to 2
-            (Brier 1950).
-        overconfidence: Mean confidence less accuracy, in [-1, 1].
-        ece: Expected calibration error, in [0, 1]: how far confidence and accuracy lie apart in a bin of equal confidence, weighted by
-            the bins' images (Naeini et al. 2015).
-        ece_by_chance: What it would be on the mean for as many images if every confidence were true; an `ece` near it is no reason to
-            doubt them (Vaicenavicius et al. 2019, arXiv 1902.06977).
-        bins: A row per bin of confidence: lower, upper (its bounds), images, confidence (mean), accuracy; NaN where there are none.
+        brier: Mean over the images of the squared distance between probabilities and truth, summed over the classes: 0
+            to 2 (Brier 1950).
+        overconfidence: Mean confidence minus accuracy, in [-1, 1].
+        ece: Expected calibration error, in [0, 1]: the difference of confidence and accuracy in a bin of equal
+            confidence, weighted by the number of images in the bin (Naeini et al. 2015).
+        ece_by_chance: Mean error that a perfectly calibrated model would show on so many images; an `ece` near it is no
+            evidence of miscalibration (Vaicenavicius et al. 2019, arXiv 1902.06977).
+        bins: A row per bin of confidence: lower, upper (its bounds), images, confidence (mean), accuracy; NaN where a
+            bin is empty.
     """
 
     temperature: float
@@ -40,19 +41,19 @@ class Calibration:
     bins: pd.DataFrame
 
 
-def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibration:
-    """Measures the probabilities softmax(logits / temperature).
+def measure_calibration(predictions: Predictions, temperature: float = 1.0) -> Calibration:
+    """Measure the calibration of the probabilities softmax(logits / temperature).
 
     Args:
         predictions: Of at least one image, all finite.
         temperature: Above 0.
     """
-    scores, rng = PerImageScores.of(predictions, temperature), np.random.default_rng(0)
+    scores, rng = PerImageScores.from_predictions(predictions, temperature), np.random.default_rng(0)
     frame = pd.DataFrame({"bin": scores.bin, "confidence": scores.confidence, "accuracy": scores.correct})
     by_bin = frame.groupby("bin").agg(
         images=("bin", "size"), confidence=("confidence", "mean"), accuracy=("accuracy", "mean")
     )
-    edges = np.linspace(0, 1, BINS + 1)
+    edges = np.linspace(0, 1, NUM_BINS + 1)
     bins = pd.DataFrame({"lower": edges[:-1], "upper": edges[1:]}).join(by_bin)
     bins["images"] = bins["images"].fillna(0).astype("int64")
     return Calibration(
@@ -69,21 +70,22 @@ def calibration(predictions: Predictions, temperature: float = 1.0) -> Calibrati
 
 
 def _ece(scores: "PerImageScores", correct: np.ndarray) -> float:
-    """The calibration error if these images, bool (N,), were the right ones."""
-    return np.abs(np.bincount(scores.bin, scores.confidence - correct, BINS)).sum() / len(correct)
+    """Compute the calibration error for a mask of correct images, (N,)."""
+    return np.abs(np.bincount(scores.bin, scores.confidence - correct, NUM_BINS)).sum() / len(correct)
 
 
 @dataclass(frozen=True)
 class PerImageScores:
-    """What each of N images adds to the figures.
+    """The scores of N images.
 
     Attributes:
-        correct: Whether the most probable class is the true one, float64 (N,) of 0 and 1; the first class wins among equals.
+        correct: 1 where the most probable class is the true one, else 0; float64 (N,). The first class wins among
+            equals.
         confidence: Probability of the most probable class, float64 (N,).
-        true_probability: Of the true class, float64 (N,).
+        true_probability: Probability of the true class, float64 (N,).
         loss: Negative log-likelihood in nats, float64 (N,).
-        brier: Squared distance from the truth, float64 (N,).
-        bin: Bin of the confidence in [0, BINS), int64 (N,).
+        brier: Squared distance between probabilities and truth, float64 (N,).
+        bin: Bin of the confidence in [0, NUM_BINS), int64 (N,).
     """
 
     correct: np.ndarray
@@ -94,8 +96,8 @@ class PerImageScores:
     bin: np.ndarray
 
     @classmethod
-    def of(cls, predictions: Predictions, temperature: float = 1.0) -> "PerImageScores":
-        """Counts them, at a temperature."""
+    def from_predictions(cls, predictions: Predictions, temperature: float = 1.0) -> "PerImageScores":
+        """Compute the scores at a temperature."""
         rows, labels = np.arange(len(predictions.labels)), predictions.labels
         logits = predictions.logits.astype(np.float64) / temperature
         probabilities = softmax(logits, axis=1)
@@ -107,28 +109,30 @@ class PerImageScores:
             true_probability=true,
             loss=-log_softmax(logits, axis=1)[rows, labels],
             brier=(probabilities**2).sum(axis=1) - 2 * true + 1,
-            bin=np.minimum((confidence * BINS).astype(np.int64), BINS - 1),
+            bin=np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1),
         )
 
 
 def fit_temperature(predictions: Predictions) -> float | None:
-    """Finds what the logits must be divided by for the greatest likelihood of the labels (temperature scaling, arXiv 1706.04599).
+    """Fit the divisor of the logits that maximizes the likelihood of the labels (temperature scaling).
+
+    arXiv 1706.04599.
 
     Args:
-        predictions: Of a split that the figures to be mended are not of: the validation split.
+        predictions: Of the validation split, not of the split whose probabilities are to be corrected.
 
     Returns:
-        The temperature, or None where the images do not settle one: all of them are right, so that ever greater confidence would fit ever
-        better, or the fit ends at a bound.
+        The temperature, or None where the images do not determine one: all of them are classified correctly, so that
+        ever greater confidence would fit ever better, or the fit ends at a bound.
     """
-    scores = PerImageScores.of(predictions)
+    scores = PerImageScores.from_predictions(predictions)
     if scores.correct.all():
         return None
     rows, labels, logits = np.arange(len(predictions.labels)), predictions.labels, predictions.logits.astype(np.float64)
 
-    def loss(log_temperature: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[rows, labels].mean())
+    def loss(log_t: float) -> float:
+        return float(-log_softmax(logits / np.exp(log_t), axis=1)[rows, labels].mean())
 
-    bounds = np.log(TEMPERATURES)
-    found = float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
-    return float(np.exp(found)) if bounds[0] + 1e-3 < found < bounds[1] - 1e-3 else None
+    bounds = np.log(TEMPERATURE_BOUNDS)
+    log_temperature = float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+    return float(np.exp(log_temperature)) if bounds[0] + 1e-3 < log_temperature < bounds[1] - 1e-3 else None

@@ -1,4 +1,4 @@
-"""Labelled data beside a network whose classes were not made from them: which of its outputs stand for which of their classes."""
+"""Labeled data that a network was not trained on, and the alignment of their classes with the network's outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,64 +14,75 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
 from pipeline.errors import DataError, suggest
-from pipeline.evaluation.metrics import Predictions
+from pipeline.evaluation.predictor import Predictions
 from pipeline.models.head_transfer import match_classes, merge_logits, read_class_map
 
-SPLIT = "test"  # of every row of the manifest: nothing here is trained on
+SPLIT = "test"  # of every row of the manifest: the data are not used for training
 
 
 @dataclass(frozen=True)
 class SplitSource:
-    """The pictures of a data set, or of one of the splits that it brings, as one set without splits."""
+    """The images of a data set, or of one of its splits, as one set without splits.
 
-    whole: DataSource
+    Attributes:
+        source: The data set.
+        split: The split to take; None takes all images.
+    """
+
+    source: DataSource
     split: str | None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.whole.class_names
+        """The class names of the data set."""
+        return self.source.class_names
 
     def samples(self) -> list[Sample]:
-        return [sample._replace(split=None) for sample in self.whole.samples() if self.split in (None, sample.split)]
+        """Return the samples of the split, without the split."""
+        return [sample._replace(split=None) for sample in self.source.samples() if self.split in (None, sample.split)]
 
     def stat(self, key: str) -> FileStat | None:
-        return self.whole.stat(key)
+        """Return size and time of an image file."""
+        return self.source.stat(key)
 
     def read(self, key: str) -> bytes:
-        return self.whole.read(key)
+        """Read the encoded image."""
+        return self.source.read(key)
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
-        return self.whole.read_tf(key)
+        """Read the encoded image in a TensorFlow graph."""
+        return self.source.read_tf(key)
 
 
 def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, DataConfig]:
-    """Opens a folder, a CSV file or a pack of pictures to be measured, as one set.
+    """Open a folder, a CSV file or a pack of images for evaluation, as one set.
 
     Args:
-        path: A folder, a CSV file by its suffix, or the folder of a pack; the layouts are those of training's data.
-        split: Takes only this one of the splits that the data bring; None takes all pictures.
+        path: A folder, a CSV file (recognized by its suffix), or the folder of a pack; the layouts are those of the
+            training data.
+        split: The split of the data to take; None takes all images.
 
     Returns:
-        The pictures, and what to scan them by.
+        The images, and the config to scan them with.
 
     Raises:
-        DataError: The layout is not understood, or the data bring no such split.
+        DataError: The layout is not recognized, or the data have no such split.
     """
-    folder = "pack" if (path / DESCRIPTION).is_file() else "folder"
+    folder_source = "pack" if (path / DESCRIPTION).is_file() else "folder"
     config = DataConfig(
-        source="csv" if path.suffix.lower() == ".csv" else folder, path=path, group_near_duplicates=False
+        source="csv" if path.suffix.lower() == ".csv" else folder_source, path=path, group_near_duplicates=False
     )
-    part = SplitSource(open_source(config), split)
-    if split is not None and not part.samples():
-        raise DataError(f"{path}: the data bring no split {split}; leave --split out to measure all pictures")
-    return part, config
+    source = SplitSource(open_source(config), split)
+    if split is not None and not source.samples():
+        raise DataError(f"{path}: the data have no split {split}; omit --split to evaluate all images")
+    return source, config
 
 
 def scan_external_data(source: SplitSource, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
-    """Reads and decodes every picture, as training does first; all of them belong to the split `SPLIT`.
+    """Read and decode every image, as before training; all of them belong to the split `SPLIT`.
 
     Raises:
-        DataError: Pictures cannot be read; all of these are named.
+        DataError: Images cannot be read; the message names all of them.
     """
     manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1, whole=source.split is None)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
@@ -79,12 +90,12 @@ def scan_external_data(source: SplitSource, config: DataConfig, progress: Callab
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The classes that a network is measured by: all of its own, of which those that the data merge count as one.
+    """The classes of an evaluation: all classes of the network, with those that the data merge counted as one.
 
     Attributes:
         class_names: K names, in the order of the network's outputs.
         rows: For each of them, its outputs of the network: one, or those that are merged.
-        labels: For each class of the data, its place among the K, int32.
+        labels: For each class of the data, its position among the K, int32.
     """
 
     class_names: tuple[str, ...]
@@ -92,7 +103,7 @@ class Alignment:
     labels: np.ndarray
 
     def __call__(self, predictions: Predictions) -> Predictions:
-        """Takes labels of the data's classes and logits of the network's (N, K_old) to these K. Merging adds probabilities."""
+        """Map labels of the data and logits (N, K_old) to these K classes; merging adds probabilities."""
         merges = any(len(row) > 1 for row in self.rows)
         logits = merge_logits(predictions.logits, self.rows).astype(np.float32) if merges else predictions.logits
         return replace(predictions, labels=self.labels[predictions.labels], logits=logits)
@@ -101,43 +112,44 @@ class Alignment:
 def align(
     data_classes: Sequence[str], class_lists: Sequence[Sequence[str]], class_map: Path | None = None
 ) -> Alignment:
-    """Finds the outputs of every class of the data, by name, or by a class map as `pipeline.models.head_transfer` reads it.
+    """Find the outputs of every class of the data by name, or by a class map as in `pipeline.models.head_transfer`.
 
     Args:
         data_classes: In the order of the data's labels.
-        class_lists: What the network's outputs are called, in their order; a list for each wording.
-        class_map: A file that names classes of the network for classes of the data.
+        class_lists: Names of the network's outputs, in their order; a list for each naming.
+        class_map: A file that maps classes of the data to classes of the network.
 
     Raises:
-        WeightsError: The class map cannot be read or names classes that there are not.
-        DataError: A class of the data has no output, or shares one with another; all of these are named.
+        WeightsError: The class map cannot be read or names unknown classes.
+        DataError: A class of the data has no output, or shares one with another; the message names all of them.
     """
     mapping = None if class_map is None else read_class_map(class_map)
     match = match_classes(data_classes, class_lists, mapping, origin=str(class_map))
     if match.new:
         known = [name for names in class_lists for name in names]
-        told = [
+        unmatched = [
             f"{name} may mean {' or '.join(match.ambiguous[name])}"
             if name in match.ambiguous
             else name + suggest(name, known)
             for name in match.new
         ]
         raise DataError(
-            f"{len(told)} of the data's {len(data_classes)} classes are none of the model's {len(class_lists[0])}:\n{format_list(told)}\n"
-            "Call them as the model does, or say by --class-map FILE (YAML, data's class: model's class) which they are."
+            f"{len(unmatched)} of the data's {len(data_classes)} classes are not among the model's "
+            f"{len(class_lists[0])}:\n{format_list(unmatched)}\n"
+            "Rename them as in the model, or map them with --class-map FILE (YAML, data's class: model's class)."
         )
-    titles = [" ".join(wordings) for wordings in zip(*class_lists, strict=True)]
+    titles = [" ".join(names) for names in zip(*class_lists, strict=True)]
     owner: dict[int, int] = {}
     for label, row in enumerate(match.rows):
         for index in row:
             if owner.setdefault(index, label) != label:
                 raise DataError(
-                    f"{data_classes[owner[index]]} and {data_classes[label]} both stand for the model's class {titles[index]}; "
-                    "make one class of their pictures"
+                    f"{data_classes[owner[index]]} and {data_classes[label]} both match the model's class "
+                    f"{titles[index]}; merge their images into one class"
                 )
     rows = [*match.rows, *((index,) for index in range(len(titles)) if index not in owner)]
     rows.sort(key=min)
-    place = {row: number for number, row in enumerate(rows)}
+    position = {row: number for number, row in enumerate(rows)}
     merged = {row: name for name, row in zip(data_classes, match.rows, strict=True) if len(row) > 1}
     names = tuple(merged.get(row, titles[row[0]]) for row in rows)
-    return Alignment(names, tuple(rows), np.array([place[row] for row in match.rows], np.int32))
+    return Alignment(names, tuple(rows), np.array([position[row] for row in match.rows], np.int32))

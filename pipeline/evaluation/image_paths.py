@@ -1,4 +1,7 @@
-"""The pictures that a command line names: files, folders, globs, and lists on standard input. Loads no library."""
+"""Image paths named on a command line: files, folders, globs and lists on standard input.
+
+This module loads no heavy library.
+"""
 
 import glob
 import os
@@ -12,44 +15,45 @@ from pipeline.errors import UserError
 STDIN = "-"
 
 
-def picture_paths(words: Sequence[str], stdin: Iterable[bytes]) -> Iterator[Path]:
-    """Finds the pictures one after the other, as they are asked for.
+def image_paths(arguments: Sequence[str], stdin: Iterable[bytes]) -> Iterator[Path]:
+    """Find the images lazily, one after the other.
 
     Args:
-        words: Each a file; a folder, which is searched to its bottom, in the order of its names; a glob as the module `glob` reads it,
-            `**` included, of which all files count, in the order in which the file system lists them; or `-`, for `stdin`.
-        stdin: Lines, each a path. Read no further than it is asked for, and not checked: a path of a long list may well have gone.
+        arguments: Each one is a file; a folder, which is searched recursively in the order of names; a glob of the
+            module `glob`, including `**`, of which all files count, in the order of the file system; or `-` for
+            `stdin`.
+        stdin: Lines, each a path. They are read lazily and not checked: a path of a long list may have been deleted.
 
     Raises:
-        UserError: At once, if a word names no file, or a folder or glob no picture.
+        UserError: Immediately, if an argument names no file, or a folder or glob contains no image.
     """
-    missing = [word for word in words if word != STDIN and not _is_glob(word) and not Path(word).exists()]
+    missing = [each for each in arguments if each != STDIN and not _is_glob(each) and not Path(each).exists()]
     if missing:
         raise UserError(
             f"{missing[0]}: there is no such file" + (f" ({len(missing)} are missing)" if len(missing) > 1 else "")
         )
-    return chain.from_iterable([_of_word(word, stdin) for word in words])
+    return chain.from_iterable([_expand(argument, stdin) for argument in arguments])
 
 
-def _of_word(word: str, stdin: Iterable[bytes]) -> Iterator[Path]:
-    if word == STDIN:
+def _expand(argument: str, stdin: Iterable[bytes]) -> Iterator[Path]:
+    if argument == STDIN:
         return (Path(os.fsdecode(path)) for line in stdin if (path := line.rstrip(b"\r\n")))
-    if _is_glob(word):
-        matches = map(Path, glob.iglob(word, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern, and hidden files
-        found = (path for path in matches if not path.is_dir())
-        return _not_none(found, f"{word}: no file matches")
-    if Path(word).is_dir():
-        return _not_none(pictures_below(Path(word)), f"{word}: the folder holds no picture")
-    return iter((Path(word),))
+    if _is_glob(argument):
+        matches = map(Path, glob.iglob(argument, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern, and hidden files
+        files = (path for path in matches if not path.is_dir())
+        return _require_one(files, f"{argument}: no file matches")
+    if Path(argument).is_dir():
+        return _require_one(pictures_below(Path(argument)), f"{argument}: the folder contains no image")
+    return iter((Path(argument),))
 
 
-def _is_glob(word: str) -> bool:
-    """Whether a word is a pattern, and not the name of a file that happens to hold a `[`."""
-    return glob.escape(word) != word and not Path(word).exists()
+def _is_glob(argument: str) -> bool:
+    """Return whether an argument is a pattern, not the name of a file that happens to contain a `[`."""
+    return glob.escape(argument) != argument and not Path(argument).exists()
 
 
-def _not_none(paths: Iterator[Path], otherwise: str) -> Iterator[Path]:
+def _require_one(paths: Iterator[Path], message: str) -> Iterator[Path]:
     first = next(paths, None)
     if first is None:
-        raise UserError(otherwise)
+        raise UserError(message)
     return chain((first,), paths)

@@ -1,4 +1,4 @@
-"""Images whose label may be wrong: the network disagrees with it, and confidently so."""
+"""Images whose label may be wrong, because the network confidently disagrees with it."""
 
 from collections.abc import Sequence
 
@@ -6,32 +6,33 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
-from pipeline.evaluation.metrics import Predictions
+from pipeline.evaluation.predictor import Predictions
 
 
-def label_suspects(
+def find_label_errors(
     predictions: Predictions, keys: Sequence[str], class_names: Sequence[str], temperature: float = 1.0
 ) -> pd.DataFrame:
-    """Finds and ranks them by confident learning (Northcutt et al. 2021, arXiv 1911.00068).
+    """Find and rank likely label errors by confident learning (Northcutt et al. 2021, arXiv 1911.00068).
 
-    A class's threshold is the mean probability that the network gives it on the images labelled with it. An image is suspected where
-    another class than its label reaches that class's threshold; of several, the most probable is meant.
+    The threshold of a class is its mean probability on the images labeled with it. An image is suspected where a class
+    other than its label reaches that class's threshold; the most probable such class is suggested.
 
     Args:
         predictions: Of N images.
         keys: Name of every image of the manifest: `predictions.index` points into it.
         class_names: K names.
-        temperature: What the logits are divided by.
+        temperature: Divisor of the logits.
 
     Returns:
-        A row per suspect, the widest margin first: key, label, suggested, label_probability, suggested_probability.
+        A row per suspected image, the widest margin first: key, label, suggested, label_probability,
+        suggested_probability.
     """
     rows, labels = np.arange(len(predictions.labels)), predictions.labels
     probabilities = softmax(predictions.logits.astype(np.float64) / temperature, axis=1)
     own = probabilities[rows, labels]
     images = np.bincount(labels, minlength=len(class_names))
     thresholds = np.bincount(labels, own, len(class_names)) / np.maximum(images, 1)
-    thresholds[images == 0] = np.inf  # nothing to go by
+    thresholds[images == 0] = np.inf  # no evidence
     reached = np.where(probabilities >= thresholds, probabilities, -1.0)
     reached[rows, labels] = -1.0
     suggested = reached.argmax(axis=1)

@@ -1,151 +1,239 @@
-"""Predictions of a whole split, every image exactly once, and the figures that are counted from them."""
+"""The metrics of a split, defined in one table: value, bootstrap form, title, format and direction of each."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
-import keras
 import numpy as np
 import pandas as pd
-import tensorflow as tf
-from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline.distributed.devices import on_replicas
 from pipeline.errors import RunError
+from pipeline.evaluation.calibration import PerImageScores
+from pipeline.evaluation.predictor import Predictions
+
+PERCENT, SIGNED_PERCENT, NUMBER = "{:.2%}", "{:+.2%}", "{:.4f}"
+
+
+class ClassCounts(NamedTuple):
+    """Numbers of images per class, in each of R resamples of a split; float64 (R, K) each."""
+
+    true: np.ndarray
+    """Images whose label is the class."""
+    predicted: np.ndarray
+    """Images that the model assigns to the class."""
+    correct: np.ndarray
+    """Images of the class that the model assigns to it."""
+
+
+class MetricInputs:
+    """The predictions of N images and what the metrics share, computed when first needed.
+
+    Attributes:
+        labels: int32 (N,), true classes in [0, K).
+        logits: float32 (N, K), all finite.
+    """
+
+    def __init__(self, predictions: Predictions) -> None:
+        """Take the predictions; nothing is computed yet."""
+        self._predictions = predictions
+        self.labels, self.logits = predictions.labels, predictions.logits
+
+    @cached_property
+    def scores(self) -> PerImageScores:
+        """Confidence, cross-entropy and Brier score of each image."""
+        return PerImageScores.from_predictions(self._predictions)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """The class with the greatest logit, int64 (N,); the first one among equals."""
+        return self.logits.argmax(axis=1)
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """The number of classes that rank above the true one, int64 (N,) in [0, K); the first one wins among equals."""
+        true = np.take_along_axis(self.logits, self.labels[:, None], axis=1)
+        earlier = np.arange(self.logits.shape[1]) < self.labels[:, None]
+        return ((self.logits > true) | ((self.logits == true) & earlier)).sum(axis=1)
+
+    @cached_property
+    def class_counts(self) -> ClassCounts:
+        """The counts with every image once, R = 1."""
+        return count_classes(self.labels, self.predicted, self.logits.shape[1])
+
+
+def count_classes(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> ClassCounts:
+    """Count the images of each class, every image once.
+
+    Args:
+        labels: int (N,), true classes in [0, K).
+        predicted: int (N,), predicted classes in [0, K).
+        num_classes: K.
+
+    Returns:
+        The counts, R = 1.
+    """
+
+    def count(classes: np.ndarray) -> np.ndarray:
+        return np.bincount(classes, minlength=num_classes).astype(np.float64)[None]
+
+    return ClassCounts(count(labels), count(predicted), count(labels[labels == predicted]))
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What a model said about N images, one row per image, sorted by index.
+class MetricSpec:
+    """A metric. Exactly one of `per_image` and `from_counts` defines its value, and with it its bootstrap.
 
     Attributes:
-        index: int64 (N,), rows of the manifest, each once.
-        labels: int32 (N,), true classes in [0, K).
-        logits: float32 (N, K), the model's outputs.
+        title: Name in reports.
+        format: Format of the value in reports, for `str.format`.
+        higher_is_better: Direction; None where the best value lies in between, at 0.
+        per_image: Values of the images, float64 (N,), whose mean is the metric; a resample weights them.
+        from_counts: The metric of R resamples, float64 (R,), from their class counts.
+        is_proportion: Whether it is a proportion of images. Its interval is the exact binomial one where all resamples
+            agree.
+        may_be_best: Whether `train.best_metric` may name it; the Literal in `pipeline.config.train` lists the same.
+        min_classes: Number of classes from which on reports show it.
     """
 
-    index: np.ndarray
-    labels: np.ndarray
-    logits: np.ndarray
+    title: str
+    format: str
+    higher_is_better: bool | None
+    per_image: Callable[[MetricInputs], np.ndarray] | None = None
+    from_counts: Callable[[ClassCounts], np.ndarray] | None = None
+    is_proportion: bool = False
+    may_be_best: bool = False
+    min_classes: int = 1
+
+    def __call__(self, inputs: MetricInputs) -> float:
+        """Compute the metric with every image once."""
+        if self.per_image is not None:
+            return float(self.per_image(inputs).mean())
+        assert self.from_counts is not None
+        return float(self.from_counts(inputs.class_counts)[0])
 
 
-class Predictor:
-    """The forward pass over a data set, traced once per model however often it is called.
+def recall(counts: ClassCounts) -> np.ndarray:
+    """Compute the recall per class, float64 (R, K); NaN where a class has no image."""
+    with np.errstate(invalid="ignore"):
+        return counts.correct / counts.true
 
-    It reads the model's variables as they stand at each call.
+
+def f1_score(counts: ClassCounts) -> np.ndarray:
+    """Compute F1 per class, float64 (R, K); NaN where a class neither has an image nor is predicted."""
+    with np.errstate(invalid="ignore"):
+        return 2 * counts.correct / (counts.true + counts.predicted)
+
+
+def matthews_corrcoef(counts: ClassCounts) -> np.ndarray:
+    """Compute Matthews' correlation coefficient for K classes, float64 (R,) in [-1, 1]; 0 where it is undefined.
+
+    Gorodkin 2004, Computational Biology and Chemistry 28, 367.
     """
-
-    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
-        """Prepares the pass.
-
-        Args:
-            model: float32 (B, R, R, 3) in [0, 255] to float32 logits (B, K), created in the scope of `strategy`.
-            strategy: Its replicas share every batch.
-        """
-        self._strategy = strategy
-
-        def forward(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            logits = model(tf.cast(images, tf.float32), training=False)
-            return index, tf.argmax(labels, axis=-1, output_type=tf.int32), tf.cast(logits, tf.float32)
-
-        @tf.function(reduce_retracing=True)
-        def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            shares = strategy.run(forward, args=(images, labels, index))
-            return tuple(
-                strategy.gather(share, axis=0) for share in shares
-            )  # one by one: of a tuple, gather keeps replica 0's share only
-
-        self._step = step
-
-    def __call__(self, dataset: tf.data.Dataset, *, progress: Callable[[int, int], None] | None = None) -> Predictions:
-        """Predicts a split.
-
-        Args:
-            dataset: Finite; yields images uint8 (B, R, R, 3), labels float32 (B, K) one-hot, weights float32 (B,) and index int64 (B,),
-                B being the global batch size, or this process's share of it. Rows of weight 0 with index -1 are padding.
-            progress: Called with the number of batches done and of all.
-
-        Returns:
-            The predictions of all rows but the padding.
-
-        Raises:
-            RuntimeError: If the data set yields an image more than once, or none at all.
-        """
-        total = int(dataset.cardinality())
-        several = self._strategy.num_replicas_in_sync > 1
-        batches = []
-        for images, labels, _, index in on_replicas(dataset, self._strategy) if several else dataset:
-            batches.append([part.numpy() for part in self._step(images, labels, index)])
-            if progress is not None:
-                progress(len(batches), total)
-        return join_batches(batches)
+    images, correct = counts.true.sum(axis=1), counts.correct.sum(axis=1)
+    covariance = correct * images - (counts.true * counts.predicted).sum(axis=1)
+    variances = [images**2 - (each**2).sum(axis=1) for each in (counts.true, counts.predicted)]
+    scale = np.sqrt(variances[0] * variances[1])
+    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
-def join_batches(batches: Sequence[Sequence[np.ndarray]]) -> Predictions:
-    """Makes one of the predictions of a data set's batches: index, labels and logits of each; rows of index -1 are left out.
-
-    Raises:
-        RuntimeError: If an image was predicted more than once, or none at all.
-    """
-    if not batches:
-        raise RuntimeError("the data set to be predicted yields no images")
-    index, labels, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    rows = np.flatnonzero(index >= 0)
-    rows = rows[np.argsort(index[rows], kind="stable")]
-    index, labels, logits = index[rows], labels[rows], logits[rows]
-    repeated = np.unique(index[1:][index[1:] == index[:-1]])
-    if len(repeated):
-        raise RuntimeError(
-            f"{len(repeated)} images were predicted more than once, the first of them row {repeated[0]} of the manifest"
-        )
-    if not len(index):
-        raise RuntimeError("the data set to be predicted yields nothing but padding")
-    return Predictions(index, labels, logits)
+METRICS: dict[str, MetricSpec] = {
+    "accuracy": MetricSpec(
+        title="accuracy",
+        format=PERCENT,
+        higher_is_better=True,
+        per_image=lambda inputs: inputs.scores.correct,
+        is_proportion=True,
+        may_be_best=True,
+    ),
+    "top5_accuracy": MetricSpec(
+        title="top 5 accuracy",
+        format=PERCENT,
+        higher_is_better=True,
+        per_image=lambda inputs: (inputs.rank < 5).astype(np.float64),
+        is_proportion=True,
+        may_be_best=True,
+        min_classes=6,
+    ),
+    "balanced_accuracy": MetricSpec(  # the mean over the classes that the split holds
+        title="balanced accuracy",
+        format=PERCENT,
+        higher_is_better=True,
+        from_counts=lambda counts: np.nanmean(recall(counts), axis=1),
+        is_proportion=True,
+        may_be_best=True,
+    ),
+    "macro_f1": MetricSpec(  # the mean over the classes that the split holds or the model predicts
+        title="macro F1",
+        format=PERCENT,
+        higher_is_better=True,
+        from_counts=lambda counts: np.nanmean(f1_score(counts), axis=1),
+        may_be_best=True,
+    ),
+    "matthews_corrcoef": MetricSpec(
+        title="Matthews' correlation",
+        format=NUMBER,
+        higher_is_better=True,
+        from_counts=matthews_corrcoef,
+    ),
+    "loss": MetricSpec(  # mean cross-entropy, without label smoothing
+        title="loss (nats)",
+        format=NUMBER,
+        higher_is_better=False,
+        per_image=lambda inputs: inputs.scores.loss,
+        may_be_best=True,
+    ),
+    "brier": MetricSpec(
+        title="Brier score",
+        format=NUMBER,
+        higher_is_better=False,
+        per_image=lambda inputs: inputs.scores.brier,
+    ),
+    "overconfidence": MetricSpec(  # mean confidence minus accuracy
+        title="overconfidence",
+        format=SIGNED_PERCENT,
+        higher_is_better=None,
+        per_image=lambda inputs: inputs.scores.confidence - inputs.scores.correct,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the predictions of a split are.
+    """The metrics of a split.
 
     Attributes:
         split: Its name.
         num_images: N.
-        loss: Mean cross-entropy in nats, without label smoothing.
-        top1: Share of the images whose true class has the greatest logit.
-        top5: Share of the images whose true class is among the min(5, K) greatest.
-        balanced_accuracy: Mean recall over the classes that the split holds.
-        macro_f1: Mean F1 over the classes that the split holds or the model predicted.
-        per_class: A row per class: class, precision, recall, f1 in [0, 1], support (images of it). What is undefined is NaN: precision
-            where a class was never predicted, recall where the split has no image of it, F1 where both hold.
+        metrics: Value of each of `METRICS`, by name.
+        per_class: A row per class: class, precision, recall, f1 in [0, 1], support (its images). Undefined values are
+            NaN: precision where a class was never predicted, recall where the split has no image of it, F1 where both
+            hold.
         confusion: int64 (K, K), images of the true class (row) that were predicted as a class (column).
     """
 
     split: str
     num_images: int
-    loss: float
-    top1: float
-    top5: float
-    balanced_accuracy: float
-    macro_f1: float
+    metrics: dict[str, float]
     per_class: pd.DataFrame
     confusion: np.ndarray
 
+    @property
+    def accuracy(self) -> float:
+        """The proportion of images whose true class has the greatest logit."""
+        return self.metrics["accuracy"]
+
     def headline(self) -> dict[str, float]:
-        """The figures for tracking, by names such as `test/accuracy`."""
-        return {
-            f"{self.split}/loss": self.loss,
-            f"{self.split}/accuracy": self.top1,
-            f"{self.split}/top5_accuracy": self.top5,
-            f"{self.split}/balanced_accuracy": self.balanced_accuracy,
-            f"{self.split}/macro_f1": self.macro_f1,
-        }
+        """Return the metrics for tracking, by names such as `test/accuracy`."""
+        return {f"{self.split}/{name}": value for name, value in self.metrics.items()}
 
 
 def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], split: str) -> Evaluation:
-    """Counts what the predictions got right.
+    """Compute the metrics of a split.
 
-    Of equal logits the one of the class that comes first ranks higher, in top-1 as in top-5: a model that says the same of every class is
-    right where argmax is.
+    Among equal logits the class that comes first ranks higher, in top-1 as in top-5: a model that outputs the same for
+    every class is right where argmax is.
 
     Args:
         predictions: Of N images, at least one.
@@ -158,41 +246,24 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
     Raises:
         RunError: If a logit is not finite.
     """
-    labels, logits = predictions.labels, predictions.logits
-    broken = ~np.isfinite(logits).all(axis=1)
-    if broken.any():
+    labels = predictions.labels
+    non_finite = ~np.isfinite(predictions.logits).all(axis=1)
+    if non_finite.any():
         raise RunError(
-            f"the model's output is not finite for {broken.sum()} of the {len(labels)} images of the split {split}: "
-            "its weights have diverged; train with a lower optimizer.base_lr, anew or by --resume and --allow-change"
+            f"the model's output is not finite for {non_finite.sum()} of the {len(labels)} images of the split "
+            f"{split}: its weights have diverged; train with a lower optimizer.base_lr, from scratch or with --resume "
+            "and --allow-change"
         )
-    classes = np.arange(len(class_names))
-    predicted = logits.argmax(axis=1)
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=classes, zero_division=np.nan
+    inputs, classes = MetricInputs(predictions), np.arange(len(class_names))
+    precision, recalls, f1, support = precision_recall_fscore_support(
+        labels, inputs.predicted, labels=classes, zero_division=np.nan
     )
-    rank = rank_of_label(logits, labels)
     return Evaluation(
         split=split,
         num_images=len(labels),
-        loss=float(_cross_entropy(logits, labels).mean()),
-        top1=float((rank < 1).mean()),
-        top5=float((rank < 5).mean()),
-        balanced_accuracy=float(np.nanmean(recall)),
-        macro_f1=float(np.nanmean(f1)),
+        metrics={name: spec(inputs) for name, spec in METRICS.items()},
         per_class=pd.DataFrame(
-            {"class": list(class_names), "precision": precision, "recall": recall, "f1": f1, "support": support}
+            {"class": list(class_names), "precision": precision, "recall": recalls, "f1": f1, "support": support}
         ),
-        confusion=confusion_matrix(labels, predicted, labels=classes).astype(np.int64),
+        confusion=confusion_matrix(labels, inputs.predicted, labels=classes).astype(np.int64),
     )
-
-
-def rank_of_label(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The number of classes that rank above the true one: int64 (N,) in [0, K)."""
-    true = np.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = np.arange(logits.shape[1]) < labels[:, None]
-    return ((logits > true) | ((logits == true) & earlier)).sum(axis=1)
-
-
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[label] in nats: float64 (N,)."""
-    return -np.take_along_axis(log_softmax(logits.astype(np.float64), axis=1), labels[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Labels for picture files, through the same preprocessing as training's validation, and how they are written down."""
+"""Predictions for image files, with the preprocessing of validation, and their output as table, CSV and JSON lines."""
 
 import csv
 import json
@@ -22,11 +22,11 @@ from pipeline.data.inspection import read_header, too_large
 from pipeline.data.preprocessing import Resize, preprocess
 from pipeline.errors import RunError
 
-BATCH = 32  # pictures; two batches bound the memory, whatever the number of files: one in the model, and the next one being read
+BATCH_SIZE = 32  # images; the memory holds two batches: one in the model, one being read
 
 
 class Label(NamedTuple):
-    """A class and how probable the model holds it, in [0, 1]."""
+    """A class and its predicted probability, in [0, 1]."""
 
     name: str
     probability: float
@@ -34,12 +34,12 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """What the model sees in one file.
+    """The prediction for one file.
 
     Attributes:
         path: The file.
         top: The most probable classes, the most probable first; empty where the file could not be read.
-        error: Why the file could not be read, else None.
+        error: Reason why the file could not be read, else None.
     """
 
     path: Path
@@ -56,77 +56,75 @@ def predict_files(
     resize: Resize,
     k: int = 5,
 ) -> Iterator[FilePrediction]:
-    """Predicts files one batch after the other, in constant memory. While the model works on one batch, the next is read.
+    """Predict files batch by batch, in constant memory. While the model runs on one batch, the next one is read.
 
     Args:
         model: float32 (B, R, R, 3) in [0, 255] to float32 logits (B, K).
         class_names: K names, in the order of the logits.
-        paths: The picture files.
+        paths: The image files.
         resolution: Side R of the model's input, in pixels.
-        resize: How a picture becomes a square: as in the model's training.
-        k: Classes per picture; all of them where the model has fewer.
+        resize: Method of resizing an image to a square, as in the training of the model.
+        k: Number of classes per image; all of them where the model has fewer.
 
     Yields:
-        A prediction per file, in the order of `paths`. A file that cannot be read yields its reason.
+        A prediction per file, in the order of `paths`; the reason where a file cannot be read.
 
     Raises:
         RunError: If a logit is not finite.
     """
     scalar = [tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int32)]
-    to_square = tf.function(partial(preprocess, resolution=resolution, resize=resize), input_signature=scalar)
+    preprocess_fn = tf.function(partial(preprocess, resolution=resolution, resize=resize), input_signature=scalar)
 
     @tf.function(input_signature=[tf.TensorSpec((None, resolution, resolution, 3), tf.uint8)])
     def forward(images: tf.Tensor) -> tf.Tensor:
         return model(tf.cast(images, tf.float32), training=False)
 
     remaining = map(Path, paths)
-    with ThreadPoolExecutor(min(BATCH, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(BATCH_SIZE, os.cpu_count() or 1)) as pool:
 
-        def start_reading() -> list[tuple[Path, Future[np.ndarray | str]]]:
-            return [(path, pool.submit(_read, to_square, path)) for path in islice(remaining, BATCH)]
+        def submit_batch() -> list[tuple[Path, Future[np.ndarray | str]]]:
+            return [(path, pool.submit(_read, preprocess_fn, path)) for path in islice(remaining, BATCH_SIZE)]
 
-        ahead = start_reading()
-        while ahead:
-            batch = [(path, picture.result()) for path, picture in ahead]
-            ahead = start_reading()
-            readable = [picture for _, picture in batch if not isinstance(picture, str)]
+        pending = submit_batch()
+        while pending:
+            batch = [(path, image.result()) for path, image in pending]
+            pending = submit_batch()
+            readable = [image for _, image in batch if not isinstance(image, str)]
             labels = iter(top_k(forward(np.stack(readable)).numpy(), class_names, k) if readable else ())
-            for path, picture in batch:
+            for path, image in batch:
                 yield (
-                    FilePrediction(path, error=picture)
-                    if isinstance(picture, str)
-                    else FilePrediction(path, next(labels))
+                    FilePrediction(path, error=image) if isinstance(image, str) else FilePrediction(path, next(labels))
                 )
 
 
-def _read(to_square: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
-    """The file as uint8 (R, R, 3), or why it cannot be read."""
+def _read(preprocess_fn: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
+    """Return the image as uint8 (R, R, 3), or the reason why the file cannot be read."""
     try:
         if reason := too_large(path.stat().st_size):
             return reason
         encoded = path.read_bytes()
-    except (OSError, ValueError) as error:  # the latter of a path that holds a null byte
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
     header = read_header(encoded)
     if isinstance(header, str):
         return header
     try:
         with tf.device("CPU:0"):
-            return to_square(encoded, header.orientation).numpy()
+            return preprocess_fn(encoded, header.orientation).numpy()
     except tf.errors.OpError:
         return f"is a damaged {header.kind}"
 
 
 def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tuple[Label, ...]]:
-    """The most probable classes of each row, by softmax in float64; of equal ones the first class comes first.
+    """Return the most probable classes of each row, by softmax in float64; the first class wins among equals.
 
     Args:
         logits: (N, K).
         class_names: K names.
-        k: How many; all where there are fewer.
+        k: Number of classes; all of them where there are fewer.
 
     Returns:
-        For each row min(k, K) labels, the most probable first.
+        For each row, min(k, K) labels, the most probable first.
 
     Raises:
         RunError: If a logit is not finite.
@@ -135,18 +133,18 @@ def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tu
         raise RunError(
             "the model's output is not finite: its weights have diverged; train it anew, with a lower optimizer.base_lr"
         )
-    left = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    total = np.exp(left).sum(axis=1)
+    remaining = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    total = np.exp(remaining).sum(axis=1)
     rows, ranked = np.arange(len(logits)), []
     for _ in range(min(k, logits.shape[1])):
-        classes = left.argmax(axis=1)
-        ranked.append(zip(classes.tolist(), (np.exp(left[rows, classes]) / total).tolist(), strict=True))
-        left[rows, classes] = -np.inf
+        classes = remaining.argmax(axis=1)
+        ranked.append(zip(classes.tolist(), (np.exp(remaining[rows, classes]) / total).tolist(), strict=True))
+        remaining[rows, classes] = -np.inf
     return [tuple(Label(class_names[i], probability) for i, probability in row) for row in zip(*ranked, strict=True)]
 
 
-def prediction_table(prediction: FilePrediction) -> Group:
-    """One file's labels with their probabilities, for the screen."""
+def format_prediction(prediction: FilePrediction) -> Group:
+    """Format the labels of one file with their probabilities, for the console."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for label in prediction.top:
         table.add_row(
@@ -156,8 +154,12 @@ def prediction_table(prediction: FilePrediction) -> Group:
     return Group(Text(str(prediction.path), style="bold"), *failure, table)
 
 
-def csv_rows(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
-    """Starts a CSV file with the columns path, error, class1, probability1, and so on to `k`; what is returned adds a row."""
+def csv_writer(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
+    """Write the header of a CSV file: path, error, class1, probability1, and so on up to `k`.
+
+    Returns:
+        A function that adds the row of a prediction.
+    """
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(
         ["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))]
@@ -171,8 +173,11 @@ def csv_rows(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
     return add
 
 
-def json_rows(file: TextIO) -> Callable[[FilePrediction], None]:
-    """What is returned adds a line {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}."""
+def json_lines_writer(file: TextIO) -> Callable[[FilePrediction], None]:
+    """Return a function that writes a prediction as a line of JSON.
+
+    A line is {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}.
+    """
 
     def add(prediction: FilePrediction) -> None:
         top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]

@@ -1,4 +1,4 @@
-"""All that was measured of a network on one split, with how sure it is."""
+"""All results of a network on one split, with their confidence intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,27 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.batch_norm import BatchNormGap
-from pipeline.evaluation.calibration import Calibration, calibration
-from pipeline.evaluation.intervals import ConfidenceInterval, bootstrap
-from pipeline.evaluation.label_errors import label_suspects
-from pipeline.evaluation.metrics import Evaluation, Predictions
+from pipeline.evaluation.calibration import Calibration, measure_calibration
+from pipeline.evaluation.label_errors import find_label_errors
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.predictor import Predictions
+from pipeline.evaluation.statistics import ConfidenceInterval, bootstrap_intervals
 
 
 @dataclass(frozen=True)
-class Results:
-    """What is known of a split.
+class EvaluationResults:
+    """The results on a split.
 
     Attributes:
-        evaluation: The figures.
-        predictions: What they were counted from.
+        evaluation: The metrics.
+        predictions: The predictions that they were computed from.
         keys: Name of every image of the manifest: `predictions.index` points into it.
-        intervals: 95 % intervals of the headline figures, by name.
-        raw: How far the network's probabilities may be believed.
-        scaled: The same with the temperature that was fitted on the validation split; None where there is none.
-        suspects: Images whose label may be wrong, see `label_suspects`.
-        batch_norm: What the moving statistics cost, where it was measured.
-        corruptions: Accuracy on corrupted pictures, see `corruption_table`, where it was measured.
+        intervals: 95 % interval of each metric, by name.
+        raw: Calibration of the network's probabilities.
+        scaled: Calibration with the temperature that was fitted on the validation split; None where there is none.
+        suspects: Images whose label may be wrong, see `find_label_errors`.
+        batch_norm: Gap between moving and batch statistics, where it was measured.
+        corruptions: Accuracy on corrupted images, see `corruption_table`, where it was measured.
     """
 
     evaluation: Evaluation
@@ -42,25 +43,12 @@ class Results:
 
     @property
     def class_names(self) -> list[str]:
-        """In the order of the logits."""
+        """The class names in the order of the logits."""
         return self.evaluation.per_class["class"].tolist()
 
-    def figures(self) -> dict[str, float]:
-        """The figures that have intervals, by the intervals' names."""
-        evaluation = self.evaluation
-        return {
-            "accuracy": evaluation.top1,
-            "top5_accuracy": evaluation.top5,
-            "balanced_accuracy": evaluation.balanced_accuracy,
-            "macro_f1": evaluation.macro_f1,
-            "loss": evaluation.loss,
-            "brier": self.raw.brier,
-            "overconfidence": self.raw.overconfidence,
-        }
-
     def headline(self) -> dict[str, float]:
-        """The figures for tracking, by names such as `test/accuracy` and `test/accuracy_low`."""
-        values = {**self.figures(), "ece": self.raw.ece}
+        """Return the values for tracking, by names such as `test/accuracy` and `test/accuracy_low`."""
+        values = {**self.evaluation.metrics, "ece": self.raw.ece}
         for name, interval in self.intervals.items():
             values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         if self.scaled is not None:
@@ -76,13 +64,13 @@ class Results:
         return {f"{self.evaluation.split}/{name}": value for name, value in values.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The figures for `metrics.json`."""
+        """Return the content of `metrics.json`."""
         names = ("temperature", "loss", "brier", "overconfidence", "ece", "ece_by_chance")
-        raw, scaled = (found and {name: getattr(found, name) for name in names} for found in (self.raw, self.scaled))
+        raw, scaled = (each and {name: getattr(each, name) for name in names} for each in (self.raw, self.scaled))
         return {
             "split": self.evaluation.split,
             "num_images": self.evaluation.num_images,
-            **self.figures(),
+            **self.evaluation.metrics,
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
             "calibration": raw,
             "temperature_scaled": scaled,
@@ -97,22 +85,23 @@ def summarize_with_intervals(
     keys: Sequence[str],
     groups: np.ndarray | None,
     temperature: float | None,
-) -> Results:
-    """Adds to the figures of a split how sure they are.
+) -> EvaluationResults:
+    """Add intervals, calibration and suspected label errors to the metrics of a split.
 
     Args:
         predictions: Of N images.
-        evaluation: Their figures.
+        evaluation: Their metrics.
         keys: Name of every image of the manifest.
-        groups: int, of every image of the manifest, equal for near-duplicates: these are drawn together. None where all are alone.
+        groups: int, of every image of the manifest, equal for near-duplicates, which are drawn together. None where
+            every image is a group of its own.
         temperature: Fitted on another split, where there is one.
     """
-    return Results(
+    return EvaluationResults(
         evaluation=evaluation,
         predictions=predictions,
         keys=keys,
-        intervals=bootstrap(predictions, None if groups is None else groups[predictions.index]),
-        raw=calibration(predictions),
-        scaled=None if temperature is None else calibration(predictions, temperature),
-        suspects=label_suspects(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),
+        intervals=bootstrap_intervals(predictions, None if groups is None else groups[predictions.index]),
+        raw=measure_calibration(predictions),
+        scaled=None if temperature is None else measure_calibration(predictions, temperature),
+        suspects=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),
     )

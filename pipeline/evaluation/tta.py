@@ -1,4 +1,4 @@
-"""Test-time augmentation: a picture is looked at several times, and the probabilities are averaged."""
+"""Test-time augmentation: the network sees several views of an image, and their probabilities are averaged."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,55 +10,56 @@ from scipy.special import log_softmax, logsumexp
 from pipeline.data.input_pipeline import Square
 from pipeline.data.preprocessing import Resize, crop_view, resize_to_square
 from pipeline.errors import RunError
-from pipeline.evaluation.metrics import Predictions
+from pipeline.evaluation.predictor import Predictions
 
 
 class TTAView(NamedTuple):
-    """How to look at a picture."""
+    """A view of an image."""
 
-    place: tuple[float, float] | None
-    """Of a partial view, as of `partial_view`; None for the square that evaluation takes."""
+    position: tuple[float, float] | None
+    """Position of a partial view, as for `crop_view`; None for the view of plain evaluation."""
     mirrored: bool = False
 
 
-CENTRE_AND_CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
+CENTER_AND_CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 VIEWS = {
     "flip": (TTAView(None), TTAView(None, mirrored=True)),
-    "5-crop": tuple(TTAView(place) for place in CENTRE_AND_CORNERS),
+    "5-crop": tuple(TTAView(position) for position in CENTER_AND_CORNERS),
     "10-crop": tuple(
-        TTAView(place, mirrored) for mirrored in (False, True) for place in CENTRE_AND_CORNERS
+        TTAView(position, mirrored) for mirrored in (False, True) for position in CENTER_AND_CORNERS
     ),  # Krizhevsky et al. 2012
 }
 
 
-def squares(name: str, resolution: int, resize: Resize) -> Iterator[Square]:
-    """What makes the network's square of a picture, for each view of `VIEWS[name]`.
+def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[Square]:
+    """Return a preprocessing function for each view of `VIEWS[name]`.
 
     Raises:
-        RunError: If the run's way of resizing leaves nothing to crop.
+        RunError: If the run's method of resizing leaves nothing to crop.
     """
     if resize == "letterbox" and name != "flip":
         raise RunError(
-            f"--views {name}: the run shows the network whole pictures (data.resize: letterbox), there is nothing to crop; use flip"
+            f"--views {name}: with data.resize: letterbox the network sees complete images, so there is nothing "
+            "to crop; use flip"
         )
 
-    def square_of(view: TTAView) -> Square:
-        def square(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    def preprocess_fn_of(view: TTAView) -> Square:
+        def preprocess_fn(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
             del index
-            seen = (
+            pixels = (
                 resize_to_square(image, resolution, resize)
-                if view.place is None
-                else crop_view(image, resolution, resize, view.place)
+                if view.position is None
+                else crop_view(image, resolution, resize, view.position)
             )
-            return tf.reverse(seen, [1]) if view.mirrored else seen
+            return tf.reverse(pixels, [1]) if view.mirrored else pixels
 
-        return square
+        return preprocess_fn
 
-    return map(square_of, VIEWS[name])
+    return map(preprocess_fn_of, VIEWS[name])
 
 
-def averaged(views: Sequence[Predictions]) -> Predictions:
-    """The predictions of several views as one: logits whose softmax is the mean of the views' probabilities."""
+def average_predictions(views: Sequence[Predictions]) -> Predictions:
+    """Combine the predictions of several views: the softmax of the result is the mean of the views' probabilities."""
     logits = logsumexp([log_softmax(view.logits.astype(np.float64), axis=1) for view in views], axis=0) - np.log(
         len(views)
     )

@@ -1,0 +1,1 @@
+"""Tracking of runs in MLflow and its model registry."""

@@ -1,7 +1,7 @@
-"""A run in MLflow: its parameters, metrics, data, results and models.
+"""The logger of a run in MLflow: parameters, metrics, data set, results and models.
 
-MLflow is imported when a tracker is entered, so that importing this module costs nothing. What MLflow and its database layer have to say
-goes to `logging`, not to the screen.
+MLflow is imported when the logger's `with` block is entered, so that importing this module is fast. Messages of MLflow
+and its database layer go to `logging`, not to the console.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.console import python_executable
-from pipeline.runs.provenance import flatten, origin, without_credentials
+from pipeline.runs.provenance import flatten, mask_credentials, provenance
 from pipeline.tracking.mlflow_store import (
     database_of,
     exclusive_lock,
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_FLUSHES = 10.0
-SECONDS_AFTER_FAILURE = 60.0
+FLUSH_INTERVAL = 10.0  # seconds
+RETRY_INTERVAL = 60.0  # seconds after a failed flush
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call; MLflow refuses more
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters; MLflow's limits
-NO_PARAM_NAME = (
-    r"[^\w./: -]"  # characters that MLflow refuses in the name of a parameter, such as that of a class with a weight
-)
+# Characters that MLflow refuses in the name of a parameter; a class with a weight may have them in its name.
+INVALID_NAME_CHARACTERS = r"[^\w./: -]"
 
 
 class MLflowLogger(Callback):
-    """A run in MLflow for the time of a `with` block, and the training loop's hook that reports to it.
+    """A callback that logs to a run in MLflow, active inside a `with` block.
 
-    The run ends as FINISHED, as KILLED when it was interrupted, or as FAILED with the error in its tag `error`. Metrics are kept back and
-    sent in batches. When MLflow cannot be reached in the middle of a run, training goes on and they are sent later.
+    The run ends as FINISHED, as KILLED when it was interrupted, or as FAILED with the error in its tag `error`. Metrics
+    are buffered and sent in batches. If MLflow becomes unreachable during a run, training continues and the metrics are
+    sent later.
 
     Attributes:
-        uri: Where MLflow keeps the run, without user and password.
-        run_id: MLflow's id of the run; known inside the block.
+        uri: Tracking URI, without user and password.
+        run_id: Id of the run in MLflow; set inside the block.
     """
 
     run_id: str
@@ -69,14 +69,13 @@ class MLflowLogger(Callback):
         resumed: tuple[str, str] | None = None,
         changes: Sequence[str] = (),
     ) -> None:
-        """Names the run; nothing is contacted yet.
+        """Configure the logger; MLflow is not contacted yet.
 
         Args:
-            config: Its values become the run's parameters; `tracking` says where to.
-            run_directory: Its name becomes the run's.
-            resumed: URI and run id of an earlier part of the same run, to go on with. If MLflow there does not know it (any more), a new
-                run is begun.
-            changes: In what a resumed run differs from how it began, a line each; they become its tag `changes`.
+            config: Its values become the run's parameters; `tracking` has the URI and the experiment.
+            run_directory: Its name becomes the run's name.
+            resumed: URI and run id of the run to resume. If MLflow there does not know it (any more), a new run starts.
+            changes: Differences between a resumed run and its start, a line each; they become its tag `changes`.
         """
         self._config, self._directory, self._resumed = config, run_directory, resumed[1] if resumed else None
         self._changes = "\n".join(changes)
@@ -88,13 +87,13 @@ class MLflowLogger(Callback):
         self._unreachable = False
 
     def __enter__(self) -> "MLflowLogger":
-        """Starts the run, or goes on with it.
+        """Start the run, or resume it.
 
         Raises:
             ConfigError: If the tracking server or database cannot be used.
         """
         mlflow, tags = import_mlflow(), {key: value[:MAX_TAG] for key, value in self._origin().items()}
-        self._outer_uri: Any = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's global state is put back at the end
+        self._previous_uri: Any = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow's global state is restored at the end
         try:
             with translate_mlflow_error(self._uri), exclusive_lock(self._uri):
                 mlflow.set_tracking_uri(self._uri)
@@ -103,20 +102,20 @@ class MLflowLogger(Callback):
         except BaseException:
             with suppress(Exception):
                 mlflow.end_run("FAILED")
-            mlflow.set_tracking_uri(self._outer_uri)
+            mlflow.set_tracking_uri(self._previous_uri)
             raise
-        self._next_flush = time.monotonic() + SECONDS_BETWEEN_FLUSHES
+        self._next_flush = time.monotonic() + FLUSH_INTERVAL
         return self
 
     def _origin(self) -> dict[str, str]:
-        return origin(self._directory) | ({"changes": without_credentials(self._changes)} if self._changes else {})
+        return provenance(self._directory) | ({"changes": mask_credentials(self._changes)} if self._changes else {})
 
     def _start(self, mlflow: ModuleType, tags: Mapping[str, str]) -> None:
         experiment = find_experiment(self._client, self._uri, self._config.tracking.experiment)
         if self._resumed is not None and not run_exists(self._client, self._resumed):
             logger.warning(
-                "MLflow at %s does not know the run %s; a new one is begun",
-                without_credentials(self._uri),
+                "MLflow at %s does not know the run %s; a new run is started",
+                mask_credentials(self._uri),
                 self._resumed,
             )
             self._resumed = None
@@ -129,20 +128,20 @@ class MLflowLogger(Callback):
             run_id=self._resumed, experiment_id=experiment, run_name=name, tags=tags, log_system_metrics=True
         )
         self.run_id = run.info.run_id
-        known = self._client.get_run(
-            self.run_id
-        ).data.params  # of a run that was killed while it began, perhaps not all
+        # A run that was killed during its start may have some of the parameters.
+        logged = self._client.get_run(self.run_id).data.params
         values = {
-            re.sub(NO_PARAM_NAME, "_", key): value for key, value in flatten(self._config.model_dump(mode="json"))
+            re.sub(INVALID_NAME_CHARACTERS, "_", key): value
+            for key, value in flatten(self._config.model_dump(mode="json"))
         }
-        params = [(key, value[:MAX_PARAM]) for key, value in values.items() if key not in known]
+        params = [(key, value[:MAX_PARAM]) for key, value in values.items() if key not in logged]
         for i in range(0, len(params), MAX_PARAMS):
             mlflow.log_params(dict(params[i : i + MAX_PARAMS]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Sends what is left and closes the run."""
+        """Send the buffered metrics and end the run."""
         import mlflow
 
         self.flush()
@@ -151,27 +150,27 @@ class MLflowLogger(Callback):
             mlflow.end_run(status)
             if status == "FAILED":
                 self._client.set_tag(
-                    self.run_id, "error", without_credentials(f"{type(error).__name__}: {error}")[:MAX_TAG]
+                    self.run_id, "error", mask_credentials(f"{type(error).__name__}: {error}")[:MAX_TAG]
                 )
-        except Exception:  # whatever went wrong here must not hide what went wrong in the run
-            logger.exception("MLflow at %s did not take the end of run %s", without_credentials(self._uri), self.run_id)
+        except Exception:  # an error here must not hide the error of the run
+            logger.exception("MLflow at %s did not accept the end of run %s", mask_credentials(self._uri), self.run_id)
         finally:
-            mlflow.set_tracking_uri(self._outer_uri)
+            mlflow.set_tracking_uri(self._previous_uri)
 
     def ui_command(self) -> str:
-        """The command that opens MLflow's pages on the run's database, for this machine only; for a server, its address."""
+        """Return the command that opens MLflow's UI on the run's database, only locally; for a server, its URI."""
         if database_of(self._uri) is None:
-            return without_credentials(self._uri)
+            return mask_credentials(self._uri)
         uri = "sqlite:///mlflow.db" if database_of(self._uri) == Path("mlflow.db").resolve() else self._uri
         return f"{python_executable()} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Notes what the run is trained on. Does nothing when a run is gone on with that has it already.
+        """Log the data set of the run, unless a resumed run has it already.
 
         Args:
-            name: Of the data set.
-            digest: Changes whenever the data do; its first 36 characters are kept.
-            source: Where the data are: a path, or a name in a collection.
+            name: Name of the data set.
+            digest: Changes whenever the data do; its first 36 characters are logged.
+            source: Location of the data: a path, or a name in a collection.
             class_counts: Images per class name, per split.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -187,7 +186,13 @@ class MLflowLogger(Callback):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, **links: str) -> None:
-        """Takes metrics to be sent with the next batch. A metric that has a value for this step or a later one keeps it."""
+        """Buffer metrics for the next batch. A metric that has a value for this step or a later one keeps it.
+
+        Args:
+            metrics: Values by name.
+            step: Step of the values.
+            **links: Links to a model and a data set, as returned by `metric_links`.
+        """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -199,57 +204,57 @@ class MLflowLogger(Callback):
             self.flush()
 
     def log_results(self, metrics: Mapping[str, float], step: int) -> None:
-        """Sends the figures of the final network, linked to the model that `log_model` logged and to the data set.
+        """Log the metrics of the final network, linked to the model logged by `log_model` and to the data set.
 
         Raises:
             ConfigError: If MLflow cannot be reached.
         """
         with translate_mlflow_error(self._uri):
-            found = metric_links(self._client, self.run_id)
-        self.log_metrics(metrics, step, **found)
+            links = metric_links(self._client, self.run_id)
+        self.log_metrics(metrics, step, **links)
         self.flush()
 
     def registry(self, name: str) -> ModelRegistry:
-        """A name in the model registry beside the run."""
+        """Return the model registry of the tracking server for a model name."""
         return ModelRegistry(self._client, self._uri, name)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a step."""
+        """Log the metrics of a step."""
         self.log_metrics(metrics, step)
 
     def on_epoch_end(self, record: Mapping[str, float]) -> None:
-        """Takes an epoch's record: `step`, `epoch` and metrics by name."""
+        """Log an epoch's record: `step`, `epoch` and metrics by name."""
         self.log_metrics({key: value for key, value in record.items() if key != "step"}, int(record["step"]))
 
     def on_checkpoint(self, state: object) -> None:
-        """Sends everything, so that MLflow knows at least what the checkpoint knows."""
+        """Flush the buffer, so that MLflow has at least the metrics that the checkpoint has."""
         if not self._unreachable:
             self.flush()
 
     def flush(self) -> None:
-        """Sends the metrics kept back. What MLflow does not take is kept for later, and the log says so."""
+        """Send the buffered metrics. Those that MLflow refuses stay in the buffer, with a warning in the log."""
         try:
             while self._buffer:
                 self._client.log_batch(self.run_id, metrics=self._buffer[:MAX_METRICS])
                 del self._buffer[:MAX_METRICS]
             self._unreachable = False
-        except Exception as error:  # whatever it is, it is no reason to stop training
+        except Exception as error:  # no failure of MLflow is a reason to stop training
             self._unreachable = True
-            reason = without_credentials(str(error))
+            reason = mask_credentials(str(error))
             logger.warning(
-                "MLflow at %s did not take %d metrics: %s", without_credentials(self._uri), len(self._buffer), reason
+                "MLflow at %s did not accept %d metrics: %s", mask_credentials(self._uri), len(self._buffer), reason
             )
-        self._next_flush = time.monotonic() + (SECONDS_AFTER_FAILURE if self._unreachable else SECONDS_BETWEEN_FLUSHES)
+        self._next_flush = time.monotonic() + (RETRY_INTERVAL if self._unreachable else FLUSH_INTERVAL)
 
     def log_artifacts(self, path: Path, name: str | None = None) -> None:
-        """Copies a file, or all that is in a directory, to the run's artifacts.
+        """Copy a file, or the content of a directory, to the run's artifacts.
 
         Args:
             path: The file or directory.
-            name: Folder among the artifacts; None for the top.
+            name: Folder among the artifacts; None for the top level.
 
         Raises:
-            ConfigError: If MLflow does not take them.
+            ConfigError: If MLflow does not accept them.
         """
         with translate_mlflow_error(self._uri):
             if path.is_dir():
@@ -258,18 +263,18 @@ class MLflowLogger(Callback):
                 self._client.log_artifact(self.run_id, str(path), name)
 
     def log_model(self, path: Path, name: str, *, step: int) -> str:
-        """Logs a saved network as an MLflow model that `mlflow.keras.load_model` loads, in the place of one that the run has already.
+        """Log a saved network as an MLflow model for `mlflow.keras.load_model`; an earlier one of the run is replaced.
 
         Args:
             path: The .keras file.
-            name: Of the model in MLflow.
-            step: The step that it was saved at; the run's metrics of this step become the model's.
+            name: Name of the model in MLflow.
+            step: Step at which it was saved; the run's metrics of this step become the model's.
 
         Returns:
             The model's URI, `models:/<id>`.
 
         Raises:
-            ConfigError: If MLflow does not take it.
+            ConfigError: If MLflow does not accept it.
         """
         import keras
         import mlflow
@@ -285,7 +290,7 @@ class MLflowLogger(Callback):
             for earlier in self._client.search_logged_models(
                 [experiment], f"source_run_id = '{self.run_id}' AND name = '{name}'"
             ):
-                self._client.delete_logged_model(earlier.model_id)  # an earlier end of the run was cut off
+                self._client.delete_logged_model(earlier.model_id)  # from an interrupted end of the run
             info = mlflow.keras.log_model(
                 model, name=name, signature=infer_signature(example, output), pip_requirements=requirements, step=step
             )
@@ -295,50 +300,50 @@ class MLflowLogger(Callback):
 def log_evaluation(
     config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path
 ) -> None:
-    """Adds an evaluation to a run that has ended, leaving its status as it is; linked to the run's model and data set.
+    """Add an evaluation to a run that has ended, linked to its model and data set; its status does not change.
 
     Args:
-        config: The run's.
-        tracked: The URI and the run's id that were noted when it was tracked.
-        metrics: Figures by name, logged at the run's last step.
-        directory: With the result files; goes to the artifacts as evaluation/<its name>.
-        page: The report of them; goes to the artifacts as report/<its name>.
+        config: Config of the run.
+        tracked: Tracking URI and run id of the run.
+        metrics: Values by name, logged at the run's last step.
+        directory: Folder with the result files; logged as the artifact evaluation/<its name>.
+        page: Their report; logged as the artifact report/<its name>.
 
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
     run_id, now = tracked[1], int(time.time() * 1000)
-    with _reached(config, tracked) as client:
+    with _client_of(config, tracked) as client:
         from mlflow.entities import Metric
 
         step = max(last_steps(client, run_id).values(), default=0)
-        found = metric_links(client, run_id)
-        client.log_batch(run_id, metrics=[Metric(key, value, now, step, **found) for key, value in metrics.items()])
+        links = metric_links(client, run_id)
+        client.log_batch(run_id, metrics=[Metric(key, value, now, step, **links) for key, value in metrics.items()])
         client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
         client.log_artifact(run_id, str(page), "report")
 
 
 def log_comparison(config: Config, tracked: tuple[str, str], sentences: Mapping[str, str], directory: Path) -> None:
-    """Adds a comparison to a run that has ended.
+    """Add a comparison to a run that has ended.
 
     Args:
-        config: The run's.
-        tracked: The URI and the run's id that were noted when it was tracked.
-        sentences: What came of it, in words by the name of a tag.
-        directory: With its files; goes to the artifacts as report/compare/<its name>.
+        config: Config of the run.
+        tracked: Tracking URI and run id of the run.
+        sentences: Results as sentences, by the name of a tag.
+        directory: Folder with its files; logged as the artifact report/compare/<its name>.
 
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
-    with _reached(config, tracked) as client:
+    with _client_of(config, tracked) as client:
         for name, sentence in sentences.items():
-            client.set_tag(tracked[1], re.sub(NO_PARAM_NAME, "_", name), sentence[:MAX_TAG])
+            client.set_tag(tracked[1], re.sub(INVALID_NAME_CHARACTERS, "_", name), sentence[:MAX_TAG])
         client.log_artifacts(tracked[1], str(directory), f"report/compare/{directory.name}")
 
 
 @contextmanager
-def _reached(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
-    """MLflow as it keeps a run that was tracked."""
+def _client_of(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
+    """Yield the MLflow client of a tracked run; its errors name the URI and the remedy."""
     mlflow, uri = import_mlflow(), tracking_uri(config, tracked[0])
     with translate_mlflow_error(uri):
         with exclusive_lock(uri):
@@ -347,7 +352,7 @@ def _reached(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient
 
 
 def _status(error: BaseException | None) -> str:
-    """How a block ended, in MLflow's terms: a run that was asked to stop is KILLED, whatever way the request took."""
+    """Return the MLflow status for the error that ended a block; a stop request of any kind gives KILLED."""
     from pipeline.training.trainer import TrainingInterrupted
 
     if error is None or (isinstance(error, SystemExit) and not error.code):

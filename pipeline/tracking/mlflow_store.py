@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs: its address, its database and who may touch it, its experiments, and its errors in plain words."""
+"""Access to the MLflow store: tracking URI, database lock, experiments, runs and error messages."""
 
 import logging
 import os
@@ -12,13 +12,13 @@ from filelock import FileLock
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.runs.provenance import without_credentials
+from pipeline.runs.provenance import mask_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own 7 with their growing pauses take minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's default of 7 takes minutes, because the pauses grow
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -27,7 +27,7 @@ ENVIRONMENT = {
 
 
 def import_mlflow() -> ModuleType:
-    """MLflow, its log lines handed on to the root logger."""
+    """Import MLflow and pass its log records to the root logger."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import mlflow
@@ -39,23 +39,32 @@ def import_mlflow() -> ModuleType:
     return mlflow
 
 
-def tracking_uri(config: Config, noted: str | None = None) -> str:
-    """The config's, else the environment's, else the run's earlier one, else the database in the current folder.
+def tracking_uri(config: Config, recorded: str | None = None) -> str:
+    """Return the tracking URI: of the config, the environment, the run's record, or the database in the current folder.
 
-    SQLite's path is made absolute.
+    The path of an SQLite file is made absolute.
+
+    Args:
+        config: The config; `tracking.uri` comes first.
+        recorded: URI that the run was tracked at before.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or noted or "sqlite:///mlflow.db"
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded or "sqlite:///mlflow.db"
     return f"sqlite:///{database.resolve()}" if (database := database_of(uri)) else uri
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of an SQLite URI."""
+    """Return the file of an SQLite URI; None for other URIs."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
 def exclusive_lock(uri: str, lock: str = ".lock") -> Iterator[None]:
-    """Lets one process at a time do a thing with an SQLite file; two that make its tables at once break it."""
+    """Hold an exclusive lock on an SQLite file; two processes that create its tables at the same time break it.
+
+    Args:
+        uri: Tracking URI; others than SQLite are not locked.
+        lock: Suffix of the lock file.
+    """
     if (database := database_of(uri)) is None:
         yield
     else:
@@ -65,7 +74,7 @@ def exclusive_lock(uri: str, lock: str = ".lock") -> Iterator[None]:
 
 
 def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """The id of the experiment, made if missing; beside an SQLite file its artifacts go to mlartifacts/."""
+    """Return the id of the experiment, created if missing; an SQLite store has mlartifacts/ beside it for artifacts."""
     from mlflow.exceptions import MlflowException
 
     database = database_of(uri)
@@ -76,7 +85,7 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
             return client.create_experiment(
                 name, artifact_location, {"mlflow.experimentKind": "custom_model_development"}
             )
-        except MlflowException as error:  # on a server another process may have been faster
+        except MlflowException as error:  # on a server another process may have created it
             if (
                 error.error_code != "RESOURCE_ALREADY_EXISTS"
                 or (experiment := client.get_experiment_by_name(name)) is None
@@ -92,24 +101,22 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 
 @contextmanager
 def translate_mlflow_error(uri: str) -> Iterator[None]:
-    """Turns MLflow's errors into one that names the URI and the remedy."""
+    """Translate MLflow's errors into a `ConfigError` that names the URI and the remedy."""
     try:
         yield
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # MLflow lets through those of requests, SQLAlchemy, the operating system and the artifact store
-        reason = without_credentials(str(error)).partition("\n")[0][:500] or type(error).__name__
+    except Exception as error:  # MLflow passes on those of requests, SQLAlchemy, the system and the artifact store
+        reason = mask_credentials(str(error)).partition("\n")[0][:500] or type(error).__name__
         raise ConfigError(
-            f"tracking.uri: MLflow cannot work with {without_credentials(uri)}: {reason}\n"
-            "Start the server or put the address right (tracking.uri, else MLFLOW_TRACKING_URI); "
+            f"tracking.uri: MLflow cannot work with {mask_credentials(uri)}: {reason}\n"
+            "Start the server or correct the address (tracking.uri, else MLFLOW_TRACKING_URI); "
             "to track in a local file: tracking.uri=sqlite:///mlflow.db"
         ) from error
 
 
 def run_exists(client: "MlflowClient", run_id: str) -> bool:
-    """Whether MLflow has the run."""
+    """Return whether MLflow has the run."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -122,7 +129,11 @@ def run_exists(client: "MlflowClient", run_id: str) -> bool:
 
 
 def metric_links(client: "MlflowClient", run_id: str) -> dict[str, str]:
-    """What ties a metric to the run's model and data set, of those that it has: `model_id`; `dataset_name` and `dataset_digest`."""
+    """Return the fields that link a metric to the run's model and data set.
+
+    Returns:
+        `model_id` if the run has a model; `dataset_name` and `dataset_digest` if it has a data set.
+    """
     run = client.get_run(run_id)
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'", max_results=1)
     data = [each.dataset for each in run.inputs.dataset_inputs] if run.inputs is not None else []
@@ -132,6 +143,6 @@ def metric_links(client: "MlflowClient", run_id: str) -> dict[str, str]:
 
 
 def last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
-    """The greatest step of each of the run's own metrics."""
+    """Return the greatest step of each metric of the run, without system metrics."""
     keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith("system/")]
     return {key: max(metric.step for metric in client.get_metric_history(run_id, key)) for key in keys}

@@ -1,4 +1,4 @@
-"""A name in MLflow's model registry: its versions, and the one of them that is the champion."""
+"""A registered model in MLflow's model registry: its versions, one of which is the champion."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,38 +15,40 @@ ALIAS = "champion"
 
 
 class ModelVersion(NamedTuple):
-    """A registered model."""
+    """A version of a registered model."""
 
     number: str
     run_id: str
-    """MLflow's id of the run that it comes from."""
+    """Id of the MLflow run that produced it."""
 
 
 class ModelRegistry:
-    """The versions of one name.
+    """The versions of one registered model.
 
     Attributes:
-        name: Under which they are registered.
+        name: Name of the registered model.
     """
 
     def __init__(self, client: "MlflowClient", uri: str, name: str) -> None:
-        """Takes MLflow and its address; nothing is contacted yet."""
+        """Take the MLflow client, its URI and the model name; MLflow is not contacted yet."""
         self.name, self._client, self._uri = name, client, uri
 
     @contextmanager
     def promotion_lock(self) -> Iterator[None]:
-        """One at a time of the runs that end together, where MLflow is an SQLite file; a server has nothing to keep them apart by.
+        """Hold the lock that serializes promotions of runs that end together.
+
+        It works for an SQLite file; a server offers no lock.
 
         Raises:
-            ConfigError: If the file's folder does not take a lock.
+            ConfigError: If the file's folder does not accept a lock file.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             with translate_mlflow_error(self._uri):
-                held.enter_context(exclusive_lock(self._uri, ".contest.lock"))
+                stack.enter_context(exclusive_lock(self._uri, ".contest.lock"))
             yield
 
     def champion(self) -> ModelVersion | None:
-        """The version that has the alias; None where none has.
+        """Return the version that has the alias "champion"; None where no version has it.
 
         Raises:
             ConfigError: If the registry cannot be reached.
@@ -60,13 +62,13 @@ class ModelRegistry:
             return ModelVersion(str(number), self._client.get_model_version(self.name, str(number)).run_id or "")
 
     def add(self, model_uri: str) -> ModelVersion:
-        """Registers a logged model as the next version.
+        """Register a logged model as the next version.
 
         Args:
-            model_uri: As `Tracker.log_model` returns it.
+            model_uri: As returned by `MLflowLogger.log_model`.
 
         Raises:
-            ConfigError: If the registry does not take it.
+            ConfigError: If the registry does not accept it.
         """
         import mlflow
 
@@ -74,10 +76,13 @@ class ModelRegistry:
             added = mlflow.register_model(model_uri, self.name)
         return ModelVersion(str(added.version), added.run_id or "")
 
-    def finalize_version(self, version: ModelVersion, why: str, *, promoted: bool) -> None:
-        """Gives a version its description and, where it won, the alias; versions of the same run, whose end was cut off, are deleted."""
+    def finalize_version(self, version: ModelVersion, description: str, *, promoted: bool) -> None:
+        """Set the description of a version and, if promoted, the alias; other versions of the same run are deleted.
+
+        Other versions of the run come from an interrupted end of it.
+        """
         with translate_mlflow_error(self._uri):
-            self._client.update_model_version(self.name, version.number, why)
+            self._client.update_model_version(self.name, version.number, description)
             if promoted:
                 self._client.set_registered_model_alias(self.name, ALIAS, version.number)
             for other in self._client.search_model_versions(f"name = '{self.name}' and run_id = '{version.run_id}'"):
@@ -85,10 +90,10 @@ class ModelRegistry:
                     self._client.delete_model_version(self.name, str(other.version))
 
     def download(self, version: ModelVersion, name: str, folder: Path) -> Path:
-        """Fetches a file from the artifacts of a version's run.
+        """Download a file from the artifacts of a version's run.
 
         Raises:
-            RunError: If they have no such file.
+            RunError: If the artifacts have no such file.
             ConfigError: If MLflow cannot be reached.
         """
         from mlflow.exceptions import MlflowException
@@ -99,7 +104,7 @@ class ModelRegistry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                files = set()  # the run is gone
+                files = set()  # the run was deleted
             if name in files:
                 return Path(self._client.download_artifacts(version.run_id, name, str(folder)))
         raise RunError(f"the run of version {version.number} has no {name} in MLflow")

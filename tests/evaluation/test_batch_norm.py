@@ -1,15 +1,15 @@
-"""The gap between batch normalisation's moving statistics and those of the batches."""
+"""The gap between batch normalization's moving statistics and those of the batches."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.evaluation.batch_norm import batch_norm_gap, by_batch_statistics
+from pipeline.evaluation.batch_norm import batch_norm_gap, with_batch_statistics
 
 
 def network() -> keras.Model:
-    """Right by the statistics of the batch: it says the first class where a picture is brighter than the batch's mean."""
+    """Right with batch statistics: it predicts the first class where an image is brighter than the batch's mean."""
     inputs = keras.Input((2, 2, 3))
     x = keras.layers.BatchNormalization(name="norm")(inputs)
     x = keras.layers.Dropout(0.5)(keras.layers.GlobalAveragePooling2D()(x))
@@ -38,12 +38,12 @@ def test_statistics_that_lag_show_as_a_gap():
         np.testing.assert_array_equal(old, new)
 
 
-def test_it_is_batch_normalisation_in_training():
+def test_it_is_batch_normalization_in_training():
     model = network()
     images = np.random.default_rng(0).normal(100, 30, (8, 2, 2, 3)).astype(np.float32)
     norm = model.get_layer("norm")
     expected = keras.Model(model.inputs, norm.output)(images, training=True)
-    other = by_batch_statistics(model)
+    other = with_batch_statistics(model)
     found = keras.Model(other.inputs, other.get_layer("norm").output)(images, training=False)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -14,7 +14,8 @@ from pipeline.data.sources.files import FileSource
 from pipeline.data.sources.folder import open_folder
 from pipeline.errors import DataError, WeightsError
 from pipeline.evaluation.external_data import SPLIT, align, open_external_data, scan_external_data
-from pipeline.evaluation.metrics import Predictions, evaluate_predictions
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictor import Predictions
 from pipeline.models.weights.pretrained import imagenet_classes
 
 IMAGENET = tuple(zip(*imagenet_classes(), strict=True))
@@ -42,8 +43,8 @@ def test_every_class_of_the_model_competes_and_not_only_the_datas() -> None:
     aligned = alignment(predictions([0, 1, 1], [[0, 0, 1, 9, 0], [9, 0, 8, 0, 0], [0, 0, 9, 0, 0]]))
     evaluation = evaluate_predictions(aligned, alignment.class_names, "photos")
     assert aligned.labels.tolist() == [3, 2, 2]
-    assert evaluation.top1 == pytest.approx(2 / 3)
-    assert evaluation.balanced_accuracy == pytest.approx(0.75)
+    assert evaluation.accuracy == pytest.approx(2 / 3)
+    assert evaluation.metrics["balanced_accuracy"] == pytest.approx(0.75)
     assert evaluation.per_class["support"].tolist() == [0, 0, 2, 1, 0]
 
 
@@ -61,16 +62,14 @@ def test_a_class_of_several_outputs_has_the_sum_of_their_probabilities(tmp_path:
 def test_classes_that_nothing_matches_are_named_with_what_they_may_mean() -> None:
     with pytest.raises(DataError) as caught:
         align(["gaint panda", "zebra", "missile"], IMAGENET)
-    assert "2 of the data's 3 classes are none of the model's 1000" in str(caught.value)
+    assert "2 of the data's 3 classes are not among the model's 1000" in str(caught.value)
     assert "gaint panda; did you mean 'giant panda'?" in str(caught.value)
     assert "missile may mean n03773504 missile or n04008634 missile" in str(caught.value)
     assert "--class-map" in str(caught.value)
 
 
 def test_two_classes_of_one_output_are_refused_by_name() -> None:
-    with pytest.raises(
-        DataError, match="n02510455 and giant panda both stand for the model's class n02510455 giant panda"
-    ):
+    with pytest.raises(DataError, match="n02510455 and giant panda both match the model's class n02510455 giant panda"):
         align(["n02510455", "giant panda"], IMAGENET)
 
 
@@ -124,7 +123,7 @@ def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:
 
 
 def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:
-    with pytest.raises(DataError, match="bring no split val; leave --split out"):
+    with pytest.raises(DataError, match="have no split val; omit --split"):
         open_external_data(photos, "val")
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.metrics import Predictions, evaluate_predictions
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.figures import confusion_figure
-from pipeline.evaluation.report.gallery import PICTURES, cards, most_confident_correct, worst_errors
-from pipeline.evaluation.report.html_report import write_page
-from pipeline.evaluation.report.tables import save
-from pipeline.evaluation.results import Results, summarize_with_intervals
+from pipeline.evaluation.report.gallery import MAX_IMAGES, gallery_items, most_confident_correct, worst_errors
+from pipeline.evaluation.report.html_report import write_report
+from pipeline.evaluation.report.tables import save_figure
+from pipeline.evaluation.results import EvaluationResults, summarize_with_intervals
 from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,7 +26,7 @@ NAMES = ["<b>bold</b>", "a & b", "'quoted\""]
 
 
 @pytest.fixture(scope="module")
-def results() -> Results:
+def results() -> EvaluationResults:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 80).astype(np.int32)
     logits = rng.normal(0, 1, (80, 3)).astype(np.float32)
@@ -50,12 +51,12 @@ def bright(images: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def page(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(results: EvaluationResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    save(confusion_figure(results.evaluation), folder / "confusion.png")
-    galleries = {"Worst errors": cards(results, worst_errors(results), images, bright), "Right ones": []}
+    save_figure(confusion_figure(results.evaluation), folder / "confusion.png")
+    galleries = {"Worst errors": gallery_items(results, worst_errors(results), images, bright), "Right ones": []}
     figures = {"Confusion matrix": folder / "confusion.png", "Not there": folder / "none.png"}
-    write_page(folder / "report" / "index.html", "runs/<x>", results, figures, galleries, "seed: 1\nname: <y>\n")
+    write_report(folder / "report" / "index.html", "runs/<x>", results, figures, galleries, "seed: 1\nname: <y>\n")
     return folder / "report" / "index.html"
 
 
@@ -64,13 +65,13 @@ def test_the_galleries_are_ranked_and_show_the_pictures_that_they_name(results):
     wrong = results.predictions.logits.argmax(axis=1) != results.predictions.labels
     own = loss[np.arange(80), results.predictions.labels]
     worst, surest = worst_errors(results), most_confident_correct(results)
-    assert worst.tolist() == sorted(np.flatnonzero(wrong), key=lambda row: -own[row])[:PICTURES]
+    assert worst.tolist() == sorted(np.flatnonzero(wrong), key=lambda row: -own[row])[:MAX_IMAGES]
     assert not wrong[surest].any()
-    assert own[surest].max() <= np.sort(own[~wrong])[PICTURES - 1] + 1e-6
-    shown = cards(results, worst, images, bright)
+    assert own[surest].max() <= np.sort(own[~wrong])[MAX_IMAGES - 1] + 1e-6
+    shown = gallery_items(results, worst, images, bright)
     for card, row in zip(shown, worst, strict=True):
         assert card.title == results.keys[row]
-        with Image.open(io.BytesIO(card.pictures[0])) as picture:
+        with Image.open(io.BytesIO(card.images[0])) as picture:
             assert abs(int(np.asarray(picture)[8, 8, 0]) - row) <= 3
         assert NAMES[results.predictions.labels[row]] in card.lines[1]
 
@@ -85,7 +86,7 @@ def test_it_needs_nothing_else_and_escapes_what_people_wrote(page):
     assert "<script" not in text
     assert "<b>bold</b>" not in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text
-    assert text.count("data:image/jpeg") == 2 * PICTURES
+    assert text.count("data:image/jpeg") == 2 * MAX_IMAGES
     assert 'name="viewport"' in text
     assert "prefers-color-scheme" in text
 
@@ -93,7 +94,7 @@ def test_it_needs_nothing_else_and_escapes_what_people_wrote(page):
 def test_it_says_the_figures(page, results):
     text = page.read_text()
     low, high = results.intervals["accuracy"]
-    assert f"{results.evaluation.top1:.2%}" in text
+    assert f"{results.evaluation.accuracy:.2%}" in text
     assert f"{low:.2%} to {high:.2%}" in text
     assert f"calibration error {results.scaled.ece:.2%}" in text.replace("\n", " ")
 
@@ -110,7 +111,8 @@ def test_a_browser_finds_no_error_and_nothing_wider_than_the_screen(page, tmp_pa
         frame.onload = () => {{
             const inner = frame.contentDocument;
             const broken = [...inner.images].filter((image) => !image.naturalWidth).length;
-            const found = {{width: inner.documentElement.scrollWidth, images: inner.images.length, broken: broken}};
+            const width = inner.documentElement.scrollWidth;
+            const found = {{width: width, images: inner.images.length, broken: broken}};
             document.getElementById("out").textContent = JSON.stringify(found);
         }};
         </script>"""
@@ -121,6 +123,6 @@ def test_a_browser_finds_no_error_and_nothing_wider_than_the_screen(page, tmp_pa
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(re.search(r'<pre id="out">(.*?)</pre>', ran.stdout, re.DOTALL).group(1))
     assert found["broken"] == 0
-    assert found["images"] == 2 * PICTURES + 1
+    assert found["images"] == 2 * MAX_IMAGES + 1
     assert found["width"] <= width
     assert "CONSOLE" not in ran.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation.image_paths import picture_paths
+from pipeline.evaluation.image_paths import image_paths
 
 
 def touch(root: Path, *names: str) -> None:
@@ -18,7 +18,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def found(*words: str, stdin: bytes = b"") -> list[str]:
-    return [str(path) for path in picture_paths(words, io.BytesIO(stdin))]
+    return [str(path) for path in image_paths(words, io.BytesIO(stdin))]
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def test_words_are_taken_in_their_order(photos: Path) -> None:
     [
         (["photos", "x.jpg", "-", "y.jpg"], r"^x\.jpg: there is no such file \(2 are missing\)$"),
         (["photos", "photos/*.gif"], r"^photos/\*\.gif: no file matches$"),
-        (["photos/.e/..", "photos/empty"], r"^photos/empty: the folder holds no picture$"),
+        (["photos/.e/..", "photos/empty"], r"^photos/empty: the folder contains no image$"),
     ],
 )
 def test_a_word_that_names_no_picture_is_refused_at_once(photos: Path, words: list[str], message: str) -> None:
     touch(photos, "photos/empty/notes.txt")
     with pytest.raises(UserError, match=message):
-        picture_paths(words, io.BytesIO())
+        image_paths(words, io.BytesIO())
 
 
 def test_a_folder_that_cannot_be_listed_is_left_to_be_reported(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_folders_and_lists_are_read_no_further_than_asked(photos: Path, monkeypa
             yield b"x.jpg\n"
 
     monkeypatch.setattr("os.scandir", counted)
-    paths = picture_paths(["many", "many/**/*.jpg", "-"], lines())
+    paths = image_paths(["many", "many/**/*.jpg", "-"], lines())
     assert str(next(paths)) == "many/00/0.jpg"
     assert len(listed) < 10
     for _ in range(2 * 60):

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.label_errors import label_suspects
-from pipeline.evaluation.metrics import Predictions
+from pipeline.evaluation.label_errors import find_label_errors
+from pipeline.evaluation.predictor import Predictions
 
 
 def test_swapped_labels_are_found_and_ranked_first():
@@ -15,7 +15,7 @@ def test_swapped_labels_are_found_and_ranked_first():
     swapped = rng.choice(600, 30, replace=False)
     labels = true.copy()
     labels[swapped] = (labels[swapped] + rng.integers(1, 6, 30)) % 6
-    found = label_suspects(
+    found = find_label_errors(
         Predictions(np.arange(100, 700), labels, logits.astype(np.float32)),
         [f"{i}.jpg" for i in range(700)],
         list("abcdef"),
@@ -32,13 +32,13 @@ def test_swapped_labels_are_found_and_ranked_first():
 def test_an_unsure_disagreement_is_no_suspicion():
     """Class b is held 90 % probable on its own images: 60 % on one of class a is not enough."""
     logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.1, 0.9]]).astype(np.float32)
-    found = label_suspects(
+    found = find_label_errors(
         Predictions(np.arange(5), np.array([0, 0, 0, 1, 1], np.int32), logits), list("vwxyz"), ["a", "b"]
     )
     assert found.empty
     sure = logits.copy()
     sure[2] = np.log([0.05, 0.95])
-    found = label_suspects(
+    found = find_label_errors(
         Predictions(np.arange(5), np.array([0, 0, 0, 1, 1], np.int32), sure), list("vwxyz"), ["a", "b"]
     )
     assert found["key"].tolist() == ["x"]
@@ -47,5 +47,7 @@ def test_an_unsure_disagreement_is_no_suspicion():
 
 def test_a_class_without_images_suspects_nothing():
     logits = np.array([[0, 9, 0], [0, 9, 0]], np.float32)
-    found = label_suspects(Predictions(np.arange(2), np.array([0, 0], np.int32), logits), ["a", "b"], ["a", "b", "c"])
+    found = find_label_errors(
+        Predictions(np.arange(2), np.array([0, 0], np.int32), logits), ["a", "b"], ["a", "b", "c"]
+    )
     pd.testing.assert_frame_equal(found, found.head(0))

@@ -1,10 +1,11 @@
-"""Predictions of a split, and the figures counted from them."""
+"""Predictions of a split, and the metrics computed from them."""
 
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import keras
 import numpy as np
@@ -19,11 +20,14 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     log_loss,
+    matthews_corrcoef,
     top_k_accuracy_score,
 )
 
+from pipeline.config.train import Metric
 from pipeline.errors import RunError
-from pipeline.evaluation.metrics import Predictions, Predictor, evaluate_predictions
+from pipeline.evaluation.metrics import METRICS, evaluate_predictions
+from pipeline.evaluation.predictor import Predictions, Predictor
 
 RESOLUTION, CLASSES = 8, 7
 
@@ -46,7 +50,7 @@ def images_and_labels(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stream(n: int, batch: int, *, offset: int = 100) -> tf.data.Dataset:
-    """Shaped as the evaluation stream: the last batch padded with weight 0 and index -1, the order not that of the index."""
+    """Shaped as the evaluation stream: the last batch padded with weight 0 and index -1, in shuffled order."""
     images, labels = images_and_labels(n)
     order = np.random.default_rng(2).permutation(n)
     pad = -n % batch
@@ -74,8 +78,8 @@ def check_1009_images(strategy: tf.distribute.Strategy) -> None:
     assert logits.std() > 0.1
     evaluation = evaluate_predictions(predictions, [f"c{i}" for i in range(CLASSES)], "test")
     assert evaluation.num_images == 1009
-    assert evaluation.top1 == pytest.approx((logits.argmax(1) == labels).mean(), abs=0)
-    assert evaluation.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5), abs=0)
+    assert evaluation.accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=0)
+    assert evaluation.metrics["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5), abs=0)
 
 
 def test_one_device_predicts_each_of_1009_images_once() -> None:
@@ -144,7 +148,7 @@ def made_predictions(labels: np.ndarray, logits: np.ndarray) -> Predictions:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), n=st.integers(1, 60), k=st.integers(2, 12))
-def test_figures_equal_scikit_learns(data: st.DataObject, n: int, k: int) -> None:
+def test_metrics_equal_those_of_scikit_learn(data: st.DataObject, n: int, k: int) -> None:
     labels = data.draw(hnp.arrays(np.int32, n, elements=st.integers(0, k - 1)))
     logits = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).normal(0, 3, (n, k)).astype(np.float32)
     names = [f"c{i}" for i in range(k)]
@@ -155,11 +159,16 @@ def test_figures_equal_scikit_learns(data: st.DataObject, n: int, k: int) -> Non
         warnings.simplefilter("ignore")
         probabilities = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
         predicted = logits.argmax(1)
-        assert got.loss == pytest.approx(log_loss(labels, probabilities, labels=range(k)), rel=1e-5, abs=1e-6)
-        assert got.top1 == pytest.approx((predicted == labels).mean())
-        assert got.top5 == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(k)) if k > 5 else 1.0)
-        assert got.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
-        assert got.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+        assert got.metrics["loss"] == pytest.approx(
+            log_loss(labels, probabilities, labels=range(k)), rel=1e-5, abs=1e-6
+        )
+        assert got.accuracy == pytest.approx((predicted == labels).mean())
+        assert got.metrics["top5_accuracy"] == pytest.approx(
+            top_k_accuracy_score(labels, logits, k=5, labels=range(k)) if k > 5 else 1.0
+        )
+        assert got.metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+        assert got.metrics["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+        assert got.metrics["matthews_corrcoef"] == pytest.approx(matthews_corrcoef(labels, predicted))
         np.testing.assert_array_equal(got.confusion, confusion_matrix(labels, predicted, labels=range(k)))
         report = classification_report(
             labels, predicted, labels=range(k), target_names=names, output_dict=True, zero_division=np.nan
@@ -170,29 +179,42 @@ def test_figures_equal_scikit_learns(data: st.DataObject, n: int, k: int) -> Non
         np.testing.assert_allclose(got_row, [expected[key] for key in ("precision", "recall", "f1-score", "support")])
 
 
-def test_undefined_figures_are_nan_and_leave_the_means_alone() -> None:
+def test_undefined_metrics_are_nan_and_leave_the_means_alone() -> None:
     logits = np.array([[2, 1, 0, 0], [2, 1, 0, 0], [0, 3, 0, 0]])
     got = evaluate_predictions(made_predictions(np.array([0, 1, 1]), logits), ["a", "b", "c", "d"], "test")
     assert got.per_class["support"].tolist() == [1, 2, 0, 0]
     np.testing.assert_allclose(got.per_class["precision"], [0.5, 1, np.nan, np.nan])
     np.testing.assert_allclose(got.per_class["recall"], [1, 0.5, np.nan, np.nan])
-    assert got.balanced_accuracy == pytest.approx(0.75)
-    assert got.macro_f1 == pytest.approx(2 / 3)
-    assert got.headline() == {
-        "test/loss": got.loss,
-        "test/accuracy": pytest.approx(2 / 3),
-        "test/top5_accuracy": 1.0,
-        "test/balanced_accuracy": got.balanced_accuracy,
-        "test/macro_f1": got.macro_f1,
-    }
+    assert got.metrics["balanced_accuracy"] == pytest.approx(0.75)
+    assert got.metrics["macro_f1"] == pytest.approx(2 / 3)
+    assert got.headline() == {f"test/{name}": got.metrics[name] for name in METRICS}
+    assert got.headline()["test/accuracy"] == pytest.approx(2 / 3)
+    assert got.headline()["test/top5_accuracy"] == 1.0
+
+
+def test_the_config_may_name_exactly_the_metrics_that_may_be_best() -> None:
+    assert set(get_args(Metric)) == {name for name, spec in METRICS.items() if spec.may_be_best}
+    assert all(METRICS[name].higher_is_better is not None for name in get_args(Metric))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_one_form_that_defines_it(name: str) -> None:
+    assert (METRICS[name].per_image is None) != (METRICS[name].from_counts is None)
+
+
+def test_matthews_correlation_is_0_where_it_is_undefined() -> None:
+    one_class = made_predictions(np.array([0, 1, 1]), np.array([[1, 0], [1, 0], [1, 0]]))
+    assert evaluate_predictions(one_class, ["a", "b"], "val").metrics["matthews_corrcoef"] == 0
+    right = made_predictions(np.array([0, 1, 1]), np.array([[1, 0], [0, 1], [0, 1]]))
+    assert evaluate_predictions(right, ["a", "b"], "val").metrics["matthews_corrcoef"] == 1
 
 
 def test_of_equal_logits_the_first_class_wins() -> None:
     got = evaluate_predictions(made_predictions(np.arange(8), np.zeros((8, 8))), list("abcdefgh"), "test")
-    assert got.top1 == 1 / 8
-    assert got.top5 == 5 / 8
+    assert got.accuracy == 1 / 8
+    assert got.metrics["top5_accuracy"] == 5 / 8
     assert got.confusion[:, 0].tolist() == [1] * 8
-    assert got.loss == pytest.approx(np.log(8))
+    assert got.metrics["loss"] == pytest.approx(np.log(8))
 
 
 def test_confusion_has_true_classes_in_its_rows() -> None:
@@ -205,7 +227,7 @@ def test_confusion_has_true_classes_in_its_rows() -> None:
 
 def test_extreme_logits_give_the_exact_loss() -> None:
     got = evaluate_predictions(made_predictions(np.array([0, 1]), np.array([[1e4, 0], [1e4, 0]])), ["a", "b"], "test")
-    assert got.loss == pytest.approx(5000)
+    assert got.metrics["loss"] == pytest.approx(5000)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.data.preprocessing import preprocess
 from pipeline.errors import RunError
-from pipeline.evaluation.predict import BATCH, FilePrediction, Label, predict_files, prediction_table, top_k
+from pipeline.evaluation.predict import BATCH_SIZE, FilePrediction, Label, format_prediction, predict_files, top_k
 
 RESOLUTION = 32
 NAMES = ["red", "green", "blue"]
@@ -133,12 +133,12 @@ def test_however_many_files_there_are_two_batches_are_held(colour_model: keras.M
         predict_files(colour_model, NAMES, paths(), resolution=RESOLUTION, resize="crop"), start=1
     ):
         assert prediction.error
-        assert asked - got < 2 * BATCH
+        assert asked - got < 2 * BATCH_SIZE
     assert got == 100_000
 
 
 def test_the_next_batch_is_read_while_the_model_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [tmp_path / str(number) for number in range(2 * BATCH + 5)]
+    paths = [tmp_path / str(number) for number in range(2 * BATCH_SIZE + 5)]
     begun = {path: Event() for path in paths}
 
     def read(_: object, path: Path) -> np.ndarray:
@@ -147,7 +147,7 @@ def test_the_next_batch_is_read_while_the_model_works(tmp_path: Path, monkeypatc
 
     def work(images: np.ndarray) -> np.ndarray:
         first = int(images[0, 0, 0, 0])
-        ahead = paths[first + BATCH : first + 2 * BATCH]
+        ahead = paths[first + BATCH_SIZE : first + 2 * BATCH_SIZE]
         assert all(begun[path].wait(20) for path in ahead)
         return np.eye(len(paths), dtype=np.float32)[images[:, 0, 0, 0].astype(int)]
 
@@ -179,9 +179,9 @@ def test_top_k_sorts_by_probability_and_breaks_ties_by_class_order() -> None:
 def test_table_shows_labels_with_probabilities_and_markup_as_text() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(
-        prediction_table(FilePrediction(Path("[b]x.jpg"), (Label("giant panda", 0.956), Label("[red]fox", 0.01))))
+        format_prediction(FilePrediction(Path("[b]x.jpg"), (Label("giant panda", 0.956), Label("[red]fox", 0.01))))
     )
-    console.print(prediction_table(FilePrediction(Path("y.jpg"), error="is not a picture")))
+    console.print(format_prediction(FilePrediction(Path("y.jpg"), error="is not a picture")))
     text = console.export_text()
     for part in ("[b]x.jpg", "95.6%", "giant panda", "[red]fox", "y.jpg", "is not a picture"):
         assert part in text

@@ -13,11 +13,12 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.evaluation.batch_norm import BatchNormGap
-from pipeline.evaluation.calibration import calibration
-from pipeline.evaluation.metrics import Predictions, evaluate_predictions
+from pipeline.evaluation.calibration import measure_calibration
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.figures import batch_figure, confusion_figure, reliability_figure, training_figure
-from pipeline.evaluation.report.tables import save, table, write_results
-from pipeline.evaluation.results import Results, summarize_with_intervals
+from pipeline.evaluation.report.tables import metrics_table, save_figure, write_results
+from pipeline.evaluation.results import EvaluationResults, summarize_with_intervals
 from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_table
 
 FILES = [
@@ -33,7 +34,7 @@ FILES = [
 ]
 
 
-def made(n: int, k: int, *, temperature: float | None = None) -> Results:
+def made(n: int, k: int, *, temperature: float | None = None) -> EvaluationResults:
     rng = np.random.default_rng(k)
     labels = rng.integers(0, k, n).astype(np.int32)
     logits = rng.normal(0, 1, (n, k)).astype(np.float32)
@@ -43,9 +44,9 @@ def made(n: int, k: int, *, temperature: float | None = None) -> Results:
     return summarize_with_intervals(predictions, evaluation, [f"{i}.jpg" for i in range(2 * n)], None, temperature)
 
 
-def shown(results: Results) -> str:
+def shown(results: EvaluationResults) -> str:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(results))
+    console.print(metrics_table(results))
     return console.export_text()
 
 
@@ -61,8 +62,8 @@ def test_every_file_says_what_the_evaluation_says(tmp_path: Path) -> None:
     for key, value in {**evaluation.headline(), "brier": results.raw.brier}.items():
         assert figures[key.removeprefix("test/")] == value
     low, high = figures["intervals"]["accuracy"]
-    assert low < evaluation.top1 < high
-    scaled = calibration(results.predictions, 2.0)
+    assert low < evaluation.accuracy < high
+    scaled = measure_calibration(results.predictions, 2.0)
     assert figures["calibration"]["ece"] == results.raw.ece
     assert figures["temperature_scaled"] == {
         "temperature": 2.0,
@@ -88,8 +89,8 @@ def test_what_is_measured_besides_has_files_figures_and_sentences(tmp_path: Path
     assert results.headline()["test/batch_norm_gap"] == pytest.approx(0.05)
     assert results.headline()["test/corruption_accuracy"] == pytest.approx(0.6)
     text = shown(results)
-    assert "accuracy 90.00% by the moving statistics, 95.00% by those of each batch" in text
-    assert "eight kinds and five severities the accuracy is 60.00%" in text
+    assert "accuracy 90.00% with the moving statistics, 95.00% with the statistics of each batch" in text
+    assert "The accuracy on corrupted images (eight kinds, five severities) is 60.00%" in text
 
 
 def test_prediction_rows_carry_key_and_top_five(tmp_path: Path) -> None:
@@ -99,8 +100,8 @@ def test_prediction_rows_carry_key_and_top_five(tmp_path: Path) -> None:
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
     assert rows["index"].tolist() == predictions.index.tolist()
     assert rows["key"].tolist() == [f"{i}.jpg" for i in predictions.index]
-    assert (rows["true_class"] == rows["predicted_class"]).mean() == pytest.approx(results.evaluation.top1)
-    assert -np.log(rows["true_probability"]).mean() == pytest.approx(results.evaluation.loss)
+    assert (rows["true_class"] == rows["predicted_class"]).mean() == pytest.approx(results.evaluation.accuracy)
+    assert -np.log(rows["true_probability"]).mean() == pytest.approx(results.evaluation.metrics["loss"])
     row, logits = rows.iloc[3], predictions.logits[3].astype(np.float64)
     order = np.argsort(-logits)[:5]
     assert list(row["top5_classes"]) == [f"class, {i}" for i in order]
@@ -145,7 +146,7 @@ def test_training_curves_are_drawn_with_and_without_validation(tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for history in (bare, full, full[:1]):
-            save(training_figure(history), tmp_path / "training_curves.png")
+            save_figure(training_figure(history), tmp_path / "training_curves.png")
             with Image.open(tmp_path / "training_curves.png") as picture:
                 picture.load()
                 sizes.append(picture.size)
@@ -159,11 +160,11 @@ def test_reliability_and_batch_figures_are_drawn_without_complaint() -> None:
     labels[1] = (0.3, 0, 0.7, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = reliability_figure({"raw": results.raw, "scaled": calibration(results.predictions, 0.5)})
+        figure = reliability_figure({"raw": results.raw, "scaled": measure_calibration(results.predictions, 0.5)})
         figure.draw_without_rendering()
         fed = batch_figure(rng.integers(0, 256, (5, 8, 8, 3), np.uint8), labels, ["$a", "b", "c$", "d"])
         fed.draw_without_rendering()
-    assert [axes.get_ylabel() for axes in figure.axes] == ["share of the images right"] * 2 + ["images"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes] == ["proportion of correct images"] * 2 + ["images"] * 2
     assert len(fed.axes) == 5
     assert fed.axes[1].get_title() == "30% $a\n70% c$"
 
@@ -171,10 +172,15 @@ def test_reliability_and_batch_figures_are_drawn_without_complaint() -> None:
 def test_screen_shows_every_class_and_figure_with_its_interval_when_they_are_few() -> None:
     results = made(60, 12)
     text = shown(results)
-    assert f"accuracy {results.evaluation.top1:.2%}" in text
+    assert f"accuracy {results.evaluation.accuracy:.2%}" in text
     low, high = results.intervals["balanced_accuracy"]
     line = next(line for line in text.splitlines() if line.startswith("balanced accuracy"))
-    assert line.split()[2:] == [f"{results.evaluation.balanced_accuracy:.2%}", f"{low:.2%}", "to", f"{high:.2%}"]
+    assert line.split()[2:] == [
+        f"{results.evaluation.metrics['balanced_accuracy']:.2%}",
+        f"{low:.2%}",
+        "to",
+        f"{high:.2%}",
+    ]
     assert all(f"class, {i} " in text for i in range(12))
 
 

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_sample_image
 
 from pipeline.data.preprocessing import resize_to_square
-from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_passes, corruption_table
+from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_preprocess_fns, corruption_table
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def corrupted(photo: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
     """One photo under several indices, corrupted: uint8 (4, 160, 160, 3) by kind and severity."""
     return {
         (kind, severity): np.stack([square(tf.constant(photo), tf.constant(index, tf.int64)) for index in range(4)])
-        for kind, severity, square in corruption_passes(160, "squash")
+        for kind, severity, square in corruption_preprocess_fns(160, "squash")
     }
 
 
@@ -39,7 +39,7 @@ def test_every_kind_gets_worse_with_its_severity(photo, corrupted):
 
 def test_an_image_is_corrupted_alike_each_time_and_unlike_another(photo, corrupted):
     drawn = ("gaussian noise", "shot noise", "motion blur")
-    for kind, severity, square in corruption_passes(160, "squash"):
+    for kind, severity, square in corruption_preprocess_fns(160, "squash"):
         first, second, *_ = corrupted[kind, severity]
         np.testing.assert_array_equal(square(tf.constant(photo), tf.constant(0, tf.int64)), first)
         assert (first != second).any() == (kind in drawn), kind

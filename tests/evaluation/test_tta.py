@@ -7,15 +7,16 @@ from scipy.special import softmax
 
 from pipeline.data.preprocessing import resize_to_square
 from pipeline.errors import RunError
-from pipeline.evaluation.metrics import Predictions
-from pipeline.evaluation.tta import VIEWS, averaged, squares
+from pipeline.evaluation.predictor import Predictions
+from pipeline.evaluation.tta import VIEWS, average_predictions, tta_preprocess_fns
 
 RESOLUTION = 64
 
 
 def seen(name: str, resize: str, picture: np.ndarray) -> list[np.ndarray]:
     return [
-        square(tf.constant(picture), tf.constant(0, tf.int64)).numpy() for square in squares(name, RESOLUTION, resize)
+        square(tf.constant(picture), tf.constant(0, tf.int64)).numpy()
+        for square in tta_preprocess_fns(name, RESOLUTION, resize)
     ]
 
 
@@ -56,13 +57,13 @@ def test_ten_crops_are_five_and_their_mirror_images():
 
 def test_a_letterbox_has_nothing_to_crop():
     with pytest.raises(RunError, match="use flip"):
-        squares("5-crop", RESOLUTION, "letterbox")
+        tta_preprocess_fns("5-crop", RESOLUTION, "letterbox")
 
 
 def test_probabilities_are_averaged_not_logits():
     one, other = np.array([[4.0, 0.0, 0.0]], np.float32), np.array([[0.0, 1.0, 0.0]], np.float32)
     views = [Predictions(np.array([5]), np.array([1], np.int32), logits) for logits in (one, other)]
     mean = (softmax(one, axis=1) + softmax(other, axis=1)) / 2
-    together = averaged(views)
+    together = average_predictions(views)
     np.testing.assert_allclose(softmax(together.logits, axis=1), mean, rtol=1e-6)
     assert (together.index.tolist(), together.labels.tolist()) == ([5], [1])

@@ -227,9 +227,9 @@ def test_training_survives_an_outage_and_sends_the_metrics_later(
             for _ in range(3):
                 tracker.on_checkpoint(object())
         assert [
-            record.message for record in caplog.records if "did not take 1 metrics: refused" in record.message
+            record.message for record in caplog.records if "did not accept 1 metrics: refused" in record.message
         ] != []
-        assert sum("did not take" in record.message for record in caplog.records) == 1
+        assert sum("did not accept" in record.message for record in caplog.records) == 1
         tracker.on_log(2, {"train/loss": 2.0})
     assert history(client, tracker.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
 
@@ -356,7 +356,8 @@ def test_how_to_open_is_a_command_for_a_file_and_the_address_of_a_server(
 @pytest.mark.slow
 def test_processes_that_start_together_share_a_new_database_silently(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.config.schema import Config\nfrom pipeline.tracking.mlflow_logger import MLflowLogger\n"
+        "import sys\nfrom pathlib import Path\nfrom pipeline.config.schema import Config\n"
+        "from pipeline.tracking.mlflow_logger import MLflowLogger\n"
         "config = Config.model_validate({'data': {'source': 'digits'}, 'tracking': {'uri': 'sqlite:///mlflow.db'}})\n"
         "with MLflowLogger(config, Path(sys.argv[1])) as tracker:\n    tracker.on_log(1, {'train/loss': 1.0})\n"
     )

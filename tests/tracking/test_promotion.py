@@ -16,7 +16,8 @@ from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics import Predictions, evaluate_predictions
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.tables import write_results
 from pipeline.evaluation.results import summarize_with_intervals
 from pipeline.runs.run_directory import RunDirectory
@@ -84,7 +85,7 @@ def test_only_a_model_that_proves_to_be_better_takes_the_place_of_the_champion(
 ) -> None:
     name = "ants and bees"
     said, first = end(config, home, measured_run(tmp_path / "first", wrong=20), name)
-    assert said == "registered as ants and bees version 1: it is the champion, as there was none"
+    assert said == "registered as ants and bees version 1: it is the champion, because there was none"
     assert client.get_model_version_by_alias(name, "champion").run_id == first.run_id
 
     said, _ = end(config, home, measured_run(tmp_path / "worse", wrong=40), name)
@@ -93,14 +94,14 @@ def test_only_a_model_that_proves_to_be_better_takes_the_place_of_the_champion(
     )
     said, _ = end(config, home, measured_run(tmp_path / "equal", wrong=17), name)
     assert (
-        "version 3: version 1 stays the champion. These 100 test images do not tell version 3 from version 1: 83.0 %"
-        in said
+        "version 3: version 1 stays the champion. These 100 test images show no significant difference between "
+        "version 3 and version 1: 83.0 %" in said
     )
     assert champion(client, name) == 1
 
     said, better = end(config, home, measured_run(tmp_path / "better", wrong=2), name)
     assert (
-        "version 4: it is the champion in the place of version 1. version 4 is better than version 1: 98.0 % of the 100 test"
+        "version 4: it replaces version 1 as the champion. version 4 is better than version 1: 98.0 % of the 100 test"
         in said
     )
     version = client.get_model_version_by_alias(name, "champion")
@@ -108,8 +109,8 @@ def test_only_a_model_that_proves_to_be_better_takes_the_place_of_the_champion(
     assert version.description == said.partition(": ")[2], "the registry says why, too"
 
     said, _ = end(config, home, measured_run(tmp_path / "others", wrong=0, contents="other"), name)
-    assert "version 5: version 4 stays the champion, as the test cannot be made: " in said
-    assert said.endswith("they were not measured on the same images")
+    assert "version 5: version 4 stays the champion, because the test is not possible: " in said
+    assert said.endswith("they were not evaluated on the same images")
     assert champion(client, name) == 4
 
 
@@ -153,7 +154,7 @@ def test_a_champion_without_predictions_keeps_its_title(
             tracker.registry("silent"), tracker.log_model(home / "final.keras", "model", step=5), run, "test"
         )
     said, _ = end(config, home, measured_run(tmp_path / "loud", wrong=0), "silent")
-    assert "cannot be made: the run of version 1 has no evaluation/test/predictions.parquet in MLflow" in said
+    assert "is not possible: the run of version 1 has no evaluation/test/predictions.parquet in MLflow" in said
     assert champion(client, "silent") == 1
 
 

@@ -1,0 +1,1 @@
+"""Reports of evaluations: result files, figures, galleries and HTML."""

@@ -1,4 +1,4 @@
-"""A comparison of runs as one HTML file: it needs no network, and is read on a phone as on a desk."""
+"""The comparison of runs as one self-contained HTML file, for small and large screens."""
 
 import base64
 import hashlib
@@ -14,13 +14,14 @@ from PIL import Image
 
 from pipeline.data.preprocessing import decode
 from pipeline.data.sources.base import DataSource
-from pipeline.evaluation.compare import RunComparison, RunPredictions, percent, signed
-from pipeline.evaluation.report.figures import curve, over_epochs
-from pipeline.evaluation.report.html_report import environment
+from pipeline.evaluation.compare import RunComparison, RunPredictions, format_percent, format_points
+from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.report.figures import curve, format_epoch_axis
+from pipeline.evaluation.report.html_report import template_environment
 
-THUMBNAILS = 24  # for each pair and direction; the tables hold all images
-THUMBNAIL = 208  # pixels of the longer side
-RUN_COLOURS = (
+MAX_THUMBNAILS = 24  # for each pair and direction; the tables hold all images
+THUMBNAIL_SIZE = 208  # pixels of the longer side
+RUN_COLORS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -35,18 +36,18 @@ History = Sequence[Mapping[str, float]]
 
 @dataclass(frozen=True)
 class ConfigDiff:
-    """Something that is not the same for all runs.
+    """A difference between the settings of runs.
 
     Attributes:
-        name: A key of the config, or what else it is.
-        values: Each run's, as text.
+        name: A key of the config, or the name of another property, such as a library.
+        values: The value of each run, as text.
     """
 
     name: str
     values: tuple[str, ...]
 
 
-def comparison_page(
+def render_comparison(
     runs: Sequence[RunPredictions],
     pairs: Sequence[RunComparison],
     *,
@@ -54,50 +55,61 @@ def comparison_page(
     histories: Mapping[str, History],
     source: DataSource | None,
 ) -> str:
-    """Makes the page.
+    """Render the comparison as HTML.
 
     Args:
-        runs: All that were compared, the one that the others are compared with first.
-        pairs: What came of it.
-        settings: In what the runs differ.
-        histories: The epochs' records of the runs by name, as `figures.training_figure` takes them; of those that have any.
-        source: Where the images are, for thumbnails; None where they are not at hand.
+        runs: All runs, the baseline first.
+        pairs: The comparison of each further run with the baseline.
+        settings: The settings in which the runs differ.
+        histories: By run name, the epoch records, as for `figures.training_figure`; of the runs that have any.
+        source: Source of the images, for thumbnails; None where they are not available.
 
     Returns:
-        HTML in which everything is contained.
+        A self-contained HTML document.
     """
-    pages = environment()
-    pages.filters |= {"percent": percent, "signed": signed}
-    return pages.get_template("compare.html").render(
+    templates = template_environment()
+    templates.filters |= {"percent": format_percent, "signed": format_points}
+    return templates.get_template("compare.html").render(
         runs=runs,
         pairs=pairs,
         shares=[pairs[0].accuracies[0], *(pair.accuracies[1] for pair in pairs)],
         settings=settings,
-        figures=[(alternative, _as_uri(figure)) for alternative, figure in curves(histories)],
+        figures=[(alt, _figure_uri(figure)) for alt, figure in training_curves(histories)],
+        class_metrics=[_class_metric_rows(pair) for pair in pairs],
         changes=[_changes(pair, runs[0], source) for pair in pairs],
         tones={"better": "good", "worse": "bad", "open": ""},
     )
 
 
+def _class_metric_rows(pair: RunComparison) -> list[tuple[str, ...]]:
+    """Return title, value of A, value of B, difference and interval of each metric, formatted."""
+    rows = []
+    for name, metric in pair.class_metrics.items():
+        spec = METRICS[name]
+        value, low, high = (spec.format.replace("{:", "{:+").format(each) for each in metric.difference)
+        values = (spec.format.format(each) for each in (metric.a, metric.b))
+        rows.append((spec.title, *values, value, f"{low} to {high}"))
+    return rows
+
+
 def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | None) -> list[dict[str, Any]]:
-    """For each direction: its name, its rows, and of the first of them the pictures."""
+    """Return for each direction its name, its rows, and thumbnails of the first rows."""
     stored = first.images.table.set_index("key")
-    found = []
+    changes = []
     for direction in DIRECTIONS:
-        rows = pair.changed[pair.changed["turned"] == direction].to_dict("records")
-        pictures = (
-            [(row, _thumbnail(source, stored.loc[row["key"]])) for row in rows[:THUMBNAILS]]
+        rows = pair.changed_images[pair.changed_images["turned"] == direction].to_dict("records")
+        thumbnails = (
+            [(row, _thumbnail(source, stored.loc[row["key"]])) for row in rows[:MAX_THUMBNAILS]]
             if source is not None
             else []
         )
-        found.append(
-            {"name": direction, "rows": rows, "pictures": [(row, uri) for row, uri in pictures if uri is not None]}
-        )
-    return found
+        shown = [(row, uri) for row, uri in thumbnails if uri is not None]
+        changes.append({"name": direction, "rows": rows, "thumbnails": shown})
+    return changes
 
 
 def _thumbnail(source: DataSource, stored: Any) -> str | None:
-    """A small JPEG of the picture as a data URI; None where the file is gone or is another one than was measured."""
+    """Return a small JPEG of the image as a data URI; None where the file is missing or has changed since."""
     try:
         encoded = source.read(str(stored.name))
     except (OSError, LookupError, ValueError):
@@ -105,40 +117,47 @@ def _thumbnail(source: DataSource, stored: Any) -> str | None:
     if hashlib.sha256(encoded).hexdigest() != stored["sha256"]:
         return None
     with tf.device("CPU:0"):
-        picture = Image.fromarray(decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        thumbnail = Image.fromarray(decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy())
+    thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return _uri("image/jpeg", file.getvalue())
+    thumbnail.save(file, "JPEG", quality=80)
+    return _data_uri("image/jpeg", file.getvalue())
 
 
-def curves(histories: Mapping[str, History]) -> list[tuple[str, Figure]]:
-    """Loss and accuracy of all runs over their epochs, a figure each with the words that stand for it; none where there are no records."""
+def training_curves(histories: Mapping[str, History]) -> list[tuple[str, Figure]]:
+    """Draw loss and accuracy of all runs over their epochs.
+
+    Args:
+        histories: By run name, the epoch records.
+
+    Returns:
+        Alternative text and figure, for loss and for accuracy; an empty list where there are no records.
+    """
     if not histories:
         return []
     figures = []
-    for name, unit in (("loss", "loss (nats)"), ("accuracy", "share of images right")):
+    for name, unit in (("loss", "loss (nats)"), ("accuracy", "proportion of correct images")):
         figure = Figure(figsize=(5.2, 3.6), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         for number, (run, history) in enumerate(histories.items()):
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-            curve(axes, history, f"train/{name}", f"{run}, training", colour, ":")
-            curve(axes, history, f"val/{name}", f"{run}, validation", colour, "o-")
+            color = RUN_COLORS[number % len(RUN_COLORS)]
+            curve(axes, history, f"train/{name}", f"{run}, training", color, ":")
+            curve(axes, history, f"val/{name}", f"{run}, validation", color, "o-")
         axes.set(ylabel=unit, title=name.capitalize())
         if name == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-        over_epochs(axes)
+        format_epoch_axis(axes)
         for text in axes.legend(frameon=False, fontsize=8).get_texts():
             text.set_parse_math(False)
         figures.append((f"{name.capitalize()} of {', '.join(histories)} over the epochs", figure))
     return figures
 
 
-def _as_uri(figure: Figure) -> str:
+def _figure_uri(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    return _uri("image/svg+xml", file.getvalue())
+    return _data_uri("image/svg+xml", file.getvalue())
 
 
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _data_uri(mime_type: str, content: bytes) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"

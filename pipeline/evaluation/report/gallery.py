@@ -1,4 +1,4 @@
-"""Pictures of a report: the worst errors and the surest right ones, with what the network looked at."""
+"""Image galleries of a report: the worst errors and the most confident correct images, with Grad-CAM heat maps."""
 
 import io
 from collections.abc import Callable
@@ -9,72 +9,71 @@ from PIL import Image
 
 from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.grad_cam import GradCam, overlay
-from pipeline.evaluation.results import Results
+from pipeline.evaluation.results import EvaluationResults
 
-PICTURES = 12  # of a gallery
-LARGEST = 256  # pixels of a side; a report stays small enough to be sent
+MAX_IMAGES = 12  # per gallery
+MAX_SIDE = 256  # pixels; a report stays small enough to be sent by mail
 JPEG_QUALITY = 85
 
 
 class GalleryItem(NamedTuple):
-    """A picture with what is to be said of it."""
+    """An image of a gallery with its text."""
 
-    pictures: tuple[bytes, ...]
-    """JPEG files: the picture, and under it the same with the heat map."""
+    images: tuple[bytes, ...]
+    """JPEG files: the image, and below it the image with the heat map."""
     title: str
     lines: tuple[str, ...]
     alt: str
 
 
-def worst_errors(results: Results) -> np.ndarray:
-    """Rows of the predictions: of the wrong ones those with the greatest loss, the worst first."""
-    scores = PerImageScores.of(results.predictions)
+def worst_errors(results: EvaluationResults) -> np.ndarray:
+    """Return the rows of the wrong predictions with the greatest loss, the worst first."""
+    scores = PerImageScores.from_predictions(results.predictions)
     wrong = np.flatnonzero(scores.correct == 0)
-    return wrong[np.argsort(-scores.loss[wrong], kind="stable")][:PICTURES]
+    return wrong[np.argsort(-scores.loss[wrong], kind="stable")][:MAX_IMAGES]
 
 
-def most_confident_correct(results: Results) -> np.ndarray:
-    """Rows of the predictions: of the right ones those with the greatest confidence, the surest first."""
-    scores = PerImageScores.of(results.predictions)
-    right = np.flatnonzero(scores.correct == 1)
-    return right[np.argsort(-scores.confidence[right], kind="stable")][:PICTURES]
+def most_confident_correct(results: EvaluationResults) -> np.ndarray:
+    """Return the rows of the correct predictions with the greatest confidence, the most confident first."""
+    scores = PerImageScores.from_predictions(results.predictions)
+    correct = np.flatnonzero(scores.correct == 1)
+    return correct[np.argsort(-scores.confidence[correct], kind="stable")][:MAX_IMAGES]
 
 
-def cards(
-    results: Results, rows: np.ndarray, images: Callable[[np.ndarray], np.ndarray], grad_cam: GradCam
+def gallery_items(
+    results: EvaluationResults, rows: np.ndarray, images: Callable[[np.ndarray], np.ndarray], grad_cam: GradCam
 ) -> list[GalleryItem]:
-    """Shows pictures as the network saw them, with the map of what speaks for the class that it chose.
+    """Create the items of a gallery: images as the network sees them, with the heat map of the predicted class.
 
     Args:
         results: Of a split.
         rows: int (N,), rows of its predictions.
         images: From indices of the manifest (N,) to uint8 (N, R, R, 3).
-        grad_cam: Of the network.
+        grad_cam: Grad-CAM of the network.
     """
     if not len(rows):
         return []
-    predictions, names = results.predictions, results.class_names
-    scores, predicted = PerImageScores.of(predictions), predictions.logits.argmax(axis=1)
-    seen = images(predictions.index[rows])
-    shown = []
-    for row, image, heat in zip(rows, seen, grad_cam(seen, predicted[rows]), strict=True):
-        key, true, chosen = results.keys[predictions.index[row]], names[predictions.labels[row]], names[predicted[row]]
-        said = f"{chosen}, {scores.confidence[row]:.1%} sure"
-        lines = (
-            (said,)
-            if true == chosen
-            else (f"said to be {said}", f"labelled {true}, held {scores.true_probability[row]:.1%} probable")
+    predictions, class_names = results.predictions, results.class_names
+    scores, predicted = PerImageScores.from_predictions(predictions), predictions.logits.argmax(axis=1)
+    inputs = images(predictions.index[rows])
+    items = []
+    for row, image, heat in zip(rows, inputs, grad_cam(inputs, predicted[rows]), strict=True):
+        key, true, chosen = (
+            results.keys[predictions.index[row]],
+            class_names[predictions.labels[row]],
+            class_names[predicted[row]],
         )
-        shown.append(
-            GalleryItem((jpeg(image), jpeg(overlay(image, heat))), str(key), lines, f"{true} taken for {chosen}")
-        )
-    return shown
+        prediction = f"predicted {chosen}, {scores.confidence[row]:.1%}"
+        lines = (prediction,) if true == chosen else (prediction, f"labeled {true}, {scores.true_probability[row]:.1%}")
+        alt = f"{true} predicted as {chosen}"
+        items.append(GalleryItem((jpeg(image), jpeg(overlay(image, heat))), str(key), lines, alt))
+    return items
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """A picture, uint8 (H, W, 3), as a JPEG file of at most 256 pixels a side."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((LARGEST, LARGEST))
+    """Encode an image, uint8 (H, W, 3), as a JPEG file of at most 256 pixels a side."""
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    thumbnail.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, not even a network."""
+"""The report as one self-contained HTML file, which works without a network connection."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,15 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.evaluation.report.gallery import GalleryItem
-from pipeline.evaluation.report.tables import metric_rows, summary_sentences, whole
-from pipeline.evaluation.results import Results
+from pipeline.evaluation.report.tables import metric_rows, summary_sentences
+from pipeline.evaluation.results import EvaluationResults
+from pipeline.files import atomic_write
 
-SUSPECTS = 50  # that the page lists; the file has all
+MAX_SUSPECTS = 50  # listed in the report; label_suspects.csv has all
 
 
-def environment() -> Environment:
-    """The package's templates; all that they are filled with is escaped."""
+def template_environment() -> Environment:
+    """Create the environment of the package's templates; inserted values are escaped."""
     return Environment(
         loader=PackageLoader("pipeline.evaluation.report"),
         autoescape=True,
@@ -24,48 +25,47 @@ def environment() -> Environment:
     )
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    """A picture as an address that holds it; `kind` is png or jpeg."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(content: bytes, image_format: str) -> str:
+    """Encode an image file as a data URI; `image_format` is png or jpeg."""
+    return f"data:image/{image_format};base64,{base64.b64encode(content).decode()}"
 
 
-def write_page(
+def write_report(
     path: Path,
     title: str,
-    results: Results,
+    results: EvaluationResults,
     figures: Mapping[str, Path],
     galleries: Mapping[str, Sequence[GalleryItem]],
     config: str,
 ) -> None:
-    """Writes it, whole or not at all.
+    """Write the report, completely or not at all.
 
     Args:
-        path: The file; its folder is made if missing.
-        title: What the page is of.
+        path: The file; its folder is created if missing.
+        title: Title of the page.
         results: Of one split.
         figures: PNG files by title; those that do not exist are left out.
-        galleries: Pictures by title.
-        config: The run's config as YAML.
+        galleries: Items by title.
+        config: Config of the run as YAML.
     """
     per_class = results.evaluation.per_class.astype(object)
-    page = (
-        environment()
+    html = (
+        template_environment()
         .get_template("report.html")
         .render(
             title=title,
             evaluation=results.evaluation,
-            figure_rows=metric_rows(results),
-            remarks=summary_sentences(results),
+            metric_rows=metric_rows(results),
+            summary=summary_sentences(results),
             figures={name: figure.read_bytes() for name, figure in figures.items() if figure.exists()},
             galleries=galleries,
             classes=per_class.where(per_class.notna(), None).to_dict("records"),
             corruptions=results.corruptions,
-            suspects=results.suspects.head(SUSPECTS).to_dict("records"),
+            suspects=results.suspects.head(MAX_SUSPECTS).to_dict("records"),
             num_suspects=len(results.suspects),
             config=config,
             data_uri=data_uri,
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+    atomic_write(path, html)

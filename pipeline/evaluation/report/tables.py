@@ -1,8 +1,6 @@
-"""What an evaluation leaves behind: its files, and a table for the screen."""
+"""The result files of an evaluation and its table on the console."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,77 +11,64 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.evaluation.calibration import PerImageScores
+from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.predict import top_k
-from pipeline.evaluation.report.figures import ALL_CLASSES, confusion_figure, corruption_figure, reliability_figure
-from pipeline.evaluation.results import Results
+from pipeline.evaluation.report.figures import (
+    MAX_CLASSES_IN_FULL,
+    confusion_figure,
+    corruption_figure,
+    reliability_figure,
+)
+from pipeline.evaluation.results import EvaluationResults
+from pipeline.files import atomic_path, atomic_write
 
-WORST_CLASSES = 5
-TITLES = {
-    "accuracy": "accuracy",
-    "top5_accuracy": "top 5 accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "loss": "loss (nats)",
-    "brier": "Brier score",
-    "overconfidence": "overconfidence",
-}
+NUM_WORST_CLASSES = 5
 
 
-def write_results(results: Results, directory: Path) -> None:
-    """Writes what was measured of a split, each file whole or not at all.
+def write_results(results: EvaluationResults, directory: Path) -> None:
+    """Write the results of a split, each file completely or not at all.
 
-    `metrics.json` holds the headline figures, their intervals and the calibration, `per_class.csv` a row per class, `confusion_matrix.csv`
-    and `.png` the counts (rows are true classes), `reliability.csv` and `.png` a row per bin of confidence, `label_suspects.csv` the images
-    whose label may be wrong, `corruptions.csv` and `.png`, where they were measured, the accuracy on corrupted pictures, and
-    `predictions.parquet` a row per image: index, key, true_class, predicted_class, probability (of the predicted class), true_probability
-    (of the true one), and top5_classes with top5_probabilities, the most probable first.
+    `metrics.json` holds the metrics, their intervals and the calibration; `per_class.csv` a row per class;
+    `confusion_matrix.csv` and `.png` the counts (rows are true classes); `reliability.csv` and `.png` a row per bin of
+    confidence; `label_suspects.csv` the images whose label may be wrong; `corruptions.csv` and `.png`, where measured,
+    the accuracy on corrupted images; `predictions.parquet` a row per image: index, key, true_class, predicted_class,
+    probability (of the predicted class), true_probability (of the true class), and top5_classes with
+    top5_probabilities, the most probable first.
 
     Args:
         results: Of one split.
-        directory: Where to; made if missing.
+        directory: Output directory; created if missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     evaluation, names = results.evaluation, results.class_names
-    with whole(directory / "metrics.json") as path:
-        path.write_text(json.dumps(results.to_json(), indent=2) + "\n")
+    atomic_write(directory / "metrics.json", json.dumps(results.to_json(), indent=2) + "\n")
     tables = {"per_class": evaluation.per_class, "reliability": results.raw.bins, "label_suspects": results.suspects}
     for name, rows in tables.items():
-        with whole(directory / f"{name}.csv") as path:
+        with atomic_path(directory / f"{name}.csv") as path:
             rows.to_csv(path, index=False)
-    with whole(directory / "confusion_matrix.csv") as path:
+    with atomic_path(directory / "confusion_matrix.csv") as path:
         pd.DataFrame(evaluation.confusion, index=pd.Index(names, name="true class"), columns=names).to_csv(path)
-    with whole(directory / "predictions.parquet") as path:
-        _prediction_rows(results).to_parquet(path, index=False)
-    save(confusion_figure(evaluation), directory / "confusion_matrix.png")
-    calibrations = {"as the network says": results.raw}
+    with atomic_path(directory / "predictions.parquet") as path:
+        _prediction_table(results).to_parquet(path, index=False)
+    save_figure(confusion_figure(evaluation), directory / "confusion_matrix.png")
+    calibrations = {"uncalibrated": results.raw}
     if results.scaled is not None:
         calibrations[f"logits divided by {results.scaled.temperature:.2f}"] = results.scaled
-    save(reliability_figure(calibrations), directory / "reliability.png")
+    save_figure(reliability_figure(calibrations), directory / "reliability.png")
     if results.corruptions is not None:
-        with whole(directory / "corruptions.csv") as path:
+        with atomic_path(directory / "corruptions.csv") as path:
             results.corruptions.to_csv(path)
-        save(corruption_figure(results.corruptions, evaluation.top1), directory / "corruptions.png")
+        save_figure(corruption_figure(results.corruptions, evaluation.accuracy), directory / "corruptions.png")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all; its folder is made if missing."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, completely or not at all; its folder is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as aside:
-        figure.savefig(aside, format="png", bbox_inches="tight")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path beside the given one, which takes its place once the block has succeeded."""
-    aside = path.with_name(f".new-{path.name}")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _prediction_rows(results: Results) -> pd.DataFrame:
+def _prediction_table(results: EvaluationResults) -> pd.DataFrame:
     predictions, names = results.predictions, results.class_names
     top = top_k(predictions.logits, names, 5)
     return pd.DataFrame(
@@ -93,69 +78,74 @@ def _prediction_rows(results: Results) -> pd.DataFrame:
             "true_class": [names[i] for i in predictions.labels],
             "predicted_class": [labels[0].name for labels in top],
             "probability": [labels[0].probability for labels in top],
-            "true_probability": PerImageScores.of(predictions).true_probability,
+            "true_probability": PerImageScores.from_predictions(predictions).true_probability,
             "top5_classes": [[label.name for label in labels] for labels in top],
             "top5_probabilities": [[label.probability for label in labels] for labels in top],
         }
     )
 
 
-def metric_rows(results: Results) -> list[tuple[str, str, str]]:
-    """The headline figures for people: title, value, 95 % interval."""
-    few = len(results.class_names) <= 5
+def metric_rows(results: EvaluationResults) -> list[tuple[str, str, str]]:
+    """Format the metrics for reports.
+
+    Returns:
+        Title, value and 95 % interval of each metric that the number of classes gives a meaning.
+    """
     rows = []
-    for name, value in results.figures().items():
-        if not (few and name == "top5_accuracy"):
-            low, high = results.intervals[name]
-            written = (
-                "{:.4f}" if name in ("loss", "brier") else "{:+.2%}" if name == "overconfidence" else "{:.2%}"
-            ).format
-            rows.append((TITLES[name], written(value), f"{written(low)} to {written(high)}"))
+    for name, spec in METRICS.items():
+        if len(results.class_names) >= spec.min_classes:
+            value, (low, high) = results.evaluation.metrics[name], results.intervals[name]
+            interval = f"{spec.format.format(low)} to {spec.format.format(high)}"
+            rows.append((spec.title, spec.format.format(value), interval))
     return rows
 
 
-def summary_sentences(results: Results) -> list[str]:
-    """What else there is to say of a network, a sentence each."""
+def summary_sentences(results: EvaluationResults) -> list[str]:
+    """Summarize calibration, batch normalization, corruptions and suspected labels, a sentence each."""
     raw, scaled = results.raw, results.scaled
-    said = [f"Calibration error {raw.ece:.2%}, of which chance alone would give {raw.ece_by_chance:.2%}."]
+    sentences = [
+        f"Calibration error {raw.ece:.2%}; a perfectly calibrated model would show {raw.ece_by_chance:.2%} on so few "
+        "images."
+    ]
     if scaled is not None:
-        said.append(
-            f"With the logits divided by {scaled.temperature:.2f}, as fits the validation split best: calibration error {scaled.ece:.2%} "
-            f"(by chance {scaled.ece_by_chance:.2%}), overconfidence {scaled.overconfidence:+.2%}, loss {scaled.loss:.4f}."
+        sentences.append(
+            f"With logits divided by the temperature {scaled.temperature:.2f}, fitted on the validation split: "
+            f"calibration error {scaled.ece:.2%} (perfectly calibrated: {scaled.ece_by_chance:.2%}), overconfidence "
+            f"{scaled.overconfidence:+.2%}, loss {scaled.loss:.4f}."
         )
     if results.batch_norm is not None:
         moving, batch = results.batch_norm
-        said.append(
-            f"Batch normalisation: accuracy {moving:.2%} by the moving statistics, {batch:.2%} by those of each batch, as in training."
+        sentences.append(
+            f"Batch normalization: accuracy {moving:.2%} with the moving statistics, {batch:.2%} with the statistics "
+            "of each batch, as in training."
         )
     if results.corruptions is not None:
-        said.append(
-            f"On corrupted pictures of eight kinds and five severities the accuracy is {results.corruptions['mean'].mean():.2%}."
-        )
+        accuracy = results.corruptions["mean"].mean()
+        sentences.append(f"The accuracy on corrupted images (eight kinds, five severities) is {accuracy:.2%}.")
     if len(results.suspects):
-        said.append(f"{len(results.suspects):,} of the {results.evaluation.num_images:,} labels may be wrong.")
-    return said
+        sentences.append(f"{len(results.suspects):,} of the {results.evaluation.num_images:,} labels may be wrong.")
+    return sentences
 
 
-def table(results: Results) -> Group:
-    """The headline figures and the classes for the screen: all of them up to 20, else the five with the lowest F1."""
+def metrics_table(results: EvaluationResults) -> Group:
+    """Create the console's table of metrics and classes: all classes up to 20, else the five with the lowest F1."""
     evaluation = results.evaluation
     per_class = evaluation.per_class
     present = per_class[per_class["support"] > 0]
-    every = len(per_class) <= ALL_CLASSES
-    shown = per_class if every else present.nsmallest(WORST_CLASSES, "f1")
+    all_shown = len(per_class) <= MAX_CLASSES_IN_FULL
+    shown = per_class if all_shown else present.nsmallest(NUM_WORST_CLASSES, "f1")
     headline = Text.assemble(
         (f"{evaluation.split}: ", "bold"),
         f"{evaluation.num_images:,} images, accuracy ",
-        (f"{evaluation.top1:.2%}", "bold green"),
+        (f"{evaluation.accuracy:.2%}", "bold green"),
     )
-    figures = Table(box=None, pad_edge=False)
+    metrics = Table(box=None, pad_edge=False)
     for column in ("", "", "95 % interval"):
-        figures.add_column(column, justify="left" if column else "right", header_style="dim")
-    figures.columns[0].justify = "left"
+        metrics.add_column(column, justify="left" if column else "right", header_style="dim")
+    metrics.columns[0].justify = "left"
     for row in metric_rows(results):
-        figures.add_row(*row)
-    title = [] if every else [Text(f"the {len(shown)} classes with the lowest F1, of {len(per_class)}:")]
+        metrics.add_row(*row)
+    title = [] if all_shown else [Text(f"the {len(shown)} classes with the lowest F1, of {len(per_class)}:")]
     classes = Table(box=None, pad_edge=False)
     for column in ("class", "precision", "recall", "F1", "images"):
         classes.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
@@ -166,4 +156,4 @@ def table(results: Results) -> Group:
             *("-" if np.isnan(value) else f"{value:.3f}" for value in (precision, recall, f1)),
             f"{support:,}",
         )
-    return Group(headline, figures, *title, classes, *map(Text, summary_sentences(results)))
+    return Group(headline, metrics, *title, classes, *map(Text, summary_sentences(results)))
