@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.distributed.devices import on_replicas
+from pipeline.distributed.sharding import on_replicas
 
 Progress = Callable[[int, int], None]
 Step = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Sequence[tf.Tensor | np.ndarray]]

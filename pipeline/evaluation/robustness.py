@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from pipeline.config.augment import TransformConfig
 from pipeline.data.augmentation import AlbumentationsTransforms
-from pipeline.data.input_pipeline import Square
+from pipeline.data.input_pipeline import PreprocessFn
 from pipeline.data.preprocessing import Resize, resize_to_square
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -71,7 +71,7 @@ def _constant_range(value: float) -> tuple[float, float]:
     return value, value
 
 
-def corruption_preprocess_fns(resolution: int, resize: Resize) -> Iterator[tuple[str, int, Square]]:
+def corruption_preprocess_fns(resolution: int, resize: Resize) -> Iterator[tuple[str, int, PreprocessFn]]:
     """Yield a preprocessing function for every kind and severity; an image is corrupted the same way every time.
 
     Args:
@@ -89,7 +89,7 @@ def corruption_preprocess_fns(resolution: int, resize: Resize) -> Iterator[tuple
             yield kind, severity, _corrupted(apply, number << INDEX_BITS, resolution, resize)
 
 
-def _corrupted(apply: AlbumentationsTransforms, seed: int, resolution: int, resize: Resize) -> Square:
+def _corrupted(apply: AlbumentationsTransforms, seed: int, resolution: int, resize: Resize) -> PreprocessFn:
     def preprocess_fn(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         clean = resize_to_square(image, resolution, resize)
         return tf.ensure_shape(

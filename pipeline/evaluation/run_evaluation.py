@@ -88,7 +88,7 @@ class RunEvaluator:
         """Evaluate a split with the views `tta.VIEWS[name]`, named split-name; means have no temperature."""
         preprocess_fns = tta.tta_preprocess_fns(name, self.config.variant.resolution, self.config.data.resize)
         predictions = tta.average_predictions(
-            [self.predict(split, square=preprocess_fn) for preprocess_fn in preprocess_fns]
+            [self.predict(split, preprocess_fn=preprocess_fn) for preprocess_fn in preprocess_fns]
         )
         return self.summarize_with_intervals(
             predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}"), None
@@ -100,7 +100,7 @@ class RunEvaluator:
         for kind, severity, preprocess_fn in corruption_preprocess_fns(
             self.config.variant.resolution, self.config.data.resize
         ):
-            predictions = self.predict(results.evaluation.split, square=preprocess_fn)
+            predictions = self.predict(results.evaluation.split, preprocess_fn=preprocess_fn)
             accuracies[kind, severity] = float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
         return replace(results, corruptions=corruption_table(accuracies))
 

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.special import log_softmax, logsumexp
 
-from pipeline.data.input_pipeline import Square
+from pipeline.data.input_pipeline import PreprocessFn
 from pipeline.data.preprocessing import Resize, crop_view, resize_to_square
 from pipeline.errors import RunError
 from pipeline.evaluation.predictor import Predictions
@@ -31,7 +31,7 @@ VIEWS = {
 }
 
 
-def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[Square]:
+def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[PreprocessFn]:
     """Return a preprocessing function for each view of `VIEWS[name]`.
 
     Raises:
@@ -43,7 +43,7 @@ def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[S
             "to crop; use flip"
         )
 
-    def preprocess_fn_of(view: TTAView) -> Square:
+    def preprocess_fn_of(view: TTAView) -> PreprocessFn:
         def preprocess_fn(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
             del index
             pixels = (

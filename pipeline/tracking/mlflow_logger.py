@@ -353,7 +353,7 @@ def _client_of(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClie
 
 def _status(error: BaseException | None) -> str:
     """Return the MLflow status for the error that ended a block; a stop request of any kind gives KILLED."""
-    from pipeline.training.trainer import TrainingInterrupted
+    from pipeline.distributed.signals import TrainingInterrupted
 
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"

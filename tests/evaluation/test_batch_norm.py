@@ -15,11 +15,11 @@ def network() -> keras.Model:
     x = keras.layers.Dropout(0.5)(keras.layers.GlobalAveragePooling2D()(x))
     model = keras.Model(inputs, keras.layers.Dense(2, use_bias=False, name="classes")(x))
     model.get_layer("classes").kernel.assign([[1.0, -1.0]] * 3)
-    model.get_layer("norm").moving_mean.assign([200.0] * 3)  # far from the pictures: everything is dark
+    model.get_layer("norm").moving_mean.assign([200.0] * 3)  # far from the images: everything is dark
     return model
 
 
-def pictures() -> tf.data.Dataset:
+def image_batches() -> tf.data.Dataset:
     bright = np.tile([1, 0], 32)
     images = np.where(bright[:, None, None, None], 120, 60) * np.ones((64, 2, 2, 3))
     labels = np.eye(2, dtype=np.float32)[1 - bright]
@@ -32,7 +32,7 @@ def pictures() -> tf.data.Dataset:
 def test_statistics_that_lag_show_as_a_gap():
     model = network()
     before = model.get_weights()
-    gap = batch_norm_gap(model, pictures())
+    gap = batch_norm_gap(model, image_batches())
     assert gap == (0.5, 1.0)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -52,4 +52,4 @@ def test_without_a_lag_there_is_no_gap():
     model = network()
     model.get_layer("norm").moving_mean.assign([90.0] * 3)
     model.get_layer("norm").moving_variance.assign([900.0] * 3)
-    assert batch_norm_gap(model, pictures()) == pytest.approx((1.0, 1.0))
+    assert batch_norm_gap(model, image_batches()) == pytest.approx((1.0, 1.0))

@@ -1,4 +1,4 @@
-"""Labelled data whose classes are some of the network's, under names of their own."""
+"""Labeled data whose classes are some of the network's, under names of their own."""
 
 import shutil
 from pathlib import Path
@@ -89,7 +89,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("split", "count"), [(None, 5), ("test", 2)])
-def test_all_pictures_are_measured_or_those_of_one_split(photos: Path, split: str | None, count: int) -> None:
+def test_all_images_are_measured_or_those_of_one_split(photos: Path, split: str | None, count: int) -> None:
     manifest = scan_external_data(*open_external_data(photos, split), lambda done, of: None)
     assert len(manifest.indices(SPLIT)) == len(manifest.table) == count
     assert {Path(key).parent.name for key in manifest.table["key"]} == {"cat", "dog"}
@@ -97,7 +97,7 @@ def test_all_pictures_are_measured_or_those_of_one_split(photos: Path, split: st
 
 def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> None:
     pack(SourceOrigin(open_folder(photos)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
-    (tmp_path / "pack" / "cat").mkdir()  # a pack is told by its description, whatever lies beside it
+    (tmp_path / "pack" / "cat").mkdir()  # a pack is recognized by its description, whatever lies beside it
     tables = [
         scan_external_data(*open_external_data(data, "test"), lambda done, of: None).table
         for data in (photos, tmp_path / "pack")
@@ -116,7 +116,7 @@ def test_measuring_a_split_leaves_what_is_known_of_the_others(photos: Path, monk
     assert read == []
 
 
-def test_pictures_of_a_single_class_are_measured(photos: Path) -> None:
+def test_images_of_a_single_class_are_measured(photos: Path) -> None:
     for place in ("train/dog", "test/dog"):
         shutil.rmtree(photos / place)
     assert len(scan_external_data(*open_external_data(photos, None), lambda done, of: None).table) == 2

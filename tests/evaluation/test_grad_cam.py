@@ -46,7 +46,7 @@ def test_every_network_of_the_family_has_the_layer_frozen_or_not():
         assert np.isfinite(maps).all()
 
 
-def test_an_overlay_keeps_the_picture_visible():
+def test_an_overlay_keeps_the_image_visible():
     image = np.full((4, 4, 3), 200, np.uint8)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1

@@ -40,7 +40,7 @@ def results() -> EvaluationResults:
 
 
 def images(indices: np.ndarray) -> np.ndarray:
-    """Every image has its index as its colour."""
+    """Every image has its index as its color."""
     return np.tile(indices.astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
 
 
@@ -60,7 +60,7 @@ def page(results: EvaluationResults, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "report" / "index.html"
 
 
-def test_the_galleries_are_ranked_and_show_the_pictures_that_they_name(results):
+def test_the_galleries_are_ranked_and_show_the_images_that_they_name(results):
     loss = -np.log(np.exp(results.predictions.logits) / np.exp(results.predictions.logits).sum(axis=1, keepdims=True))
     wrong = results.predictions.logits.argmax(axis=1) != results.predictions.labels
     own = loss[np.arange(80), results.predictions.labels]
@@ -71,8 +71,8 @@ def test_the_galleries_are_ranked_and_show_the_pictures_that_they_name(results):
     shown = gallery_items(results, worst, images, bright)
     for card, row in zip(shown, worst, strict=True):
         assert card.title == results.keys[row]
-        with Image.open(io.BytesIO(card.images[0])) as picture:
-            assert abs(int(np.asarray(picture)[8, 8, 0]) - row) <= 3
+        with Image.open(io.BytesIO(card.images[0])) as thumbnail:
+            assert abs(int(np.asarray(thumbnail)[8, 8, 0]) - row) <= 3
         assert NAMES[results.predictions.labels[row]] in card.lines[1]
 
 
@@ -105,7 +105,8 @@ def test_a_browser_finds_no_error_and_nothing_wider_than_the_screen(page, tmp_pa
     """The page is opened in a frame of the screen's width, which tells what it found."""
     outer = tmp_path / "outer.html"
     outer.write_text(
-        f"""<!doctype html><iframe id=f src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe><pre id=out></pre>
+        f"""<!doctype html><iframe id=f src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe>
+        <pre id=out></pre>
         <script>
         const frame = document.getElementById("f");
         frame.onload = () => {{

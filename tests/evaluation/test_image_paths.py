@@ -1,4 +1,4 @@
-"""The pictures that a command line names."""
+"""The image paths that a command line names."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_gives_the_pictures_below_it_in_the_order_of_names(photos: Path) -> None:
+def test_a_folder_gives_the_images_below_it_in_the_order_of_names(photos: Path) -> None:
     assert found("photos") == found("./photos/") == ["photos/a/1.heic", "photos/a/2.png", "photos/b.JPG"]
 
 
@@ -75,7 +75,7 @@ def test_words_are_taken_in_their_order(photos: Path) -> None:
         (["photos/.e/..", "photos/empty"], r"^photos/empty: the folder contains no image$"),
     ],
 )
-def test_a_word_that_names_no_picture_is_refused_at_once(photos: Path, words: list[str], message: str) -> None:
+def test_a_word_that_names_no_image_is_refused_at_once(photos: Path, words: list[str], message: str) -> None:
     touch(photos, "photos/empty/notes.txt")
     with pytest.raises(UserError, match=message):
         image_paths(words, io.BytesIO())
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_listed_is_left_to_be_reported(photos: Path, mon
 
 
 def test_folders_and_lists_are_read_no_further_than_asked(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(photos, *(f"many/{folder:02}/{picture}.jpg" for folder in range(30) for picture in range(2)))
+    touch(photos, *(f"many/{folder:02}/{number}.jpg" for folder in range(30) for number in range(2)))
     scandir, listed, asked = os.scandir, [], 0
 
     def counted(path: Path) -> Iterator[os.DirEntry]:

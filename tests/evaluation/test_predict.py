@@ -1,4 +1,4 @@
-"""Labels for picture files."""
+"""Labels for image files."""
 
 import io
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ NAMES = ["red", "green", "blue"]
 
 
 @pytest.fixture(scope="module")
-def colour_model() -> keras.Model:
-    """The logits are a tenth of the picture's mean red, green and blue."""
+def color_model() -> keras.Model:
+    """The logits are a tenth of the image's mean red, green and blue."""
     inputs = keras.Input((None, None, 3))
     return keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(0.1)(inputs)))
 
@@ -38,19 +38,19 @@ def place_model() -> keras.Model:
     )
 
 
-def save(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
-    Image.new("RGB", size, colour).save(path)
+def save(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+    Image.new("RGB", size, color).save(path)
     return path
 
 
-def test_each_file_gets_its_labels_in_order(colour_model: keras.Model, tmp_path: Path) -> None:
-    colours = {"red": (200, 30, 20), "green": (10, 220, 90), "blue": (0, 20, 240)}
+def test_each_file_gets_its_labels_in_order(color_model: keras.Model, tmp_path: Path) -> None:
+    colors = {"red": (200, 30, 20), "green": (10, 220, 90), "blue": (0, 20, 240)}
     paths = [
-        save(tmp_path / f"{name}{suffix}", colours[name])
+        save(tmp_path / f"{name}{suffix}", colors[name])
         for name in NAMES
         for suffix in (".png", ".jpg", ".bmp", ".gif", ".webp")
     ]
-    got = list(predict_files(colour_model, NAMES, paths, resolution=RESOLUTION, resize="crop"))
+    got = list(predict_files(color_model, NAMES, paths, resolution=RESOLUTION, resize="crop"))
     assert [prediction.path for prediction in got] == paths
     assert [prediction.top[0].name for prediction in got] == [name for name in NAMES for _ in range(5)]
     exponentials = np.exp(np.array([200, 30, 20]) / 10)
@@ -95,19 +95,19 @@ def test_exif_orientation_is_honoured(
         assert got.top[0].name == expected
 
 
-def test_unreadable_files_are_reported_and_the_others_predicted(colour_model: keras.Model, tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_and_the_others_predicted(color_model: keras.Model, tmp_path: Path) -> None:
     good = save(tmp_path / "good.png", (250, 0, 0))
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.jpg").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "odd.tiff")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     bad = [tmp_path / name for name in ("missing.jpg", "cut.jpg", "text.jpg", "empty.jpg", "odd.tiff", "huge.png")] + [
         tmp_path
     ]
-    got = list(predict_files(colour_model, NAMES, [*bad[:3], good, *bad[3:]], resolution=RESOLUTION, resize="crop"))
+    got = list(predict_files(color_model, NAMES, [*bad[:3], good, *bad[3:]], resolution=RESOLUTION, resize="crop"))
     reasons = {prediction.path.name: prediction.error for prediction in got if prediction.error}
     assert [prediction.path for prediction in got if prediction.top] == [good]
     assert list(reasons) == [path.name for path in bad]
@@ -120,7 +120,7 @@ def test_unreadable_files_are_reported_and_the_others_predicted(colour_model: ke
     assert "directory" in reasons[tmp_path.name]
 
 
-def test_however_many_files_there_are_two_batches_are_held(colour_model: keras.Model) -> None:
+def test_however_many_files_there_are_two_batches_are_held(color_model: keras.Model) -> None:
     asked = 0
 
     def paths() -> Iterator[str]:
@@ -130,7 +130,7 @@ def test_however_many_files_there_are_two_batches_are_held(colour_model: keras.M
             yield f"none/{asked}.jpg"
 
     for got, prediction in enumerate(
-        predict_files(colour_model, NAMES, paths(), resolution=RESOLUTION, resize="crop"), start=1
+        predict_files(color_model, NAMES, paths(), resolution=RESOLUTION, resize="crop"), start=1
     ):
         assert prediction.error
         assert asked - got < 2 * BATCH_SIZE
@@ -181,7 +181,7 @@ def test_table_shows_labels_with_probabilities_and_markup_as_text() -> None:
     console.print(
         format_prediction(FilePrediction(Path("[b]x.jpg"), (Label("giant panda", 0.956), Label("[red]fox", 0.01))))
     )
-    console.print(format_prediction(FilePrediction(Path("y.jpg"), error="is not a picture")))
+    console.print(format_prediction(FilePrediction(Path("y.jpg"), error="is not an image")))
     text = console.export_text()
-    for part in ("[b]x.jpg", "95.6%", "giant panda", "[red]fox", "y.jpg", "is not a picture"):
+    for part in ("[b]x.jpg", "95.6%", "giant panda", "[red]fox", "y.jpg", "is not an image"):
         assert part in text

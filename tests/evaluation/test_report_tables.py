@@ -147,9 +147,9 @@ def test_training_curves_are_drawn_with_and_without_validation(tmp_path: Path) -
         warnings.simplefilter("error")
         for history in (bare, full, full[:1]):
             save_figure(training_figure(history), tmp_path / "training_curves.png")
-            with Image.open(tmp_path / "training_curves.png") as picture:
-                picture.load()
-                sizes.append(picture.size)
+            with Image.open(tmp_path / "training_curves.png") as image:
+                image.load()
+                sizes.append(image.size)
     assert len(set(sizes)) == 1
 
 
@@ -169,7 +169,7 @@ def test_reliability_and_batch_figures_are_drawn_without_complaint() -> None:
     assert fed.axes[1].get_title() == "30% $a\n70% c$"
 
 
-def test_screen_shows_every_class_and_figure_with_its_interval_when_they_are_few() -> None:
+def test_console_shows_every_class_and_figure_with_its_interval_when_they_are_few() -> None:
     results = made(60, 12)
     text = shown(results)
     assert f"accuracy {results.evaluation.accuracy:.2%}" in text
@@ -184,7 +184,7 @@ def test_screen_shows_every_class_and_figure_with_its_interval_when_they_are_few
     assert all(f"class, {i} " in text for i in range(12))
 
 
-def test_screen_shows_the_five_worst_of_many_classes() -> None:
+def test_console_shows_the_five_worst_of_many_classes() -> None:
     results = made(400, 60)
     text = shown(results)
     worst = results.evaluation.per_class.sort_values("f1").head(5)["class"]
@@ -192,7 +192,7 @@ def test_screen_shows_the_five_worst_of_many_classes() -> None:
     assert all(f"{name} " in text for name in worst)
 
 
-def test_screen_marks_undefined_figures_with_a_dash() -> None:
+def test_console_marks_undefined_figures_with_a_dash() -> None:
     predictions = Predictions(np.arange(1), np.zeros(1, np.int32), np.eye(3, dtype=np.float32)[:1])
     results = summarize_with_intervals(
         predictions, evaluate_predictions(predictions, ["a", "b", "c"], "val"), ["x.jpg"], None, None

@@ -1,4 +1,4 @@
-"""Corrupted pictures."""
+"""Corrupted images."""
 
 import numpy as np
 import pytest

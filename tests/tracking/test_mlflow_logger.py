@@ -15,10 +15,10 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config.schema import Config
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import ConfigError
 from pipeline.tracking.mlflow_logger import MLflowLogger, log_evaluation
 from pipeline.tracking.mlflow_store import tracking_uri
-from pipeline.training.trainer import TrainingInterrupted
 
 
 @pytest.fixture(scope="module")

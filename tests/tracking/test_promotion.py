@@ -1,4 +1,4 @@
-"""Models under one name in a real MLflow registry: which of them is the champion, and what is said of it."""
+"""Models under one name in a real MLflow registry: which of them is the champion, and what is message of it."""
 
 import hashlib
 import subprocess
@@ -56,8 +56,8 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
     )
     table["sha256"] = [hashlib.sha256(f"{contents}{i}".encode()).hexdigest() for i in range(IMAGES)]
     Manifest(CLASSES, table.assign(height=8, width=8, orientation=1)[list(COLUMNS)].astype(COLUMNS)).save(run.manifest)
-    said = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
-    predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[said])
+    message = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
+    predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[message])
     evaluation = evaluate_predictions(predictions, CLASSES, "test")
     write_results(
         summarize_with_intervals(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test")
@@ -68,7 +68,7 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
 def end(
     config: Config, home: Path, run: RunDirectory, name: str, *, resumed: tuple[str, str] | None = None
 ) -> tuple[str, MLflowLogger]:
-    """The end of a training; what was said of the champion."""
+    """The end of a training; what was message of the champion."""
     with MLflowLogger(config, run.path, resumed=resumed) as tracker:
         tracker.log_artifacts(run.manifest)
         tracker.log_artifacts(run.evaluation("test"), "evaluation/test")
@@ -84,33 +84,33 @@ def test_only_a_model_that_proves_to_be_better_takes_the_place_of_the_champion(
     config: Config, home: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
     name = "ants and bees"
-    said, first = end(config, home, measured_run(tmp_path / "first", wrong=20), name)
-    assert said == "registered as ants and bees version 1: it is the champion, because there was none"
+    message, first = end(config, home, measured_run(tmp_path / "first", wrong=20), name)
+    assert message == "registered as ants and bees version 1: it is the champion, because there was none"
     assert client.get_model_version_by_alias(name, "champion").run_id == first.run_id
 
-    said, _ = end(config, home, measured_run(tmp_path / "worse", wrong=40), name)
-    assert said.startswith(
+    message, _ = end(config, home, measured_run(tmp_path / "worse", wrong=40), name)
+    assert message.startswith(
         "registered as ants and bees version 2: version 1 stays the champion. version 2 is worse than version 1: 60.0 %"
     )
-    said, _ = end(config, home, measured_run(tmp_path / "equal", wrong=17), name)
+    message, _ = end(config, home, measured_run(tmp_path / "equal", wrong=17), name)
     assert (
         "version 3: version 1 stays the champion. These 100 test images show no significant difference between "
-        "version 3 and version 1: 83.0 %" in said
+        "version 3 and version 1: 83.0 %" in message
     )
     assert champion(client, name) == 1
 
-    said, better = end(config, home, measured_run(tmp_path / "better", wrong=2), name)
+    message, better = end(config, home, measured_run(tmp_path / "better", wrong=2), name)
     assert (
         "version 4: it replaces version 1 as the champion. version 4 is better than version 1: 98.0 % of the 100 test"
-        in said
+        in message
     )
     version = client.get_model_version_by_alias(name, "champion")
     assert (int(version.version), version.run_id) == (4, better.run_id)
-    assert version.description == said.partition(": ")[2], "the registry says why, too"
+    assert version.description == message.partition(": ")[2], "the registry says why, too"
 
-    said, _ = end(config, home, measured_run(tmp_path / "others", wrong=0, contents="other"), name)
-    assert "version 5: version 4 stays the champion, because the test is not possible: " in said
-    assert said.endswith("they were not evaluated on the same images")
+    message, _ = end(config, home, measured_run(tmp_path / "others", wrong=0, contents="other"), name)
+    assert "version 5: version 4 stays the champion, because the test is not possible: " in message
+    assert message.endswith("they were not evaluated on the same images")
     assert champion(client, name) == 4
 
 
@@ -119,8 +119,8 @@ def test_an_end_that_comes_again_leaves_one_version_and_the_title(
 ) -> None:
     run = measured_run(tmp_path / "run", wrong=5)
     _, tracker = end(config, home, run, "again")
-    said, _ = end(config, home, run, "again", resumed=(tracker.uri, tracker.run_id))
-    assert said.endswith("version 2: it is the champion, as version 1 of the same run was")
+    message, _ = end(config, home, run, "again", resumed=(tracker.uri, tracker.run_id))
+    assert message.endswith("version 2: it is the champion, as version 1 of the same run was")
     assert champion(client, "again") == 2
     assert [int(version.version) for version in client.search_model_versions("name = 'again'")] == [2]
     assert (
@@ -153,8 +153,8 @@ def test_a_champion_without_predictions_keeps_its_title(
         register_and_promote(
             tracker.registry("silent"), tracker.log_model(home / "final.keras", "model", step=5), run, "test"
         )
-    said, _ = end(config, home, measured_run(tmp_path / "loud", wrong=0), "silent")
-    assert "is not possible: the run of version 1 has no evaluation/test/predictions.parquet in MLflow" in said
+    message, _ = end(config, home, measured_run(tmp_path / "loud", wrong=0), "silent")
+    assert "is not possible: the run of version 1 has no evaluation/test/predictions.parquet in MLflow" in message
     assert champion(client, "silent") == 1
 
 
