@@ -2,8 +2,12 @@
 
 import os
 
-GIVEN_ENVIRONMENT = dict(os.environ)  # for what is to know nothing of the following
+ORIGINAL_ENVIRONMENT = dict(os.environ)  # for processes that must not see the change below, such as the Keras baseline
 
-# Read when TensorFlow is imported. By itself it takes oneDNN's kernels on some processors only; without AVX-512 too, a B0 of fused batch
-# normalisation trains 1.3 times as fast with them (two cores of an AMD EPYC, 224 pixels, 16 images).
+# TensorFlow reads this variable when it is imported. By default it uses oneDNN's kernels on some processors only. On
+# processors without AVX-512, B0 with fused batch normalization trains 1.3 times as fast with them (two cores of an AMD
+# EPYC, 224 pixels, 16 images). The kernels round differently, so every process that computes with this package has to
+# agree: commands, notebooks, tests, spawned processes and programs that import one module. They have only the import of
+# `pipeline` in common, which always precedes its modules' import of TensorFlow; a call in `run_cli` would miss the
+# rest.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

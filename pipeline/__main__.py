@@ -1,31 +1,42 @@
-"""The smaller programs: python -m pipeline PROGRAM. Each is a module of pipeline/commands with a `main` of its own."""
+"""The commands: python -m pipeline COMMAND, or efficientnet COMMAND once the package is installed."""
 
 import argparse
 import sys
 from importlib import import_module
 
+from pipeline.cli.arguments import program_name
 from pipeline.console import Console, run_cli
 
-PROGRAMS = {
-    "bench": "how fast a config trains: step, stream and both; against plain Keras",
-    "check": "what is wrong with a data set: bad files, duplicates, leakage, empty classes",
-    "compare": "whether a run is better than another on the same images, and how sure that is",
-    "export": "a run's network as SavedModel, LiteRT, int8 LiteRT and ONNX, each proven equal to it",
-    "pack": "a data set as a few large files that are read in any order; TFRecord files, too",
-    "scale": "the family's sizes; a grid search for alpha, beta, gamma; the largest network within a budget",
-    "data-server": "pictures decoded and augmented here for a run on another machine",
+COMMANDS = {
+    "train": "train or fine-tune as a config describes",
+    "evaluate": "evaluate a run or published weights on labeled images",
+    "predict": "label images with a run or published weights",
+    "compare": "compare runs on the same images, with significance tests",
+    "export": "export a model as SavedModel, LiteRT, int8 LiteRT and ONNX, and verify each file",
+    "check": "check a data set: bad files, duplicates, leakage, empty classes",
+    "pack": "pack a data set, or TFRecord files, into a few large files with random access",
+    "data-server": "decode and augment images on this machine for runs on others",
+    "bench": "measure how fast a config trains: step, input pipeline and both; against plain Keras",
+    "scale": "list the variants, search alpha, beta and gamma, or find the largest model within a budget",
 }
 
 
-def main(screen: Console) -> int:
-    """Runs the program that is named first on the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline")
-    programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
-    for name, purpose in PROGRAMS.items():
-        programs.add_parser(name, help=purpose)
-    program = parser.parse_args(sys.argv[1:2]).program
-    return import_module(f"pipeline.cli.{program.replace('-', '_')}").main(sys.argv[2:], screen)
+def main(console: Console) -> int:
+    """Run the command that the first argument names and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("").strip(), epilog="COMMAND --help describes the options of a command."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    command = parser.parse_args(sys.argv[1:2]).command
+    return import_module(f"pipeline.cli.{command.replace('-', '_')}").main(console, sys.argv[2:])
+
+
+def run() -> int:
+    """Run the command line and return the exit code; the entry point of the console script."""
+    return run_cli(main)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run())

@@ -1,4 +1,8 @@
-"""What a person sees: progress, summaries and errors. What the libraries say goes to the run's log instead."""
+"""The terminal: progress, summaries and errors of the program. The output of the libraries goes to the run's log.
+
+With EFFICIENTNET_DEBUG=1 in the environment nothing is redirected: print(), breakpoint(), the libraries' output and the
+tracebacks of unexpected exceptions appear in the terminal, and there are no progress bars.
+"""
 
 import logging
 import os
@@ -18,69 +22,89 @@ from rich.text import Text
 
 from pipeline.errors import TrainingError, UserError
 
+DEBUG = "EFFICIENTNET_DEBUG"
+
+
+def is_debugging() -> bool:
+    """Return True if the environment variable EFFICIENTNET_DEBUG is 1."""
+    return os.environ.get(DEBUG) == "1"
+
 
 class Console:
-    """The terminal, kept for the program's own words.
+    """The terminal, reserved for the program's own output.
 
-    Once `divert_to` is called, everything that is written to standard output or standard error by anybody else, compiled libraries
-    included, goes to a file: they write to the file descriptors, so it is those that are redirected.
+    After `redirect_library_output`, everything else that is written to standard output or standard error, by compiled
+    libraries too, goes to a file: they write to the file descriptors, so the file descriptors are redirected.
+
+    Attributes:
+        rich: The rich console that prints.
+        log_path: The log file; None if there is none.
     """
 
     def __init__(self) -> None:
+        """Duplicate standard output and standard error, for output that no redirection affects."""
         self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
         self._err: TextIO = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-        self.console = rich_console.Console(file=self._out, highlight=False, soft_wrap=not self._out.isatty())
-        self.log: Path | None = None
+        self.rich = rich_console.Console(file=self._out, highlight=False, soft_wrap=not self._out.isatty())
+        self.log_path: Path | None = None
 
     def redirect_library_output(self, log: Path | None) -> None:
-        """Sends the libraries' output to the end of `log`, or nowhere if it is None."""
+        """Append the libraries' output to the file `log`, or discard it if `log` is None. Do nothing when debugging."""
+        if is_debugging():
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         with Path(log or os.devnull).open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        self.log = log
+        self.log_path = log
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
         logging.captureWarnings(True)
         warnings.simplefilter("default")
 
     def reserve_stdout(self) -> TextIO:
-        """Gives standard output to rows for other programs. What is said from now on goes to standard error, and no bar is shown."""
-        self.console = rich_console.Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
+        """Reserve standard output for data and return it.
+
+        From now on messages go to standard error, without progress bars.
+        """
+        self.rich = rich_console.Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
         return self._out
 
     def print(self, text: Any = "", *, details: str | None = None) -> None:
-        """Shows a line of text or one of rich's renderables; a line goes to the log, too, or its details in its place."""
-        self.console.print(text, markup=False, emoji=False)
-        if isinstance(text, str) and self.log is not None:
+        """Print a line of text or a rich renderable. A line is also written to the log, or `details` in its place."""
+        self.rich.print(text, markup=False, emoji=False)
+        if isinstance(text, str) and self.log_path is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
-        """Shows how far something has come; inside the block, call what is given with the number done and of all, None if not known."""
+    def progress(self, description: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Show a progress bar during the block, which calls the function it receives with the number done and the total.
+
+        The total is None if it is not known.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=None)
-            yield lambda done, of: progress.update(task, completed=done, total=of)
+        disable = is_debugging() or not self.rich.is_terminal
+        with Progress(*columns, console=self.rich, transient=True, disable=disable) as progress:
+            task = progress.add_task(description, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
     def error(self, text: str) -> None:
-        """Shows an error."""
+        """Print an error, and write it to the log."""
         self._out.flush()
-        if self.console.is_terminal and self._err.isatty():
-            self.console.print(
-                text, markup=False, emoji=False
-            )  # which of the two does not show on a terminal; this one knows of the bar
+        if self.rich.is_terminal and self._err.isatty():
+            self.rich.print(text, markup=False, emoji=False)  # above a progress bar, which standard error would break
         else:
             print(text, file=self._err, flush=True)
-        if self.log is not None:
+        if self.log_path is not None:
             logging.getLogger("pipeline").error("%s", text)
 
 
 class _Count(ProgressColumn):
-    """The number done and of all; where that is not known, and no remaining time is to be had, how many come in a second."""
+    """The number done and the total; without a total, the number done and the rate per second."""
 
     def render(self, task: Task) -> Text:
+        """Return the text of the column."""
         return Text(
             f"{task.completed:,.0f}"
             + (f", {task.speed or 0:,.0f} a second" if task.total is None else f" of {task.total:,.0f}")
@@ -88,33 +112,42 @@ class _Count(ProgressColumn):
 
 
 def python_executable() -> str:
-    """The interpreter that runs this, as a word of a command to be typed in the current folder."""
+    """Return the path of the running Python interpreter.
+
+    Relative if it is below the current folder, quoted for a shell.
+    """
     here = Path(sys.executable)
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
 def run_cli(program: Callable[[Console], int]) -> int:
-    """Runs a program and turns what it raises into a message and an exit code: 2 for bad input, 1 for a failure.
+    """Run a program and turn the exceptions that it raises into a message and an exit code.
 
-    SIGTERM unwinds it as Ctrl-C does, so that what it has open is closed.
+    SIGTERM unwinds the program as Ctrl-C does, so that open files and runs are closed.
+
+    Args:
+        program: The program; it takes the console and returns its exit code.
+
+    Returns:
+        The exit code: 2 for bad input, 1 for a failure, 130 for Ctrl-C, else that of the program.
     """
-    screen = Console()
+    console = Console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return program(screen)
+        return program(console)
     except UserError as error:
-        screen.error(f"error: {error}")
+        console.error(f"error: {error}")
         return 2
     except TrainingError as error:
-        screen.error(f"error: {error}")
+        console.error(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        screen.error("interrupted")
+        console.error("interrupted")
         return 130
     except Exception as error:
         details = traceback.format_exc()
-        where = f"the details are in {screen.log}" if screen.log else details
-        screen.error(f"unexpected {type(error).__name__}: {error}\n{where}")
-        if screen.log is not None:
+        where = f"the details are in {console.log_path}" if console.log_path else details
+        console.error(f"unexpected {type(error).__name__}: {error}\n{where}")
+        if console.log_path is not None:
             logging.getLogger("pipeline").error("%s", details)
         return 1

@@ -1,35 +1,38 @@
-"""What a program tells its user in one message, without a traceback: exit code 2 for bad input, 1 for a run that failed."""
+"""Errors that a program reports as one message without a traceback: exit code 2 for bad input, 1 for a failed run."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message names the file, key or value and the remedy."""
+    """An error that the user can correct. The message names the file, key or value and the remedy."""
 
 
 class ConfigError(UserError):
-    """The configuration is not usable. The message has a line for each thing that is wrong with it."""
+    """An invalid config. The message has a line for each mistake."""
 
 
 class DataError(UserError):
-    """The data cannot be trained on as they are. The message lists what was found."""
+    """Data that cannot be trained on as they are. The message lists the problems."""
 
 
 class WeightsError(UserError):
-    """Weights cannot be had, read, or fitted into the model."""
+    """Weights that are not available, cannot be read, or do not fit the model."""
 
 
 class RunError(UserError):
-    """A run directory is missing, unfinished, or does not fit what is asked of it."""
+    """A run directory that is missing, unfinished, or not suited to the command."""
 
 
 class TrainingError(Exception):
-    """Training cannot go on, through no mistake in its input. Programs print the message and leave with exit code 1."""
+    """A failure of training that no mistake in the input caused. Programs print the message and exit with code 1."""
 
 
 def suggest(key: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown key: the nearest valid one, else the valid ones where they are few, else nothing."""
+    """Return the end of a message about an unknown key.
+
+    The nearest valid key, else up to 20 valid keys, else nothing.
+    """
     valid = list(valid)
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if close:

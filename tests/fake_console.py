@@ -1,4 +1,4 @@
-"""A screen for programs that run in the test's own process."""
+"""A console for programs that run in the process of the test."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ from pipeline.console import Console
 
 
 class FakeConsole(Console):
-    """Keeps what is said, and leaves the test's own output alone."""
+    """Collects the output of a program; the output of the test is not redirected."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.console.width = 140
-        self.said = ""
+        self.rich.width = 140
+        self.output = ""
 
     def redirect_library_output(self, log: Path | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def print(self, text: object = "", *, details: str | None = None) -> None:
-        """Keeps it."""
-        with self.console.capture() as capture:
-            self.console.print(text, markup=False, emoji=False)
-        self.said += capture.get()
+        """Collect it."""
+        with self.rich.capture() as capture:
+            self.rich.print(text, markup=False, emoji=False)
+        self.output += capture.get()

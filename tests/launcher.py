@@ -1,16 +1,19 @@
 """Runs train.py in processes that end where a test says.
 
-One process loads the libraries; each run is forked from it, which saves their loading, and is a process of its own in all else. A job
-is a line of JSON on standard input:
+One process loads the libraries; each run is forked from it, which saves their loading, and is a process of its own in
+all else. A job is a line of JSON on standard input:
 
     folder      where the run's process works
     arguments   of train.py
     screen      file that takes what the run shows
     marker      file that takes a line of JSON for every trap that was sprung
-    traps       a list of {function: module:name, when: before | after, action: kill | half | term | int | wait} and, where given,
-                steps: only after so many steps of this process; match: only with this text in a path or other text among the arguments;
+    traps       a list of {function: module:name, when: before | after, action: kill | half | term | int | wait} and,
+    where given,
+                steps: only after so many steps of this process; match: only with this text in a path or other text
+                    among the arguments;
                 call: at which of the calls that fit; the process then does the action to itself
-    poison      null, or {step: n} for a batch of the stream, counted from 0, whose loss is not a number; with {above: rate}, whose
+    poison      null, or {step: n} for a batch of the stream, counted from 0, whose loss is not a number; with {above:
+    rate}, whose
                 loss is not a number at learning rates above that
     devices     logical CPU devices
     tf_config   null, or the contents of TF_CONFIG

@@ -1,4 +1,7 @@
-"""The rules that keep the project readable: imports point one way, modules stay small, libraries stay where they belong."""
+"""The rules that keep the project readable.
+
+Imports point one way, modules stay small, libraries stay where they belong.
+"""
 
 import ast
 import subprocess

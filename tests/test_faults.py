@@ -1,8 +1,9 @@
 """A run survives anything: real processes of train.py on an EfficientNet, ended in every place where it could hurt.
 
-A life is one run that is ended again and again and gone on with each time. The places are drawn from a seed. After every fault it is
-checked that the process ended where it should, that every checkpoint equals that of the uninterrupted run at the same step bit by bit, and
-that MLflow has the run once and with the right status; at the end of the life, that the whole result is the same.
+A life is one run that is ended again and again and gone on with each time. The places are drawn from a seed. After
+every fault it is checked that the process ended where it should, that every checkpoint equals that of the uninterrupted
+run at the same step bit by bit, and that MLflow has the run once and with the right status; at the end of the life,
+that the whole result is the same.
 """
 
 import hashlib
@@ -64,7 +65,7 @@ VARIANTS = {
     ],
 }
 FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "manifest.json", "manifest.sha256")
-SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evaluation.metrics:Predictor.__call__"
+SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evaluation.predictor:Predictor.__call__"
 FIGURES = "pipeline.evaluation.metrics:evaluate_predictions"
 
 
@@ -282,7 +283,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     started.close()
 
 
-# --- the comparison ----------------------------------------------------------------------------------------------------------------
+# --- the comparison
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -314,7 +316,10 @@ def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 
 def assert_checkpoints_are_those_of(whole: Path, run: Path) -> int:
-    """Compares every checkpoint of a run with the uninterrupted run's of the same step; returns the step of the newest good one."""
+    """Compares every checkpoint of a run with the uninterrupted run's of the same step.
+
+    Returns the step of the newest good one.
+    """
     newest = 0
     for found in sorted((run / "checkpoints").glob("step-*")):
         if checkpoint.verify_checkpoint(found) is None:
@@ -338,7 +343,8 @@ def assert_ends_like(launcher: Launcher, run: str, whole: str) -> None:
     assert not list((one / "checkpoints").glob(".*")), "no litter"
 
 
-# --- the tests ---------------------------------------------------------------------------------------------------------------------
+# --- the tests
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def suffer(

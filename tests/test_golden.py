@@ -1,6 +1,7 @@
 """The way from a picture to lite0's published logits, pinned: preprocessing, normalisation, network and weights at once.
 
-`python tests/test_golden.py` writes the file anew. That is right only after a change which is meant to move every prediction.
+`python tests/test_golden.py` writes the file anew. That is right only after a change which is meant to move every
+prediction.
 """
 
 import io

@@ -1,0 +1,1 @@
+"""Throughput of a config, and the comparison with plain Keras."""

@@ -1,4 +1,7 @@
-"""A bench against plain Keras: the same network, batch, precision and data, in a process of its own, round by round in turns."""
+"""A bench against plain Keras.
+
+The same network, batch, precision and data, in a process of its own, round by round in turns.
+"""
 
 import json
 import subprocess
@@ -10,28 +13,29 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any, Literal
 
-from pipeline import GIVEN_ENVIRONMENT
+from pipeline import ORIGINAL_ENVIRONMENT
 from pipeline.benchmark import keras_fit
 from pipeline.benchmark.throughput import ThroughputBenchmark
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import ConfigError, RunError
 
-Rival = Literal["keras-fit", "keras-step"]
+Baseline = Literal["keras-fit", "keras-step"]
 
 
 def run_keras_baseline(
     bench: ThroughputBenchmark,
-    rival: Rival,
+    baseline: Baseline,
     *,
     seconds: float,
     pairs: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
-    """Times training and Keras in turns.
+    """Time training and Keras in turns.
 
     Args:
         bench: What to train.
-        rival: keras-fit: from files to weights, by `fit`; keras-step: Keras's `train_step` and the project's, each on one batch.
+        rival: keras-fit: from files to weights, by `fit`; keras-step: Keras's `train_step` and the project's, each on
+            one batch.
         seconds: About what a round takes here; Keras gets the same number of images.
         pairs: Rounds of each.
         progress: Called behind each pair with the number of them and of all.
@@ -43,7 +47,7 @@ def run_keras_baseline(
         ConfigError: Keras cannot be given the same data.
         RunError: Keras failed.
     """
-    alone = rival == "keras-step"
+    alone = baseline == "keras-step"
     _, rate = bench.time_step(min(seconds, 10.0))
     spec = _spec(bench, alone) | {"steps": max(3, round(seconds * rate / bench.batch_size))}
     theirs: list[float] = []
@@ -55,7 +59,7 @@ def run_keras_baseline(
             if progress is not None:
                 progress(len(theirs), pairs)
 
-        bench.train_for(seconds, pause=their_turn, rounds=pairs, alone=alone)
+        bench.train_for(seconds, pause=their_turn, rounds=pairs, one_batch=alone)
     return list(zip(bench.clock.rates, theirs, strict=True))
 
 
@@ -114,7 +118,7 @@ def _started(spec: dict[str, Any]) -> Iterator[Callable[[], float]]:
     """Keras in a process of its own; the block is given what has it do a round and answer with images per second."""
     program, environment = (
         [sys.executable, "-P", str(Path(keras_fit.__file__))],
-        GIVEN_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        ORIGINAL_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "2"},
     )
     with (
         tempfile.TemporaryFile("w+") as words,

@@ -1,7 +1,8 @@
 """Plain Keras, to be compared with: keras.applications, `fit`, and a tf.data input as Keras's guides write it.
 
-`pipeline.benchmark.keras_baseline` starts this file as a program: it runs in the environment that the user gave and with none of the project's settings. It
-takes a JSON of what to train, waits for a line on standard input before each round, and answers it with images per second.
+`pipeline.benchmark.keras_baseline` starts this file as a program: it runs in the environment that the user gave and
+with none of the project's settings. It takes a JSON of what to train, waits for a line on standard input before each
+round, and answers it with images per second.
 """
 
 import json
@@ -41,7 +42,10 @@ def network(spec: Spec) -> keras.Model:
 
 
 def dataset(spec: Spec) -> tf.data.Dataset:
-    """Random crops of the files, mirrored half of the time: float32 (B, R, R, 3) in [0, 255], labels float32 (B, K). Endless."""
+    """Random crops of the files, mirrored half of the time: float32 (B, R, R, 3) in [0, 255], labels float32 (B, K).
+
+    Endless.
+    """
     size, whole = spec["resolution"], tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
 
     def load(path: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -66,12 +70,12 @@ class Rounds(keras.callbacks.Callback):
     """An epoch for every line on standard input."""
 
     def __init__(self, images: int) -> None:
-        """Takes the images of an epoch."""
+        """Take the images of an epoch."""
         super().__init__()
         self._images = images
 
     def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
-        """Waits; an empty line or none ends the program."""
+        """Wait; an empty line or none ends the program."""
         if not sys.stdin.readline().strip():
             sys.exit(0)
         self._start = time.perf_counter()
@@ -96,7 +100,7 @@ def run_steps(model: keras.Model, spec: Spec, rounds: Rounds) -> None:
 
 
 def main(spec: Spec) -> None:
-    """Trains in rounds until it is told to end."""
+    """Train in rounds until it is told to end."""
     model, rounds = network(spec), Rounds(spec["steps"] * spec["batch_size"])
     if spec["files"] is None:
         run_steps(model, spec, rounds)

@@ -1,4 +1,7 @@
-"""How fast a config trains on this machine: the step alone, the stream alone, both together, and what the stream spends its time on."""
+"""How fast a config trains on this machine.
+
+The step alone, the stream alone, both together, and what the stream spends its time on.
+"""
 
 import resource
 import time
@@ -23,27 +26,22 @@ from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime, setup_devices
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.training.assembly import create_model, create_train_state
 from pipeline.training.callbacks import Callback
 from pipeline.training.memory import check_batch, resolve_batch_size
 from pipeline.training.recipe import class_weights, resolve_recipe
+from pipeline.training.schedule import TrainStage, build_schedule, set_trainable
 from pipeline.training.stage_data import StageData
 from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
-from pipeline.training.trainer import (
-    StageInputs,
-    Trainer,
-    TrainingInterrupted,
-    TrainStage,
-    build_schedule,
-    set_trainable,
-)
+from pipeline.training.trainer import StageInputs, Trainer
 from pipeline.training.xla import resolve_xla
 
 ENDLESS = 10**6  # epochs, of the one stage that is measured
 ROUNDS = 3  # of every measurement, in turns: the machine's speed changes under it
 WARM_UP = 2  # steps or batches that are left out behind the first one, which is compiled
-TIMED_PICTURES = 256  # at most, for the time of each part of the stream
+TIMED_IMAGES = 256  # at most, for the time of each part of the stream
 
 
 @dataclass(frozen=True)
@@ -79,23 +77,24 @@ class BenchmarkResult:
 class ThroughputBenchmark:
     """A stage of a config's training, ready to be timed. Weights are random: no figure depends on them."""
 
-    def __init__(self, config: Config, screen: Console, *, stage: int | None = None) -> None:
-        """Reads the data and builds what a run would.
+    def __init__(self, config: Config, console: Console, *, stage: int | None = None) -> None:
+        """Read the data and builds what a run would.
 
         Args:
             config: Of the run.
             screen: Shows how far it is.
-            stage: The stage to be timed, from 1, None for the last; it trains on pictures even where a run would keep their features.
+            stage: The stage to be timed, from 1, None for the last; it trains on pictures even where a run would keep
+                their features.
 
         Raises:
             UserError: Where the run would.
         """
-        self._screen = screen
-        self.runtime: Runtime = setup_devices(config)
+        self._screen = console
+        self.runtime: Runtime = setup_devices(config.runtime, config.seed)
         self.source: DataSource = open_source(config.data)
-        with screen.progress("reading the data") as count:
+        with console.progress("reading the data") as count:
             self.manifest: Manifest = scan(self.source, config.data, seed=config.seed, progress=count)
-        model, _ = create_model(config, self.runtime, self.manifest.class_names, screen, weights=None)
+        model, _ = create_model(config, self.runtime, self.manifest.class_names, console, weights=None)
         config = resolve_recipe(resolve_batch_size(config, self.runtime, model), self.manifest)
         check_batch(config, self.runtime)
         counts = self.manifest.class_counts()["train"].tolist()
@@ -108,7 +107,7 @@ class ThroughputBenchmark:
         self.config = config.model_copy(update={"train": train})
         self.state: TrainState = create_train_state(self.config, self.runtime, model)
         self.stages = StageData(
-            self.config, self.runtime, self.manifest, self.source, self.state, screen, lambda: False
+            self.config, self.runtime, self.manifest, self.source, self.state, console, lambda: False
         )
         self.clock = ThroughputTimer()
         self._trainer = OneStepTrainer(
@@ -128,7 +127,10 @@ class ThroughputBenchmark:
         return self.config.train.batch_size
 
     def measure(self, seconds: float) -> BenchmarkResult:
-        """Times everything, each part for about so long over all rounds; in each round step, stream and both, in this order."""
+        """Time everything, each part for about so long over all rounds.
+
+        In each round step, stream and both, in this order.
+        """
         firsts, rates = [], []
         with self._screen.progress("timing step, stream and both") as count:
             for number in range(ROUNDS):
@@ -173,9 +175,9 @@ class ThroughputBenchmark:
         return first, number * self.batch_size / (time.perf_counter() - start)
 
     def train_for(
-        self, seconds: float, *, pause: Callable[[], None] | None = None, rounds: int = 1, alone: bool = False
+        self, seconds: float, *, pause: Callable[[], None] | None = None, rounds: int = 1, one_batch: bool = False
     ) -> float:
-        """Runs the training loop.
+        """Run the training loop.
 
         Args:
             seconds: Of each round, warm-up not counted.
@@ -187,15 +189,18 @@ class ThroughputBenchmark:
             Images per second, mean of the rounds; `clock.rates` has them one by one.
         """
         self.clock.begin(seconds, self.batch_size, rounds, pause)
-        stream = self._repeated if alone else self.stages.stream
+        stream = self._repeated if one_batch else self.stages.stream
         with suppress(TrainingInterrupted):
             self._trainer.run(self.state, lambda stage: StageInputs(self.state.model, stream, dict))
         return float(np.mean(self.clock.rates))
 
     def time_parts(self) -> dict[str, float]:
-        """Milliseconds for an image by part of the stream, on one thread: what each part adds to the time of those before it."""
+        """Milliseconds for an image by part of the stream, on one thread.
+
+        What each part adds to the time of those before it.
+        """
         config, settings, source = self.config, self.config.augment, self.source
-        rows = self.manifest.table.iloc[self.manifest.indices("train")[:TIMED_PICTURES]]
+        rows = self.manifest.table.iloc[self.manifest.indices("train")[:TIMED_IMAGES]]
         seeds = np.stack([np.full(len(rows), config.seed), rows.index], axis=1).astype(np.int64)
         columns = [rows[name].to_numpy(np.int32) for name in ("height", "width", "orientation")]
         pictures = tf.data.Dataset.from_tensor_slices((rows["key"].to_numpy(object), *columns, seeds))
@@ -239,7 +244,7 @@ class ThroughputBenchmark:
             mixed = one.enumerate().map(lambda number, group: mix(group[0], group[1], number))
             times["mix"] = max(0.0, _seconds(mixed) - _seconds(one)) * 1e3 / 8 / len(images)
         if tf.config.list_logical_devices("GPU"):
-            batch = next(iter(self.stages.pictures(0)))[0]
+            batch = next(iter(self.stages.local_stream(0)))[0]
             start = time.perf_counter()
             with tf.device("/gpu:0"):
                 tf.reduce_max(tf.identity(batch)).numpy()  # waits for the device
@@ -251,7 +256,7 @@ class ThroughputBenchmark:
         return iter(batches)
 
     def _repeated(self, step: int) -> tf.data.Dataset:
-        batch = next(iter(self.stages.pictures(step)))
+        batch = next(iter(self.stages.local_stream(step)))
         return tf.data.Dataset.from_tensors(batch).repeat()
 
 
@@ -267,7 +272,10 @@ class OneStepTrainer(Trainer):
 
 
 class ThroughputTimer(Callback):
-    """Times rounds of the training loop. It starts behind the first step of the loop, which may be compiled, and behind each pause."""
+    """Time rounds of the training loop.
+
+    It starts behind the first step of the loop, which may be compiled, and behind each pause.
+    """
 
     def __init__(self) -> None:
         """Is over before it has begun."""
@@ -275,7 +283,7 @@ class ThroughputTimer(Callback):
         self._rounds, self._left_out = 0, 0
 
     def begin(self, seconds: float, batch_size: int, rounds: int, pause: Callable[[], None] | None) -> None:
-        """Takes what `Bench.train_for` was given."""
+        """Take what `Bench.train_for` was given."""
         self.rates, self._seconds, self._batch_size, self._rounds, self._pause = [], seconds, batch_size, rounds, pause
         self._left_out = WARM_UP
 

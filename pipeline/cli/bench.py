@@ -1,4 +1,4 @@
-"""python -m pipeline bench: how fast a config trains on this machine, what holds it back, and how it compares with plain Keras."""
+"""Measure how fast a config trains on this machine, what limits it, and how it compares with plain Keras."""
 
 import argparse
 import json
@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from pipeline.cli.arguments import add_overrides, command_parser
 from pipeline.config.loader import load_config
 from pipeline.console import Console
 from pipeline.errors import UserError
-from pipeline.runs import run_directory
+from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
     from pipeline.benchmark.throughput import BenchmarkResult
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line behind the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline bench",
-        description="Time the training step alone, the input stream alone, and both together. Nothing is trained for keeps.",
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(
+        "bench",
+        "Time the training step alone, the input pipeline alone, and both together. The trained weights are discarded.",
     )
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/lite0_flowers17.yaml")
     parser.add_argument(
@@ -34,17 +35,15 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=20.0,
-        help="for each measurement; with --against for each round (default: %(default)s)",
+        help="duration of each measurement; with --baseline of each round (default: %(default)s)",
     )
     parser.add_argument(
-        "--against", choices=["keras-fit", "keras-step"], help="time plain Keras in turns with this instead"
+        "--baseline", choices=["keras-fit", "keras-step"], help="instead, time this in turns with plain Keras"
     )
-    parser.add_argument("--pairs", type=int, default=7, help="with --against: rounds of each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the config, such as data.path=PHOTOS"
-    )
-    arguments = parser.parse_intermixed_args(words)
+    parser.add_argument("--pairs", type=int, default=7, help="with --baseline: number of rounds (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_overrides(parser, "data.path=IMAGES")
+    arguments = parser.parse_intermixed_args(argv)
     if not 0 < arguments.seconds < float("inf"):
         parser.error("--seconds must be above 0 and finite")
     if arguments.pairs < 1:
@@ -52,103 +51,108 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Console) -> int:
-    """Runs the program; returns its exit code."""
-    arguments = parse_arguments(words)
+def main(console: Console, argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        console: Console for the output.
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; make it first")
+        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; create it first")
     if config.recipe is None:
-        config.train.stage(arguments.stage)  # answers at once if there is none
-    screen.redirect_library_output(None)
+        config.train.stage(arguments.stage)  # raises now if there is no such stage
+    console.redirect_library_output(None)
 
     from pipeline.benchmark.throughput import ThroughputBenchmark
     from pipeline.training.memory import translate_oom_error
 
-    bench = ThroughputBenchmark(config, screen, stage=arguments.stage)
+    bench = ThroughputBenchmark(config, console, stage=arguments.stage)
     variant, trained = bench.config.variant, bench.config.train.stages[0].trainable
     title = (
-        f"EfficientNet-{variant.name} at {variant.resolution} px on {bench.runtime.describe()}, {bench.batch_size} images per step, "
-        f"training {trained}"
+        f"EfficientNet-{variant.name} at {variant.resolution} px on {bench.runtime.describe()}, "
+        f"{bench.batch_size} images per step, training {trained}"
     )
-    screen.print(title)
+    console.print(title)
     figures: dict[str, Any] = {
         "what": title,
         "config": str(arguments.config),
         "overrides": arguments.overrides,
         **machine(),
     }
-    screen.print("timing; let nothing else run beside it ...")
-    if arguments.against is None:
+    console.print("timing; other programs that run meanwhile distort the results ...")
+    if arguments.baseline is None:
         with translate_oom_error(bench.config, bench.runtime, bench.state.model):
             measured = bench.measure(arguments.seconds)
-        print_result(measured, screen)
+        print_result(measured, console)
         figures |= asdict(measured) | {"bound": measured.bound}
     else:
         from pipeline.benchmark.keras_baseline import run_keras_baseline
 
         with (
             translate_oom_error(bench.config, bench.runtime, bench.state.model),
-            screen.progress(f"in turns with {arguments.against}") as count,
+            console.progress(f"in turns with {arguments.baseline}") as progress,
         ):
             pairs = run_keras_baseline(
-                bench, arguments.against, seconds=arguments.seconds, pairs=arguments.pairs, progress=count
+                bench, arguments.baseline, seconds=arguments.seconds, pairs=arguments.pairs, progress=progress
             )
-        ratios = print_pairs(pairs, arguments.against, screen)
-        figures |= {"against": arguments.against, "pairs": pairs, "median_ratio": statistics.median(ratios)}
+        ratios = print_pairs(pairs, arguments.baseline, console)
+        figures |= {"against": arguments.baseline, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
-        run_directory.write(arguments.json, json.dumps(figures, indent=1) + "\n")
-        screen.print(f"figures  {arguments.json}")
+        atomic_write(arguments.json, json.dumps(figures, indent=1) + "\n")
+        console.print(f"results  {arguments.json}")
     return 0
 
 
-def print_result(figures: "BenchmarkResult", screen: Console) -> None:
-    """Prints the rates, who holds whom back, and the parts of the stream."""
+def print_result(result: "BenchmarkResult", console: Console) -> None:
+    """Print the rates, the bottleneck, and the time of each part of the input pipeline."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row(
         "step alone",
-        f"{figures.step:,.1f} images/s",
-        f"first one after {figures.first_step_seconds:.1f} s, with compilation",
+        f"{result.step:,.1f} images/s",
+        f"first one after {result.first_step_seconds:.1f} s, with compilation",
     )
     table.add_row(
-        "stream alone", f"{figures.stream:,.1f} images/s", f"first batch after {figures.first_batch_seconds:.1f} s"
+        "stream alone", f"{result.stream:,.1f} images/s", f"first batch after {result.first_batch_seconds:.1f} s"
     )
-    table.add_row("both together", f"{figures.training:,.1f} images/s", f"{figures.share:.1%} of the smaller one")
-    table.add_row("peak memory", f"{figures.peak_bytes / 2**30:.2f} GiB", "")
-    screen.print(table)
-    other = {"step": "stream", "stream": "step"}[figures.bound]
-    ratio = max(figures.step, figures.stream) / min(figures.step, figures.stream)
-    screen.print(f"the {figures.bound} is what holds training back: the {other} alone is {ratio:,.1f} times as fast")
+    table.add_row("both together", f"{result.training:,.1f} images/s", f"{result.share:.1%} of the smaller one")
+    table.add_row("peak memory", f"{result.peak_bytes / 2**30:.2f} GiB", "")
+    console.print(table)
+    other = {"step": "stream", "stream": "step"}[result.bound]
+    ratio = max(result.step, result.stream) / min(result.step, result.stream)
+    console.print(f"the {result.bound} is what holds training back: the {other} alone is {ratio:,.1f} times as fast")
     parts = Table(
         title="the stream, milliseconds for an image on one thread", title_justify="left", box=None, pad_edge=False
     )
-    for name in (*figures.parts, "together"):
+    for name in (*result.parts, "together"):
         parts.add_column(name, justify="right")
-    parts.add_row(*(f"{value:.2f}" for value in (*figures.parts.values(), sum(figures.parts.values()))))
-    screen.print(parts)
+    parts.add_row(*(f"{value:.2f}" for value in (*result.parts.values(), sum(result.parts.values()))))
+    console.print(parts)
 
 
-def print_pairs(pairs: Sequence[tuple[float, float]], rival: str, screen: Console) -> list[float]:
-    """Prints the rounds and their ratios, which are returned."""
+def print_pairs(pairs: Sequence[tuple[float, float]], baseline: str, console: Console) -> list[float]:
+    """Print the rounds with the ratios of their rates, and return the ratios."""
     ratios = [here / there for here, there in pairs]
     table = Table(box=None, pad_edge=False)
-    for name in ("images/s", "here", rival, "ratio"):
+    for name in ("images/s", "here", baseline, "ratio"):
         table.add_column(name, justify="right")
     for number, ((here, there), ratio) in enumerate(zip(pairs, ratios, strict=True), 1):
         table.add_row(f"round {number}", f"{here:,.1f}", f"{there:,.1f}", f"{ratio:.2f}")
-    screen.print(table)
-    screen.print(
-        f"{statistics.median(ratios):.2f} times {rival} (median of {len(pairs)}; {min(ratios):.2f} to {max(ratios):.2f})"
+    console.print(table)
+    console.print(
+        f"{statistics.median(ratios):.2f} times {baseline} (median of {len(pairs)}; {min(ratios):.2f} to {max(ratios):.2f})"
     )
     return ratios
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Return the processor and the versions of Python, TensorFlow and Keras."""
     import keras
     import tensorflow as tf
 
-    from pipeline.distributed.devices import processor
+    from pipeline.distributed.devices import processor_name
 
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
-    return {"machine": processor(), "versions": versions}
+    return {"machine": processor_name(), "versions": versions}

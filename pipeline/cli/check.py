@@ -1,4 +1,4 @@
-"""python -m pipeline check: the scan that precedes every training, alone, with everything that it found."""
+"""Check a data set: the scan that precedes every training, on its own, with all of its findings."""
 
 import argparse
 import json
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from pipeline.cli.arguments import add_overrides, command_parser
 from pipeline.config.loader import load_config
 from pipeline.console import Console
 from pipeline.errors import UserError
-from pipeline.runs import run_directory
+from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
     from pipeline.data.validation import ValidationReport
@@ -21,28 +22,31 @@ if TYPE_CHECKING:
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line behind the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline check",
-        description="Decode every picture of a data set as training would, and say what is wrong with it. Nothing of it is changed.",
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(
+        "check",
+        "Decode every image of a data set as training does, and report the problems. The data are not changed.",
         epilog="Exit code: 0 if training could start, 2 if not.",
     )
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/lite0_folder.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings, with all files, as JSON")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the config, such as data.path=PHOTOS"
-    )
-    return parser.parse_intermixed_args(words)
+    add_overrides(parser, "data.path=IMAGES")
+    return parser.parse_intermixed_args(argv)
 
 
-def main(words: Sequence[str], screen: Console) -> int:
-    """Runs the program; returns its exit code."""
-    arguments = parse_arguments(words)
+def main(console: Console, argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        console: Console for the output.
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; make it first")
-    screen.redirect_library_output(None)
+        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; create it first")
+    console.redirect_library_output(None)
 
     import tensorflow as tf
 
@@ -52,48 +56,46 @@ def main(words: Sequence[str], screen: Console) -> int:
     tf.config.set_visible_devices([], "GPU")
     source = open_source(config.data)
     start = time.monotonic()
-    with screen.progress("checking the data") as count:
-        examination = validate(source, config.data, seed=config.seed, progress=count)
-    print_report(examination, time.monotonic() - start, screen)
+    with console.progress("checking the data") as progress:
+        report = validate(source, config.data, seed=config.seed, progress=progress)
+    print_report(report, time.monotonic() - start, console)
     if arguments.json is not None:
-        run_directory.write(arguments.json, as_json(examination))
-        screen.print(f"all findings  {arguments.json}")
-    return 2 if examination.errors else 0
+        atomic_write(arguments.json, as_json(report))
+        console.print(f"all findings  {arguments.json}")
+    return 2 if report.errors else 0
 
 
-def print_report(examination: "ValidationReport", seconds: float, screen: Console) -> None:
-    """Prints the classes, the findings with their first files, and the verdict."""
+def print_report(report: "ValidationReport", seconds: float, console: Console) -> None:
+    """Print the classes, the findings with their first files, and the verdict."""
     from pipeline.data.validation import class_table
 
-    if examination.manifest is not None:
-        screen.print(class_table(examination.manifest))
-        pictures = len(examination.manifest.table)
-        screen.print(
-            f"\n{pictures:,} usable pictures; checked in {seconds:,.1f} s, {pictures / seconds:,.0f} a second\n"
+    if report.manifest is not None:
+        console.print(class_table(report.manifest))
+        num_images = len(report.manifest.table)
+        console.print(
+            f"\n{num_images:,} usable images; checked in {seconds:,.1f} s, {num_images / seconds:,.0f} a second\n"
         )
-    for finding in examination.findings:
+    for finding in report.findings:
         text = str(finding) if finding.severity == "error" else finding.sentence()
-        screen.print(
+        console.print(
             Text.assemble((f"{finding.severity:<8} ", STYLES[finding.severity]), text.replace("\n", "\n" + " " * 9))
         )
-    if examination.errors:
-        screen.print(
-            Text("\nnot usable: " + ", ".join(finding.text for finding in examination.errors), STYLES["error"])
-        )
+    if report.errors:
+        console.print(Text("\nnot usable: " + ", ".join(finding.text for finding in report.errors), STYLES["error"]))
     else:
-        screen.print(Text("\nusable", "bold green"))
+        console.print(Text("\nusable", "bold green"))
 
 
-def as_json(examination: "ValidationReport") -> str:
-    """Everything that was found."""
-    manifest = examination.manifest
+def as_json(report: "ValidationReport") -> str:
+    """Return the whole report as JSON, with every file of every finding."""
+    manifest = report.manifest
     return json.dumps(
         {
-            "usable": not examination.errors,
+            "usable": not report.errors,
             "pictures": len(manifest.table) if manifest is not None else None,
             "classes": manifest.class_counts().to_dict("index") if manifest is not None else None,
-            "bad_files": [{"path": key, "problem": problem} for key, problem in examination.left_out],
-            "findings": [asdict(finding) for finding in examination.findings],
+            "bad_files": [{"path": key, "problem": problem} for key, problem in report.left_out],
+            "findings": [asdict(finding) for finding in report.findings],
         },
         indent=1,
         ensure_ascii=False,

@@ -1,4 +1,4 @@
-"""python -m pipeline compare: whether one run is better than another on the same images, and how sure that is."""
+"""Compare runs on the same images, with significance tests."""
 
 import argparse
 import json
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.cli.arguments import command_parser
 from pipeline.console import Console, python_executable
 from pipeline.errors import RunError, UserError
+from pipeline.files import atomic_write
 from pipeline.runs import run_directory
 from pipeline.runs.run_directory import RunDirectory
 
@@ -19,124 +21,148 @@ if TYPE_CHECKING:
     from pipeline.evaluation.compare import RunComparison, RunPredictions
     from pipeline.evaluation.report.comparison_report import ConfigDiff, History
 
-SHOWN = 5  # images on the screen for each pair and direction; the page has all
+MAX_PRINTED = 5  # images in the terminal for each pair and direction; the report has all
 STYLES = {"better": "bold green", "worse": "bold red", "open": "bold yellow"}
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line behind the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline compare",
-        description="Compare runs that were measured on the same images: each with the first, by McNemar's test and a paired bootstrap.",
-        epilog="A page with everything, and its figures as JSON, go into the last run's report/compare/, and to that run in MLflow.",
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(
+        "compare",
+        "Compare runs that were evaluated on the same images, each with the first, by McNemar's test and a paired "
+        "bootstrap.",
+        epilog="The report, as HTML and as JSON, goes into the last run's report/compare/ and to that run in MLflow.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's directory, its MLflow id, or latest; at least two"
+        "runs", nargs="+", metavar="RUN", help="a run's directory, its MLflow run id, or latest; at least two"
     )
     parser.add_argument(
         "--split", choices=["train", "val", "test"], help="the images to compare on (default: test, else val)"
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if len(arguments.runs) < 2:
-        parser.error("name at least two runs: the one to compare with, and one or more that are compared with it")
+        parser.error("name at least two runs: the baseline first, then one or more that are compared with it")
     return arguments
 
 
-def main(words: Sequence[str], screen: Console) -> int:
-    """Runs the program; returns its exit code."""
-    arguments = parse_arguments(words)
-    named = find(arguments.runs)
-    split = measured_split(named, arguments.split)
-    last = list(named.values())[-1]
-    screen.redirect_library_output(last.log)
+def main(console: Console, argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
 
-    from pipeline.evaluation.compare import compare, read_measured
-    from pipeline.evaluation.report.comparison_report import comparison_page
+    Args:
+        console: Console for the output.
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = parse_arguments(argv)
+    named = find_runs(arguments.runs)
+    split = evaluated_split(named, arguments.split)
+    last = list(named.values())[-1]
+    console.redirect_library_output(last.log)
+
+    from pipeline.evaluation.compare import compare, read_run_predictions
+    from pipeline.evaluation.report.comparison_report import render_comparison
     from pipeline.tracking.mlflow_logger import log_comparison
 
-    runs = [read_measured(name, split, run.predictions(split), run.manifest) for name, run in named.items()]
+    runs = [read_run_predictions(name, split, run.predictions(split), run.manifest) for name, run in named.items()]
     pairs = compare(runs)
-    settings = different_settings(named)
-    print_comparison(pairs, settings, runs, screen)
+    settings = config_differences(named)
+    print_comparison(pairs, settings, runs, console)
 
-    source = open_pictures(named, screen) if any(len(pair.changed) for pair in pairs) else None
-    page = comparison_page(runs, pairs, settings=settings, histories=histories(named), source=source)
+    source = open_images(named, console) if any(len(pair.changed_images) for pair in pairs) else None
+    report = render_comparison(runs, pairs, settings=settings, histories=histories(named), source=source)
     directory = last.comparison([run.path.resolve().name for run in list(named.values())[:-1]])
     directory.mkdir(parents=True, exist_ok=True)
-    run_directory.write(directory / f"{split}.html", page)
-    run_directory.write(directory / f"{split}.json", as_json(pairs, settings))
-    screen.print(f"\nthe page  {directory / f'{split}.html'}")
-    if (tracked := last.mlflow_run()) is None:
-        screen.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
+    atomic_write(directory / f"{split}.html", report)
+    atomic_write(directory / f"{split}.json", as_json(pairs, settings))
+    console.print(f"\nreport    {directory / f'{split}.html'}")
+    if (mlflow_run := last.mlflow_run()) is None:
+        console.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
     else:
-        log_comparison(last.load_config(), tracked, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory)
-        screen.print(f"logged to the run {tracked[1]} in MLflow")
+        log_comparison(last.load_config(), mlflow_run, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory)
+        console.print(f"logged to the run {mlflow_run[1]} in MLflow")
     return 0
 
 
-def find(words: Sequence[str]) -> dict[str, RunDirectory]:
-    """The runs, each by the name of its directory; by its whole path where two are called the same."""
-    runs = [run_directory.find(word) for word in words]
+def find_runs(names: Sequence[str]) -> dict[str, RunDirectory]:
+    """Find the runs.
+
+    Args:
+        names: A directory, an MLflow run id or latest for each.
+
+    Returns:
+        The runs by the names of their directories; by their paths where two have the same name.
+
+    Raises:
+        RunError: There is no such run.
+        UserError: A run is named twice.
+    """
+    runs = [run_directory.find(name) for name in names]
     paths = [run.path.resolve() for run in runs]
-    for word, path in zip(words, paths, strict=True):
+    for name, path in zip(names, paths, strict=True):
         if paths.count(path) > 1:
-            raise UserError(f"{word}: is named twice; a run is compared with others")
-    names = [path.name for path in paths]
+            raise UserError(f"{name}: is named twice; a run is compared with others")
+    dir_names = [path.name for path in paths]
     return {
-        name if names.count(name) == 1 else str(path): run for name, path, run in zip(names, paths, runs, strict=True)
+        name if dir_names.count(name) == 1 else str(path): run
+        for name, path, run in zip(dir_names, paths, runs, strict=True)
     }
 
 
-def measured_split(named: Mapping[str, RunDirectory], wanted: str | None) -> str:
-    """The split that all runs were measured on.
+def evaluated_split(runs: Mapping[str, RunDirectory], split: str | None) -> str:
+    """Return the split to compare on.
+
+    Args:
+        runs: The runs by name.
+        split: The split to use; None for test or else val, whichever a run was evaluated on.
 
     Raises:
-        RunError: One was not; with the commands that do it.
+        RunError: A run was not evaluated on the split. The message holds the commands that do it.
     """
-    measured = [split for split in ("test", "val") if any(run.predictions(split).exists() for run in named.values())]
-    split = wanted or next(iter(measured), "test")
-    missing = [run for run in named.values() if not run.predictions(split).exists()]
+    evaluated = [name for name in ("test", "val") if any(run.predictions(name).exists() for run in runs.values())]
+    option = f" --split {split or evaluated[0]}" if split or evaluated else ""
+    split = split or next(iter(evaluated), "test")
+    missing = [run for run in runs.values() if not run.predictions(split).exists()]
     if missing:
-        option = f" --split {split}" if wanted or measured else ""
         commands = "\n".join(f"  {python_executable()} evaluate.py --run {run.path}{option}" for run in missing)
         paths = ", ".join(str(run.path) for run in missing)
-        other = f", or compare by --split {measured[0]}" if measured and split not in measured else ""
-        raise RunError(f"{paths}: not measured on the split {split} yet{other}. Measure by\n{commands}")
+        other = f", or compare by --split {evaluated[0]}" if evaluated and split not in evaluated else ""
+        raise RunError(f"{paths}: not evaluated on the split {split} yet{other}. Evaluate by\n{commands}")
     return split
 
 
-def different_settings(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
-    """In what the runs' configs, data and libraries differ."""
+def config_differences(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
+    """Find the config keys, data and library versions in which the runs differ."""
     from pipeline.data.manifest import Manifest
     from pipeline.evaluation.report.comparison_report import ConfigDiff
     from pipeline.runs.provenance import flatten
 
-    told = []
+    values_by_run = []
     for run in named.values():
-        versions = {f"version.{name}": version for name, version in newest_record(run).get("versions", {}).items()}
-        digest = {"data (digest of all pictures, labels and splits)": Manifest.load(run.manifest).digest()[:12]}
-        told.append(dict(flatten(run.load_config().model_dump(mode="json"))) | digest | versions)
-    keys = dict.fromkeys(key for values in told for key in values)
-    settings = [ConfigDiff(key, tuple(values.get(key, "-") for values in told)) for key in keys]
+        versions = {
+            f"version.{name}": version for name, version in latest_checkpoint_manifest(run).get("versions", {}).items()
+        }
+        digest = {"data (digest of all images, labels and splits)": Manifest.load(run.manifest).digest()[:12]}
+        values_by_run.append(dict(flatten(run.load_config().model_dump(mode="json"))) | digest | versions)
+    keys = dict.fromkeys(key for values in values_by_run for key in values)
+    settings = [ConfigDiff(key, tuple(values.get(key, "-") for values in values_by_run)) for key in keys]
     return [setting for setting in settings if len(set(setting.values)) > 1]
 
 
 def histories(named: Mapping[str, RunDirectory]) -> dict[str, "History"]:
-    """The epochs' records of the runs that still have a checkpoint."""
-    records = {name: newest_record(run).get("history", []) for name, run in named.items()}
+    """Return the history of each run that has a checkpoint: a record per epoch."""
+    records = {name: latest_checkpoint_manifest(run).get("history", []) for name, run in named.items()}
     return {name: history for name, history in records.items() if history}
 
 
-def newest_record(run: RunDirectory) -> dict[str, Any]:
-    """The manifest of the run's newest good checkpoint; nothing where there is none."""
+def latest_checkpoint_manifest(run: RunDirectory) -> dict[str, Any]:
+    """Return the manifest of the run's newest valid checkpoint; an empty one if there is none."""
     from pipeline.training.checkpoint import latest_valid_checkpoint, read_manifest
 
     newest, _ = latest_valid_checkpoint(run.checkpoints)
     return {} if newest is None else read_manifest(newest)
 
 
-def open_pictures(named: Mapping[str, RunDirectory], screen: Console) -> "DataSource | None":
-    """The first run's data that are still at hand: the compared images are the same in all of them."""
+def open_images(named: Mapping[str, RunDirectory], console: Console) -> "DataSource | None":
+    """Open the data of the first run whose data are available: the compared images are the same in all runs."""
     from pipeline.data.sources.catalog import open_source
 
     problem = ""
@@ -145,7 +171,7 @@ def open_pictures(named: Mapping[str, RunDirectory], screen: Console) -> "DataSo
             return open_source(run.load_config().data, fetch=False)
         except UserError as error:
             problem = str(error).partition("\n")[0]
-    screen.print(f"the page shows no pictures: {problem}")
+    console.print(f"the report shows no images: {problem}")
     return None
 
 
@@ -153,37 +179,37 @@ def print_comparison(
     pairs: Sequence["RunComparison"],
     settings: Sequence["ConfigDiff"],
     runs: Sequence["RunPredictions"],
-    screen: Console,
+    console: Console,
 ) -> None:
-    """Prints the verdicts, what was set otherwise, and the first of the images that changed sides."""
+    """Print the verdicts, the differing settings, and the first of the images with a changed result."""
     for pair in pairs:
-        screen.print(Text.assemble((pair.claim, STYLES[pair.verdict]), ": ", pair.evidence))
-    screen.print(Text("All this is about these networks; the same config with another seed gives another.", "dim"))
+        console.print(Text.assemble((pair.claim, STYLES[pair.verdict]), ": ", pair.evidence))
+    console.print(Text("These results hold for these models; training with another seed gives another model.", "dim"))
     if settings:
-        table = Table(box=None, pad_edge=False, title="\nset otherwise", title_justify="left")
+        table = Table(box=None, pad_edge=False, title="\ndifferent settings", title_justify="left")
         for column in ("key", *(run.name for run in runs)):
             table.add_column(column, header_style="dim", overflow="fold")
         for setting in settings:
             table.add_row(*(Text(text) for text in (setting.name, *setting.values)))
-        screen.print(table)
+        console.print(table)
     for pair in pairs:
-        for turned, rows in groupby(pair.changed.to_dict("records"), key=lambda row: row["turned"]):
+        for turned, rows in groupby(pair.changed_images.to_dict("records"), key=lambda row: row["turned"]):
             images = list(rows)
-            screen.print(f"\nfrom {turned}, {pair.a} to {pair.b}: {len(images):,}")
-            for row in images[:SHOWN]:
-                screen.print(
+            console.print(f"\nfrom {turned}, {pair.a} to {pair.b}: {len(images):,}")
+            for row in images[:MAX_PRINTED]:
+                console.print(
                     f"  {row['key']}  ({row['true_class']}): {row['predicted_a']} {row['probability_a']:.1%} -> "
                     f"{row['predicted_b']} {row['probability_b']:.1%}"
                 )
-            if len(images) > SHOWN:
-                screen.print(f"  and {len(images) - SHOWN:,} more")
+            if len(images) > MAX_PRINTED:
+                console.print(f"  and {len(images) - MAX_PRINTED:,} more")
 
 
 def as_json(pairs: Sequence["RunComparison"], settings: Sequence["ConfigDiff"]) -> str:
-    """All that was found."""
+    """Return the comparisons and the differing settings as JSON."""
     return json.dumps(
         {
-            "pairs": [{**pair.figures(), "changed": pair.changed.to_dict("records")} for pair in pairs],
+            "pairs": [{**pair.to_json(), "changed": pair.changed_images.to_dict("records")} for pair in pairs],
             "settings": {setting.name: setting.values for setting in settings},
         },
         indent=1,

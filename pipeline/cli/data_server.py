@@ -1,4 +1,4 @@
-"""python -m pipeline serve: prepares batches for runs on other machines, for `runtime.data_service`."""
+"""Serve batches to runs on other machines, for `runtime.data_service`."""
 
 import argparse
 import os
@@ -6,22 +6,26 @@ import signal
 import threading
 from collections.abc import Sequence
 
+from pipeline.cli.arguments import command_parser
 from pipeline.config.address import parse_address
 from pipeline.console import Console
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line behind the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline serve",
-        description="Read, decode and augment pictures for the runs whose runtime.data_service names this address. The pictures have to be "
-        "here under the same path as there.",
-        epilog="Whoever reaches the port can have this machine compute and read anything: for trusted networks.",
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(
+        "data-server",
+        "Read, decode and augment images for the runs whose runtime.data_service names this address. The images "
+        "must have the same path on both machines.",
+        epilog="For trusted networks only: whoever reaches the port can run code and read files on this machine.",
     )
     parser.add_argument(
-        "--address", required=True, metavar="HOST:PORT", help="under which others reach this machine, as in the config"
+        "--address",
+        required=True,
+        metavar="HOST:PORT",
+        help="the address of this machine as other machines see it, as in the config",
     )
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     try:
         parse_address(arguments.address)
     except ValueError as error:
@@ -29,10 +33,15 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(words: Sequence[str], screen: Console) -> int:
-    """Runs the program until it is asked to stop; returns its exit code."""
-    arguments = parse_arguments(words)
-    screen.redirect_library_output(None)
+def main(console: Console, argv: Sequence[str] | None = None) -> int:
+    """Serve batches until SIGTERM or Ctrl-C, and return the exit code.
+
+    Args:
+        console: Console for the output.
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = parse_arguments(argv)
+    console.redirect_library_output(None)
 
     import tensorflow as tf
 
@@ -43,7 +52,7 @@ def main(words: Sequence[str], screen: Console) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.set())
-    screen.print(f"serving at {arguments.address} with {os.cpu_count()} processor cores; Ctrl-C ends it")
+    console.print(f"serving at {arguments.address} with {os.cpu_count()} processor cores; stop it with Ctrl-C")
     while not stop.wait(0.5):
         pass
     del server

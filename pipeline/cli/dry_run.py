@@ -1,4 +1,4 @@
-"""What a run would be, without running it: the resolved config, the data, the stages, and what the network costs."""
+"""The dry run of train.py: the resolved config, the data, the stages, and the cost of the model, without training."""
 
 from rich.syntax import Syntax
 
@@ -15,17 +15,17 @@ from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
 from pipeline.training.memory import check_batch, resolve_batch_size, step_memory
 from pipeline.training.recipe import class_weights, resolve_recipe
-from pipeline.training.trainer import build_schedule
+from pipeline.training.schedule import build_schedule
 from pipeline.training.xla import resolve_xla
 
 
-def print_dry_run(config: Config, screen: Console) -> None:
-    """Prints it all. Downloads nothing, and writes nothing but the scan's cache.
+def print_dry_run(config: Config, console: Console) -> None:
+    """Print the resolved config, the data, the stages and the cost. Download nothing; write only the scan cache.
 
     Raises:
-        UserError: Where the run itself would, but for its weights, which are not looked at.
+        UserError: The run itself would raise it. The weights are not checked.
     """
-    runtime = setup_devices(config)
+    runtime = setup_devices(config.runtime, config.seed)
     image_augmentation(config)
     missing: DatasetNotDownloadedError | None = None
     try:
@@ -39,45 +39,47 @@ def print_dry_run(config: Config, screen: Console) -> None:
 
     manifest: Manifest | None = None
     if missing is None:
-        with screen.progress("reading the data") as count:
-            manifest = scan(source, config.data, seed=config.seed, progress=count)
+        with console.progress("reading the data") as progress:
+            manifest = scan(source, config.data, seed=config.seed, progress=progress)
         config = resolve_recipe(config, manifest)
         steps = steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
         config, runtime, reason = resolve_xla(config, runtime, model, build_schedule(config, steps))
         class_weights(config, class_names, manifest.class_counts()["train"].tolist())
-    screen.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
+    console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
-        screen.print(
-            f"{missing}: training will prepare it. It has {len(class_names)} classes; the number of images is known then."
+        console.print(
+            f"{missing}: training will download it. It has {len(class_names)} classes; "
+            "the number of images is known then."
         )
     else:
-        screen.print(class_table(manifest))
+        console.print(class_table(manifest))
         for note in manifest.notes:
-            screen.print(f"note: {note}")
+            console.print(f"note: {note}")
         if manifest.left_out:
-            screen.print(
-                f"left out: {len(manifest.left_out):,} pictures that cannot be used; {python_executable()} -m pipeline check lists them"
+            console.print(
+                f"left out: {len(manifest.left_out):,} images that cannot be used; "
+                f"{python_executable()} -m pipeline check lists them"
             )
 
-    variant, size = config.variant, profile_model(model)
-    share = config.train.batch_size // runtime.replicas // config.train.gradient_accumulation_steps
-    memory = step_memory(config, model, share, accumulation=config.train.gradient_accumulation_steps > 1)
-    screen.print(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
-    screen.print(f"  parameters            {size.parameters:,} ({size.trainable_parameters:,} trainable)")
-    screen.print(f"  multiply-adds         {size.flops / 1e9:.2f} G per image")
-    screen.print(
-        f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {share} images per step and device"
+    variant, profile = config.variant, profile_model(model)
+    local_batch_size = config.train.batch_size // runtime.replicas // config.train.gradient_accumulation_steps
+    memory = step_memory(config, model, local_batch_size, accumulation=config.train.gradient_accumulation_steps > 1)
+    console.print(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
+    console.print(f"  parameters            {profile.parameters:,} ({profile.trainable_parameters:,} trainable)")
+    console.print(f"  multiply-adds         {profile.flops / 1e9:.2f} G per image")
+    console.print(
+        f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {local_batch_size} images per step and device"
     )
     if manifest is not None:
         images = len(manifest.indices("train"))
         if reason:
-            screen.print(f"  {reason}")
-        screen.print(
+            console.print(f"  {reason}")
+        console.print(
             f"  steps per epoch       {steps:,} of {config.train.batch_size} images ({images:,} training images)"
         )
         for number, stage in enumerate(build_schedule(config, steps), 1):
             rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
-            screen.print(
-                f"  stage {number}               {stage.config.epochs} epochs, steps {stage.first + 1:,} to {stage.stop:,}, "
-                f"trains {stage.config.trainable}, learning rate {max(rates):.2g} to {rates[-1]:.2g}"
+            console.print(
+                f"  stage {number}               {stage.config.epochs} epochs, "
+                f"steps {stage.first + 1:,} to {stage.stop:,}, trains {stage.config.trainable}, learning rate {max(rates):.2g} to {rates[-1]:.2g}"
             )

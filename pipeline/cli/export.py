@@ -1,4 +1,4 @@
-"""python -m pipeline export: a run's network for other runtimes, each file proven equal to it before it is called good."""
+"""Export the model of a run for other runtimes. Each file is verified against the model."""
 
 import argparse
 import hashlib
@@ -15,41 +15,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.cli.arguments import add_overrides, command_parser
+from pipeline.cli.loaded_model import find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
 from pipeline.errors import RunError, UserError, suggest
 from pipeline.export.directory import FAILED, FILES, ExportDirectory, prepare
-from pipeline.runs import run_directory
 from pipeline.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from pipeline.export.loading import LoadedExport
     from pipeline.export.verification import ParityReport, ReferenceResult
 
-PACKAGES = {  # what a format is written and loaded back with, beside TensorFlow: its modules, and the packages that they are in
+PACKAGES = {  # modules that write and load a format, beside TensorFlow, and the packages that hold them
     "savedmodel": {},
     "litert": {"ai_edge_litert": "ai-edge-litert"},
     "litert-int8": {"ai_edge_litert": "ai-edge-litert"},
     "onnx": {"tf2onnx": "tf2onnx", "onnx": "onnx", "onnxruntime": "onnxruntime"},
 }
 LOSSY = ("litert-int8",)
-BATCH = 32  # images, at most
+MAX_BATCH_SIZE = 32  # images
 
 
 class ExportResult(NamedTuple):
-    """What became of a format."""
+    """The result of one format.
+
+    Attributes:
+        size: Bytes; None if the format could not be writing.
+        proof: Comparison with the model; None if the format could not be written or run.
+        failures: Reasons why the export does not agree with the model; empty if it does.
+    """
 
     size: int | None
-    """Bytes; None where it could not be written."""
     proof: "ParityReport | None"
-    """None where it could not be run, either."""
     failures: tuple[str, ...]
-    """Why it is not the model; empty if it is."""
 
 
-def formats(text: str) -> tuple[str, ...]:
-    """The formats of a list with commas, each once."""
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of formats, without duplicates."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in FILES:
@@ -57,51 +61,53 @@ def formats(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The command line behind the program's name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline export",
-        description="Write a run's network for other runtimes, load each file back in its own, and compare both on every image of a split.",
-        epilog="Exit code: 0 if every file is as good as the model, 1 if one is not; that one is kept apart, in failed/.",
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(
+        "export",
+        "Write a run's model for other runtimes, load each file in its own runtime, and compare both on every image of "
+        "a split.",
+        epilog="Exit code: 0 if every file agrees with the model, 1 if one does not; that one is moved to failed/.",
     )
-    parser.add_argument("--run", required=True, help="a run's directory, its MLflow id, or latest")
-    parser.add_argument("--formats", type=formats, default=tuple(FILES), help=f"of {','.join(FILES)} (default: all)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: export/ in the run's directory)")
-    parser.add_argument("--split", choices=["train", "val", "test"], help="the split to compare on (default: test)")
+    parser.add_argument("--run", required=True, help="a run's directory, its MLflow run id, or latest")
     parser.add_argument(
-        "overrides", nargs="*", metavar="export.key=value", help="other limits than the run's config has"
+        "--formats", type=parse_formats, default=tuple(FILES), help=f"some of {','.join(FILES)} (default: all)"
     )
-    arguments = parser.parse_intermixed_args(words)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the files (default: export/ in the run's directory)"
+    )
+    parser.add_argument("--split", choices=["train", "val", "test"], help="the split to compare on (default: test)")
+    add_overrides(parser, "export.min_agreement=0.98", metavar="export.key=value")
+    arguments = parser.parse_intermixed_args(argv)
     for override in arguments.overrides:
         if not override.startswith("export."):
-            parser.error(
-                f"{override}: only keys of export can be changed here, as in export.min_agreement=0.98; the rest is as trained"
-            )
+            parser.error(f"{override}: only keys of export can be changed here, as in export.min_agreement=0.98")
     return arguments
 
 
-def main(words: Sequence[str], screen: Console) -> int:
-    """Runs the program; returns its exit code."""
-    arguments = parse_arguments(words)
-    run = run_directory.find(arguments.run)
-    if not run.model.exists():
-        raise RunError(
-            f"{run.path}: has no model.keras yet; finish it with: {python_executable()} train.py --config ... --run-dir {run.path} --resume"
-        )
+def main(console: Console, argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        console: Console for the output.
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = parse_arguments(argv)
+    run = find_finished_run(arguments.run)
     config = load_config(run.config, arguments.overrides)
     check_packages(arguments.formats)
     with run.exclusive_lock():
         digest = hashlib.sha256(run.model.read_bytes()).hexdigest()
         directory = prepare(arguments.out or run.export, arguments.formats, digest)
-        screen.redirect_library_output(run.log)
-        return export(run, config, directory, arguments.formats, arguments.split, digest, screen)
+        console.redirect_library_output(run.log)
+        return export(run, config, directory, arguments.formats, arguments.split, digest, console)
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Makes sure that the formats can be written and loaded back.
+    """Check that the packages that write and load the formats are installed.
 
     Raises:
-        UserError: A package is missing; all of these are named.
+        UserError: Packages are missing. The message names all of them.
     """
     missing = {
         package: name for name in names for module, package in PACKAGES[name].items() if find_spec(module) is None
@@ -120,78 +126,92 @@ def export(
     names: Sequence[str],
     split: str | None,
     digest: str,
-    screen: Console,
+    console: Console,
 ) -> int:
-    """Writes and proves every format, then puts all of them in their places; returns the exit code."""
+    """Write and verify every format, then publish all of them at once.
+
+    Args:
+        run: Directory of the run.
+        config: Config of the run, with the limits of the comparison.
+        directory: Directory of the exported files.
+        names: The formats.
+        split: The split to compare on; None for test, or val if there is no test split.
+        digest: SHA-256 of the model's file.
+        console: Console for the results.
+
+    Returns:
+        The exit code: 1 if a format does not agree with the model.
+    """
     import keras
     import tensorflow as tf
 
     from pipeline.data.input_pipeline import evaluation_stream
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources.catalog import open_source
-    from pipeline.export import formats as written
-    from pipeline.export import loading as loaded
+    from pipeline.export import formats as writing
+    from pipeline.export import loading
     from pipeline.export.verification import check_parity, run_reference
 
-    tf.config.set_visible_devices(
-        [], "GPU"
-    )  # the other runtimes use the CPU: only there do latencies and last digits compare
+    # The other runtimes use the CPU. Latencies and last digits are comparable only on the same device.
+    tf.config.set_visible_devices([], "GPU")
     manifest = Manifest.load(run.manifest)
     if split is None:
         split = "test" if len(manifest.indices("test")) else "val"
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
-    source, contract = (
-        open_source(config.data),
-        written.ModelSignature(manifest.class_names, config.variant.resolution, config.data.resize),
-    )
-    images = evaluation_stream(manifest, source, config, split, batch_size=min(BATCH, config.train.micro_batch_size))
-    some = written.calibration_rows(manifest, config.export.calibration_images, config.seed)
-    calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=some)
-    ways: dict[str, tuple[Callable[..., None], Callable[[Path], LoadedExport]]] = {
-        "savedmodel": (written.write_saved_model, loaded.open_saved_model),
-        "litert": (written.write_litert, loaded.open_litert),
-        "litert-int8": (partial(written.write_litert, calibration=calibration), loaded.open_litert),
-        "onnx": (written.write_onnx, loaded.open_onnx),
+    source = open_source(config.data)
+    signature = writing.ModelSignature(manifest.class_names, config.variant.resolution, config.data.resize)
+    batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size)
+    images = evaluation_stream(manifest, source, config, split, batch_size=batch_size)
+    rows = writing.calibration_rows(manifest, config.export.calibration_images, config.seed)
+    calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=rows)
+    formats: dict[str, tuple[Callable[..., None], Callable[[Path], LoadedExport]]] = {
+        "savedmodel": (writing.write_saved_model, loading.open_saved_model),
+        "litert": (writing.write_litert, loading.open_litert),
+        "litert-int8": (partial(writing.write_litert, calibration=calibration), loading.open_litert),
+        "onnx": (writing.write_onnx, loading.open_onnx),
     }
     model = keras.saving.load_model(run.model, compile=False)
-    screen.print(
-        f"{run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px, compared on all images of {split}"
+    console.print(
+        f"{run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px, "
+        f"compared on all images of {split}"
     )
-    with screen.progress(f"model.keras: measuring {split}") as count:
-        reference = run_reference(loaded.run_model(model), contract.class_names, images, split, count)
-    outcomes = {}
+    with console.progress(f"model.keras: evaluating {split}") as progress:
+        reference = run_reference(loading.run_model(model), signature.class_names, images, split, progress)
+    results = {}
     with directory.staged() as staging:
         for name in names:
-            write, load = ways[name]
-            with screen.progress(f"{name}: measuring {split}") as count:
+            write, load = formats[name]
+            with console.progress(f"{name}: evaluating {split}") as progress:
                 compare = partial(
                     check_parity,
                     reference=reference,
                     dataset=images,
                     limits=config.export,
                     exact=name not in LOSSY,
-                    progress=count,
+                    progress=progress,
                 )
-                outcomes[name] = attempt(name, staging / FILES[name], partial(write, model, contract), load, compare)
+                results[name] = export_format(
+                    name, staging / FILES[name], partial(write, model, signature), load, compare
+                )
         directory.publish(
-            {"model": {"run": str(run.path), "sha256": digest, "variant": config.variant.name}, **contract.describe()},
-            {name: entry(name, outcome, reference, config) for name, outcome in outcomes.items()},
-            contract.class_names,
+            {"model": {"run": str(run.path), "sha256": digest, "variant": config.variant.name}, **signature.describe()},
+            {name: metadata_entry(name, result, reference, config) for name, result in results.items()},
+            signature.class_names,
         )
-    print_results(outcomes, reference, run.model.stat().st_size, screen)
-    screen.print(f"written to {directory.path}")
-    return 1 if any(outcome.failures for outcome in outcomes.values()) else 0
+    print_results(results, reference, run.model.stat().st_size, console)
+    console.print(f"written to {directory.path}")
+    return 1 if any(result.failures for result in results.values()) else 0
 
 
-def attempt(
+def export_format(
     name: str,
     path: Path,
     write: Callable[[Path], None],
     load: "Callable[[Path], LoadedExport]",
     compare: "Callable[[LoadedExport], ParityReport]",
 ) -> ExportResult:
-    """Writes a format, loads it back and compares. Whatever converters and runtimes raise is a failure of this format alone."""
+    """Write a format, load it back and compare. Any exception of a converter or a runtime fails this format only."""
     try:
         write(path)
     except Exception as error:
@@ -212,20 +232,20 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def entry(name: str, outcome: ExportResult, reference: "ReferenceResult", config: Config) -> dict[str, Any]:
-    """What `metadata.json` says of a format."""
-    from pipeline.distributed.devices import processor
+def metadata_entry(name: str, result: ExportResult, reference: "ReferenceResult", config: Config) -> dict[str, Any]:
+    """Return the entry of a format in `metadata.json`."""
+    from pipeline.distributed.devices import processor_name
 
-    place = f"{FAILED}/" if outcome.failures else ""
-    found: dict[str, Any] = {
-        "file": None if outcome.size is None else place + FILES[name],
-        "passed": not outcome.failures,
-        "failures": list(outcome.failures),
-        "bytes": outcome.size,
+    folder = f"{FAILED}/" if result.failures else ""
+    metadata: dict[str, Any] = {
+        "file": None if result.size is None else folder + FILES[name],
+        "passed": not result.failures,
+        "failures": list(result.failures),
+        "bytes": result.size,
         "limits": config.export.model_dump(mode="json"),
         "versions": {package: version(package) for package in ("tensorflow", "keras", *PACKAGES[name].values())},
     }
-    if (proof := outcome.proof) is not None:
+    if (proof := result.proof) is not None:
         figures = {
             "max_logit_difference": proof.max_logit_difference,
             "logit_std": reference.logit_std,
@@ -235,19 +255,19 @@ def entry(name: str, outcome: ExportResult, reference: "ReferenceResult", config
             "latency_ms": proof.latency * 1e3,
             "model_latency_ms": reference.latency * 1e3,
         }
-        found["proof"] = {
+        metadata["proof"] = {
             "split": reference.split,
             "images": len(reference.predictions.index),
-            "machine": processor(),
+            "machine": processor_name(),
             **{key: value if math.isfinite(value) else None for key, value in figures.items()},
         }
-    return found
+    return metadata
 
 
 def print_results(
-    outcomes: Mapping[str, ExportResult], reference: "ReferenceResult", model_size: int, screen: Console
+    results: Mapping[str, ExportResult], reference: "ReferenceResult", model_size: int, console: Console
 ) -> None:
-    """Prints a row for the model and for each format, and why those that failed did."""
+    """Print a row for the model and for each format, and the reasons of failures."""
     table = Table(box=None, pad_edge=False)
     for title in ("", "MB", "largest logit difference", "top-1 agreement", "accuracy", "ms per image", ""):
         table.add_column(title, justify="right" if title else "left", header_style="dim")
@@ -260,7 +280,7 @@ def print_results(
         f"{reference.latency * 1e3:.1f}",
         "",
     )
-    for name, (size, proof, failures) in outcomes.items():
+    for name, (size, proof, failures) in results.items():
         figures = (
             ("-", "-", "-", "-")
             if proof is None
@@ -273,11 +293,11 @@ def print_results(
         )
         verdict = Text("failed", "bold red") if failures else Text("passed", "green")
         table.add_row(name, "-" if size is None else f"{size / 1e6:.1f}", *figures, verdict)
-    screen.print(table)
-    screen.print(
-        f"over {len(reference.predictions.index):,} images of {reference.split}, where the logits' standard deviation is "
-        f"{reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
+    console.print(table)
+    console.print(
+        f"over {len(reference.predictions.index):,} images of {reference.split}, where the standard deviation of the logits "
+        f"is {reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
     )
-    for name, outcome in outcomes.items():
-        for failure in outcome.failures:
-            screen.print(Text(f"{name} failed: {failure}", "red"))
+    for name, result in results.items():
+        for failure in result.failures:
+            console.print(Text(f"{name} failed: {failure}", "red"))

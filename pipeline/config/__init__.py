@@ -1,0 +1,1 @@
+"""The config: the schema, a module for each section, and its loader."""

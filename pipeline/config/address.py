@@ -4,7 +4,7 @@ import re
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Takes an address apart.
+    """Take an address apart.
 
     Args:
         address: host:port; an IPv6 address stands in brackets.

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.base import StrictModel
 from pipeline.errors import suggest
 
-NATIVE_ARGUMENTS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
+NATIVE_TRANSFORMS = {"RandomResizedCrop": ("scale", "ratio"), "HorizontalFlip": ("p",)}
 
 
 class RandAugmentConfig(StrictModel):
@@ -21,16 +21,16 @@ class RandAugmentConfig(StrictModel):
     """Strength on the official scale of 0 to 30; the paper takes 17 for B5 and 28 for B7."""
 
 
-class Transform(StrictModel):
+class TransformConfig(StrictModel):
     """One augmentation by name, with its arguments."""
 
     name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
-        """Takes `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as they stand in the YAML."""
+        """Take `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as they stand in the YAML."""
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, Mapping) and set(value) != {"name", "args"}:
@@ -46,18 +46,24 @@ class AugmentConfig(StrictModel):
 
     backend: Literal["albumentations", "native"] = "native"
     """native runs inside TensorFlow and is fast; albumentations knows many more transforms."""
-    transforms: tuple[Transform, ...] = ()
-    """By albumentations' names and arguments; native knows RandomResizedCrop and HorizontalFlip. Sizes are fractions of the resolution."""
+    transforms: tuple[TransformConfig, ...] = ()
+    """By albumentations' names and arguments; native knows RandomResizedCrop and HorizontalFlip.
+
+    Sizes are fractions of the resolution.
+    """
     randaugment: RandAugmentConfig | None = None
     """null for none."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Alpha of the Beta distribution of the mixing weight (arXiv 1710.09412); 0 for none."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 for none. With mixup too, each group of images draws one."""
+    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 for none.
+
+    With mixup too, each group of images draws one.
+    """
 
     @field_validator("transforms", mode="after")
     @classmethod
-    def _check_transforms(cls, transforms: tuple[Transform, ...], info: Any) -> tuple[Transform, ...]:
+    def _check_transforms(cls, transforms: tuple[TransformConfig, ...], info: Any) -> tuple[TransformConfig, ...]:
         backend = info.data.get("backend")
         for transform in transforms:
             if backend == "native":
@@ -68,14 +74,14 @@ class AugmentConfig(StrictModel):
 
 
 def check_native(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError if the native backend has no such transform, or not with these arguments."""
-    if name not in NATIVE_ARGUMENTS:
+    """Raise ValueError if the native backend has no such transform, or not with these arguments."""
+    if name not in NATIVE_TRANSFORMS:
         raise ValueError(
-            f"the native backend knows {' and '.join(NATIVE_ARGUMENTS)}; for {name} set backend: albumentations"
+            f"the native backend knows {' and '.join(NATIVE_TRANSFORMS)}; for {name} set backend: albumentations"
         )
     for key, value in arguments.items():
-        if key not in NATIVE_ARGUMENTS[name]:
-            raise ValueError(f"{name} has no argument {key!r}{suggest(key, NATIVE_ARGUMENTS[name])}")
+        if key not in NATIVE_TRANSFORMS[name]:
+            raise ValueError(f"{name} has no argument {key!r}{suggest(key, NATIVE_TRANSFORMS[name])}")
         if key == "p" and not (_is_number(value) and 0 <= value <= 1):
             raise ValueError(f"{name}: p is a probability from 0 to 1; received {value!r}")
         if key in ("scale", "ratio"):
@@ -94,7 +100,10 @@ def _is_number(value: Any) -> bool:
 
 
 def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError if albumentations has no such transform, or not with such arguments. Their values are checked when it is built."""
+    """Raise ValueError if albumentations has no such transform, or not with such arguments.
+
+    Their values are checked when it is built.
+    """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
     import albumentations
 

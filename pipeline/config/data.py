@@ -28,10 +28,13 @@ class DataConfig(StrictModel):
     """Where the pictures come from and how they are cut to the input's square."""
 
     source: Literal["folder", "csv", "pack", "tfds", "digits"]
-    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; pack: what `python -m pipeline
-    pack` wrote; tfds; digits."""
+    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; pack: what
+    `python -m pipeline pack` wrote; tfds; digits."""
     path: Path | None = None
-    """The image folder, the CSV file, the pack's folder, or where tensorflow-datasets keeps its data (null: data/tfds)."""
+    """The image folder, the CSV file, the pack's folder, or where tensorflow-datasets keeps its data (null.
+
+    Data/tfds).
+    """
     name: str | None = None
     """Name of the data set in tensorflow-datasets."""
     splits: SplitsConfig = SplitsConfig()
@@ -39,7 +42,10 @@ class DataConfig(StrictModel):
     group_near_duplicates: bool = True
     """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """What to do about files that cannot be used: fail lists them all and stops; skip leaves them out and lists them in a report."""
+    """What to do about files that cannot be used: fail lists them all and stops.
+
+    Skip leaves them out and lists them in a report.
+    """
     on_leak: Literal["error", "warn", "ignore"] = "error"
     """What to do about near-duplicates in more than one of the splits that the data bring along."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"

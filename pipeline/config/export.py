@@ -15,6 +15,9 @@ class ExportConfig(StrictModel):
     max_accuracy_loss: Fraction = 0.01
     """How far its accuracy may lie below the model's."""
     max_logit_difference: PositiveFloat = 1e-3
-    """The largest difference of a logit, in standard deviations of the model's logits. Not asked of int8, which rounds by intention."""
+    """The largest difference of a logit, in standard deviations of the model's logits.
+
+    Not asked of int8, which rounds by intention.
+    """
     calibration_images: PositiveInt = 200
     """Training images that int8 takes the ranges of its activations from."""

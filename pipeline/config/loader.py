@@ -33,7 +33,7 @@ Origins = dict[KeyPath, str]  # where each key was written: file:line, or the ov
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config.
+    """Read a config.
 
     Args:
         path: A YAML file. Its key `extends` names another one, relative to it, whose values it takes over and changes.
@@ -140,14 +140,20 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
 
 
 def _drop_keys_of_recipe(values: dict[str, Any]) -> None:
-    """Takes out what a recipe chooses: a config that is given one is not held to what those that it changes say of these keys."""
+    """Take out what a recipe chooses.
+
+    A config that is given one is not held to what those that it changes say of these keys.
+    """
     values.pop("optimizer", None)
     if isinstance(values.get("train"), dict):
         values["train"].pop("stages", None)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], path: KeyPath, origins: Origins, over_origins: Origins) -> None:
-    """Lays `over` on `base`. Sections merge key by key; everything else (lists, variants, optional sections) is replaced whole."""
+    """Lays `over` on `base`.
+
+    Sections merge key by key; everything else (lists, variants, optional sections) is replaced whole.
+    """
     for key, value in over.items():
         here = (*path, key)
         if isinstance(base.get(key), dict) and isinstance(value, dict) and _section(here) is not None:

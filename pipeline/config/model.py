@@ -10,14 +10,14 @@ from pipeline.config.base import Fraction, StrictModel
 from pipeline.models.variants import VARIANTS
 
 
-class Phi(StrictModel):
+class PhiConfig(StrictModel):
     """A variant by its compound coefficient."""
 
     phi: Annotated[float, Field(ge=-6, le=9)]
     """0 is B0; the resolution is 224 * 1.15^phi."""
 
 
-class Multipliers(StrictModel):
+class MultipliersConfig(StrictModel):
     """A variant by its multipliers of B0."""
 
     width: Annotated[float, Field(gt=0, le=10)]
@@ -29,9 +29,9 @@ class Multipliers(StrictModel):
 
 
 def _variant_form(value: Any) -> str:
-    if isinstance(value, Phi) or (isinstance(value, Mapping) and "phi" in value):
+    if isinstance(value, PhiConfig) or (isinstance(value, Mapping) and "phi" in value):
         return "phi"
-    return "multipliers" if isinstance(value, Mapping | Multipliers) else "name"
+    return "multipliers" if isinstance(value, Mapping | MultipliersConfig) else "name"
 
 
 class ModelConfig(StrictModel):
@@ -39,17 +39,23 @@ class ModelConfig(StrictModel):
 
     variant: Annotated[
         Annotated[Literal[tuple(VARIANTS)], Tag("name")]  # type: ignore[valid-type]
-        | Annotated[Phi, Tag("phi")]
-        | Annotated[Multipliers, Tag("multipliers")],
+        | Annotated[PhiConfig, Tag("phi")]
+        | Annotated[MultipliersConfig, Tag("multipliers")],
         Discriminator(_variant_form),
     ] = "b0"
     """b0 to b8, l2, lite0 to lite4, {phi: 1.5} or {width: 1.1, depth: 1.2, resolution: 260}."""
     resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
     """Side of the square input in pixels; null takes the variant's own."""
     weights: str | None = "imagenet"
-    """null: random values; imagenet; imagenet:b2, what fits of another variant's; a file (.h5, .keras, .pth); or the directory of a run."""
+    """null: random values; imagenet; imagenet:b2, what fits of another variant's; a file (.h5, .keras, .pth).
+
+    Or the directory of a run.
+    """
     class_map: Path | None = None
-    """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights; null goes by names."""
+    """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights.
+
+    Null goes by names.
+    """
     dropout: Fraction | None = None
     """Rate in front of the classifier; null takes the variant's own."""
     drop_path_rate: Fraction = 0.2

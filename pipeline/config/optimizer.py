@@ -4,16 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import PositiveFloat, StrictModel
-
-Schedule = Literal["exponential", "cosine", "constant"]
+from pipeline.config.base import PositiveFloat, Schedule, StrictModel
 
 
 class OptimizerConfig(StrictModel):
     """How the weights move. The defaults are the paper's recipe."""
 
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
-    """rmsprop: TensorFlow 1's (decay 0.9, momentum 0.9, epsilon 1e-3, accumulator from ones); sgd: Nesterov, momentum 0.9; adamw."""
+    """rmsprop: TensorFlow 1's (decay 0.9, momentum 0.9, epsilon 1e-3, accumulator from ones); sgd.
+
+    Nesterov, momentum 0.9; adamw.
+    """
     base_lr: PositiveFloat = 0.016
     """Learning rate per 256 images; multiplied by global_batch_size / 256."""
     schedule: Schedule = "exponential"
@@ -25,6 +26,9 @@ class OptimizerConfig(StrictModel):
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Linear rise at the start of each stage."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
-    """rmsprop, sgd: factor of half the squared norm in the loss; adamw: decoupled. Never on batch normalisation's weights."""
+    """rmsprop, sgd: factor of half the squared norm in the loss; adamw: decoupled.
+
+    Never on batch normalisation's weights.
+    """
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.9999
     """Decay of the moving average of all weights and statistics, min(ema, (1 + step) / (10 + step)); null for none."""

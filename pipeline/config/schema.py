@@ -1,4 +1,7 @@
-"""The schema of a config: its sections put together, and what must hold between them. `load_config` makes one from YAML."""
+"""The schema of a config: its sections put together, and what must hold between them.
+
+`load_config` makes one from YAML.
+"""
 
 from typing import Annotated, Literal
 
@@ -9,7 +12,7 @@ from pipeline.config.augment import AugmentConfig
 from pipeline.config.base import StrictModel
 from pipeline.config.data import DataConfig
 from pipeline.config.export import ExportConfig
-from pipeline.config.model import ModelConfig, Multipliers, Phi
+from pipeline.config.model import ModelConfig, MultipliersConfig, PhiConfig
 from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.tracking import TrackingConfig
@@ -23,7 +26,10 @@ class Config(StrictModel):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     recipe: Literal["auto"] | None = None
-    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as they are written."""
+    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null.
+
+    As they are written.
+    """
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -48,7 +54,7 @@ class Config(StrictModel):
                 f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; name one of them to start from what "
                 "fits of it, as in imagenet:b2, or give a file or null"
             )
-        if name and VARIANTS[name].lite != self.variant.lite:
+        if name and VARIANTS[name].family_name != self.variant.family_name:
             raise ValueError(
                 f"model.weights: {self.model.weights} and {self.variant.name} do not go together: the lite variants have other activations "
                 "and another normalisation"
@@ -104,9 +110,9 @@ class Config(StrictModel):
     def variant(self) -> Variant:
         """The numbers behind `model.variant`, with `model.resolution` and `model.dropout` applied."""
         chosen = self.model.variant
-        if isinstance(chosen, Phi):
+        if isinstance(chosen, PhiConfig):
             base = from_phi(chosen.phi)
-        elif isinstance(chosen, Multipliers):
+        elif isinstance(chosen, MultipliersConfig):
             base = from_multipliers(chosen.width, chosen.depth, chosen.resolution)
         else:
             base = VARIANTS[chosen]
@@ -116,18 +122,24 @@ class Config(StrictModel):
             base.depth,
             self.model.resolution or base.resolution,
             base.dropout if self.model.dropout is None else self.model.dropout,
-            base.lite,
+            base.family_name,
         )
 
     def cross_process_fingerprint(self) -> str:
-        """JSON of what has to be the same in every process of a run: all but where things are, and this machine's own business."""
+        """JSON of what has to be the same in every process of a run.
+
+        All but where things are, and this machine's own business.
+        """
         runtime = {"num_workers", "data_service"}
         return self.model_dump_json(
             exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": {"weights", "class_map"}}
         )
 
     def to_yaml(self) -> str:
-        """The whole config, defaults included, as a YAML that loads back equal. What auto is still to choose is left out."""
+        """The whole config, defaults included, as a YAML that loads back equal.
+
+        What auto is still to choose is left out.
+        """
         values = self.model_dump(mode="json")
         if self.recipe is not None:
             del values["optimizer"], values["train"]["stages"]

@@ -18,8 +18,8 @@ class TrackingConfig(StrictModel):
     uri: str | None = None
     """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
     registered_model_name: MlflowName | None = None
-    """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion if none has it, or if
-    the paired test on the same images says that it beats the one that has it."""
+    """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion
+    if none has it, or if the paired test on the same images says that it beats the one that has it."""
 
     @field_validator("uri", mode="after")
     @classmethod

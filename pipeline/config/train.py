@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, StrictModel
-from pipeline.config.optimizer import Schedule
+from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, Schedule, StrictModel
 from pipeline.errors import ConfigError
 
 Trainable = Literal["head", "block1", "block2", "block3", "block4", "block5", "block6", "block7", "all"]
@@ -26,11 +25,20 @@ class StageConfig(StrictModel):
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """null takes the optimizer's."""
     freeze_batch_norm: bool = False
-    """Freeze batch normalisation, its scales and shifts included, where its block is trained, too; in frozen blocks it always is."""
+    """Freeze batch normalisation, its scales and shifts included, where its block is trained, too.
+
+    In frozen blocks it always is.
+    """
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discriminative learning rates (arXiv 1801.06146): each block moves by this factor of the one behind it; the classifier by 1."""
+    """Discriminative learning rates (arXiv 1801.06146): each block moves by this factor of the one behind it.
+
+    The classifier by 1.
+    """
     use_augmentation: bool = True
-    """false prepares the pictures as in evaluation. From its start on, a run that trains the head so computes the backbone once."""
+    """false prepares the pictures as in evaluation.
+
+    From its start on, a run that trains the head so computes the backbone once.
+    """
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -42,7 +50,7 @@ class EarlyStoppingConfig(StrictModel):
     """What best_metric must improve by to count."""
 
 
-class SkipNanSteps(StrictModel):
+class SkipNanConfig(StrictModel):
     """What `train.on_nan` may be beside a word."""
 
     skip: PositiveInt
@@ -56,9 +64,15 @@ class TrainConfig(StrictModel):
         Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
         Discriminator(lambda value: "word" if isinstance(value, str) and not value.isdigit() else "number"),
     ] = 32
-    """Images per step over all replicas. auto: about 256, in as many micro-batches as the devices' memory asks for by estimate."""
+    """Images per step over all replicas.
+
+    auto: about 256, in as many micro-batches as the devices' memory asks for by estimate.
+    """
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches that a replica's share of the batch is cut into, to save memory; their gradients are averaged and applied once."""
+    """Micro-batches that a replica's share of the batch is cut into, to save memory.
+
+    Their gradients are averaged and applied once.
+    """
     label_smoothing: Fraction = 0.1
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
     """One stage with trainable: all is plain training."""
@@ -69,9 +83,15 @@ class TrainConfig(StrictModel):
         ]
         | None
     ) = None
-    """What an image of a class counts in the loss beside the others: by name, 1 where none is given; balanced: every class the same."""
+    """What an image of a class counts in the loss beside the others: by name, 1 where none is given; balanced.
+
+    Every class the same.
+    """
     best_metric: Metric = "accuracy"
-    """Of the validation split; decides which epoch is kept in best/, and early stopping. The test split decides nothing."""
+    """Of the validation split; decides which epoch is kept in best/, and early stopping.
+
+    The test split decides nothing.
+    """
     early_stopping: EarlyStoppingConfig | None = None
     """null trains every stage to its end."""
     restore_best_weights: bool = False
@@ -81,11 +101,13 @@ class TrainConfig(StrictModel):
     checkpoint_every_steps: PositiveInt | None = None
     """A checkpoint is written after each epoch and, if this is set, whenever the step is a multiple of it."""
     on_nan: Annotated[
-        Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[SkipNanSteps, Tag("skip")],
-        Discriminator(lambda value: "skip" if isinstance(value, Mapping | SkipNanSteps) else "word"),
+        Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[SkipNanConfig, Tag("skip")],
+        Discriminator(lambda value: "skip" if isinstance(value, Mapping | SkipNanConfig) else "word"),
     ] = "stop"
-    """When a step's loss or gradient is not finite (nothing of it is applied, its batch is saved): stop; {skip: 3} passes over that many
-    such steps in the whole run; rollback goes back to the start of the epoch with the learning rate halved, three times at most."""
+    """When a step's loss or gradient is not finite (nothing of it is applied, its batch is saved): stop; {skip: 3}
+    passes over that many such steps in the whole run; rollback goes back to the start of the epoch with the learning
+    rate halved, three times at most.
+    """
 
     @model_validator(mode="after")
     def _check_batch_is_divisible(self) -> "TrainConfig":

@@ -1,7 +1,7 @@
 """Augmentation of one picture: crop, flip and whatever albumentations has, drawn from the picture's own seed and nothing else.
 
-An augmentation is a function of (encoded file, its height and width as stored, EXIF orientation, seed). The same arguments give the same
-pixels on any thread, in any order.
+An augmentation is a function of (encoded file, its height and width as stored, EXIF orientation, seed). The same
+arguments give the same pixels on any thread, in any order.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.augment import Transform
+from pipeline.config.augment import TransformConfig
 from pipeline.config.schema import Config
 from pipeline.data.preprocessing import (
     JPEG_METHOD,
@@ -35,9 +35,9 @@ class Augmentation:
 
     Attributes:
         draw: int64 (2,), the picture's seed -> all that is left to chance, for both parts.
-        decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8, what was drawn) ->
-            uint8 (H, W, 3), upright: the picture, or no more of it than `transform` needs. The height and width given are those of the
-            stored picture, before it is turned upright.
+        decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8,
+            what was drawn) -> uint8 (H, W, 3), upright: the picture, or no more of it than `transform` needs. The
+            height and width given are those of the stored picture, before it is turned upright.
         transform: (that, what was drawn) -> uint8 (R, R, 3).
     """
 
@@ -63,8 +63,8 @@ def image_augmentation(config: Config) -> Augmentation:
         A function for a tf.data map.
 
     Raises:
-        ConfigError: If a transform is given impossible values, does not end in a picture of R x R, or does not belong in front of the
-            network.
+        ConfigError: If a transform is given impossible values, does not end in a picture of R x R, or does not belong
+            in front of the network.
     """
     build = _native if config.augment.backend == "native" else _albumentations
     return build(config)
@@ -116,8 +116,8 @@ def _native(config: Config) -> Augmentation:
 def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[float], draws: tf.Tensor) -> tf.Tensor:
     """The window of a random resized crop (Szegedy et al. 2015, arXiv 1409.4842).
 
-    The area is uniform in `scale`, the aspect log-uniform in `ratio`, the place uniform. The first attempt that fits into the picture is
-    taken; if none does, the largest centred window within `ratio`.
+    The area is uniform in `scale`, the aspect log-uniform in `ratio`, the place uniform. The first attempt that fits
+    into the picture is taken; if none does, the largest centred window within `ratio`.
 
     Args:
         upright: int32 (2,): height and width of the picture.
@@ -150,10 +150,11 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
 def decode_window(
     encoded: tf.Tensor, window: tf.Tensor, upright: tf.Tensor, orientation: tf.Tensor, resolution: int
 ) -> tf.Tensor:
-    """Decodes a window of the upright picture; of a JPEG nothing but the window, and no finer than needed.
+    """Decode a window of the upright picture; of a JPEG nothing but the window, and no finer than needed.
 
-    A JPEG decodes at a half, a quarter or an eighth of its size directly. Where that leaves at least the resolution it replaces the
-    antialiasing filter: 1.8 instead of 3.9 ms for a window of 470 pixels, 12 instead of 44 ms for one of 2,600 (one x86 thread).
+    A JPEG decodes at a half, a quarter or an eighth of its size directly. Where that leaves at least the resolution it
+    replaces the antialiasing filter: 1.8 instead of 3.9 ms for a window of 470 pixels, 12 instead of 44 ms for one of
+    2,600 (one x86 thread).
 
     Args:
         encoded: Scalar string with an image file.
@@ -188,7 +189,8 @@ def decode_window(
     return tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, crop_decoded)
 
 
-# --- albumentations ----------------------------------------------------------------------------------------------------------------
+# --- albumentations
+# ----------------------------------------------------------------------------------------------------------------
 
 # Arguments in pixels: a float is a fraction of the resolution, a whole number is pixels.
 PIXEL_ARGUMENTS = frozenset(
@@ -219,7 +221,8 @@ SQUARE_ARGUMENTS: Mapping[str, Mapping[str, str | None]] = {
     "SmallestMaxSize": {"max_size": "max_size_hw"},
     "LongestMaxSize": {"max_size": "max_size_hw"},
 }
-# As the first transform these see the whole picture and decide themselves what becomes of it; any other finds a square of the resolution.
+# As the first transform these see the whole picture and decide themselves what becomes of it; any other finds a square
+# of the resolution.
 TAKES_WHOLE_PICTURE = ("RandomResizedCrop", "Resize", "SmallestMaxSize", "LongestMaxSize")
 REFUSED = {
     "Normalize": "normalisation is inside the model, and doing it twice ruins the accuracy without a message",
@@ -251,9 +254,9 @@ def _albumentations(config: Config) -> Augmentation:
 class AlbumentationsTransforms:
     """A row of albumentations transforms as a pure function of (image, seed), for any number of threads.
 
-    Each thread has its own `Compose`, because one shared by several mixes up their draws. For each picture all its transforms are handed
-    one pair of generators. `Compose.set_random_seed` would give each its own with the same seed, so that two transforms of one p always
-    coincide.
+    Each thread has its own `Compose`, because one shared by several mixes up their draws. For each picture all its
+    transforms are handed one pair of generators. `Compose.set_random_seed` would give each its own with the same seed,
+    so that two transforms of one p always coincide.
 
     Args:
         transforms: Names and arguments as in the config.
@@ -263,7 +266,7 @@ class AlbumentationsTransforms:
         ConfigError: If a transform is refused or its values are impossible; the message names it.
     """
 
-    def __init__(self, transforms: Sequence[Transform], resolution: int) -> None:
+    def __init__(self, transforms: Sequence[TransformConfig], resolution: int) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import cv2
 
@@ -309,7 +312,7 @@ class AlbumentationsTransforms:
         return albumentations.Compose(built)
 
     def validate_on_dummy_images(self, whole: bool) -> None:
-        """Runs the transforms on made-up pictures, so that what would fail hours later fails now.
+        """Run the transforms on made-up pictures, so that what would fail hours later fails now.
 
         Args:
             whole: Whether the transforms see whole pictures, or only squares of the resolution.
@@ -338,7 +341,7 @@ class AlbumentationsTransforms:
                     )
 
 
-def sized_arguments(transform: Transform, resolution: int) -> dict[str, Any]:
+def sized_arguments(transform: TransformConfig, resolution: int) -> dict[str, Any]:
     """The arguments of a transform with fractions turned into pixels and left-out sizes filled in.
 
     Args:

@@ -1,8 +1,8 @@
 """Batches that other machines prepare: for GPUs that the processors beside them cannot feed.
 
-Each server is a dispatcher of tf.data's service with a worker of its own. The client gives them the steps in turn and takes the batches in
-turn, so that they are those of a run without servers, in the same order. One dispatcher with all the workers behind it would hand the
-batches out in the order in which they get done.
+Each server is a dispatcher of tf.data's service with a worker of its own. The client gives them the steps in turn and
+takes the batches in turn, so that they are those of a run without servers, in the same order. One dispatcher with all
+the workers behind it would hand the batches out in the order in which they get done.
 """
 
 import queue
@@ -24,7 +24,7 @@ PATIENCE = 15.0  # seconds without a batch, after which it is asked whether the 
 def start_server(
     address: str,
 ) -> tuple[tf.data.experimental.service.DispatchServer, tf.data.experimental.service.WorkerServer]:
-    """Starts a server in this process; it ends with what is returned. It runs whatever graph it is sent: for trusted networks only.
+    """Start a server in this process; it ends with what is returned. It runs whatever graph it is sent: for trusted networks only.
 
     Args:
         address: host:port under which others reach this machine. The worker takes the port above.
@@ -50,7 +50,7 @@ def start_server(
 
 
 def check_servers(addresses: Sequence[str]) -> None:
-    """Makes sure that every server is there.
+    """Make sure that every server is there.
 
     Raises:
         RunError: One is not.
@@ -71,8 +71,8 @@ def from_data_service(stream: Callable[[int, int], tf.data.Dataset], addresses: 
     """The batches of a stream, prepared by servers.
 
     Args:
-        stream: From the number of a server and of all of them to the batches that it prepares: the steps from its number on, as far apart
-            as there are servers.
+        stream: From the number of a server and of all of them to the batches that it prepares: the steps from its
+            number on, as far apart as there are servers.
         addresses: host:port of each.
 
     Returns:

@@ -18,8 +18,8 @@ IMAGE_SUFFIXES = tuple(
 def pictures_below(folder: Path) -> Iterator[Path]:
     """Pictures in a folder and below it, in the order of their names, one folder's names in memory at a time. Links are followed.
 
-    Hidden files and files without an image suffix are passed over, and so is a link back to a folder on the way. A folder that cannot be
-    listed is given as if it were a picture: who reads it learns why.
+    Hidden files and files without an image suffix are passed over, and so is a link back to a folder on the way. A
+    folder that cannot be listed is given as if it were a picture: who reads it learns why.
     """
     return _walk(folder, (folder.resolve(),))
 

@@ -1,4 +1,7 @@
-"""The rows of a manifest where the stream looks them up: in a file that is mapped into memory, so that they take none of their own."""
+"""The rows of a manifest where the stream looks them up.
+
+In a file that is mapped into memory, so that they take none of their own.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -33,7 +36,7 @@ class IndexBatch(NamedTuple):
 
 
 def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor], IndexBatch]:
-    """Writes rows into a temporary file without a name, which goes with the last tensor that is mapped from it.
+    """Write rows into a temporary file without a name, which goes with the last tensor that is mapped from it.
 
     Args:
         manifest: The samples.
@@ -70,7 +73,10 @@ def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf
 
 
 def _write(manifest: Manifest, indices: np.ndarray, text: IO[bytes], numbers: IO[bytes]) -> None:
-    """The keys one behind the other, UTF-8; and of each row its index, the bytes at which its key begins and ends, and NUMBERS, int64."""
+    """The keys one behind the other, UTF-8.
+
+    And of each row its index, the bytes at which its key begins and ends, and NUMBERS, int64.
+    """
     written = 0
     for first in range(0, len(indices), CHUNK_ROWS):
         some = indices[first : first + CHUNK_ROWS]

@@ -1,12 +1,11 @@
 """The stream of batches: a pure function of (manifest, config, global step).
 
-Position g = step * global_batch_size + place in the batch; pass g // n over the n training images in an order of the pass's own; every
-image draws its augmentation from (config.seed, pass, its index). Nothing depends on threads, and starting at a step decodes nothing of
-what lies before it.
+Position g = step * global_batch_size + place in the batch; pass g // n over the n training images in an order of the
+pass's own; every image draws its augmentation from (config.seed, pass, its index). Nothing depends on threads, and
+starting at a step decodes nothing of what lies before it.
 """
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -16,17 +15,15 @@ from pipeline.data.augmentation import Augmentation, decode_whole, image_augment
 from pipeline.data.index_batch import IndexBatch, memory_mapped_table
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixup import group_mixing, mixing_group
-from pipeline.data.preprocessing import decode, resize_to_square
+from pipeline.data.preprocessing import PreprocessFn, decode, resize_to_square
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sampler import CHUNK_POSITIONS, positions, shuffled
 from pipeline.data.sources.base import DataSource
-from pipeline.distributed.devices import FULL_SHARD, Shard
+from pipeline.distributed.sharding import FULL_SHARD, Shard
 from pipeline.errors import DataError
 
 PREFETCHED = 2  # batches that wait ready; more would only take memory
 PASS_BITS = 40  # an image's index takes so many bits of its seed, the pass the others
-
-Square = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -68,8 +65,9 @@ def training_stream(
         workers: Images prepared in parallel; None for `runtime.num_workers`. The result does not depend on it.
 
     Returns:
-        An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels float32 (B, K) adding
-        up to 1, weights float32 (B,) of ones, index int64 (B,) into the manifest (under MixUp and CutMix, of the image mixed into).
+        An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels
+        float32 (B, K) adding up to 1, weights float32 (B,) of ones, index int64 (B,) into the manifest (under MixUp and
+        CutMix, of the image mixed into).
 
     Raises:
         ConfigError: If the augmentation cannot be built.
@@ -136,8 +134,8 @@ def feature_stream(
         share: Of each global batch.
 
     Returns:
-        An infinite dataset of global batches, or of the share of each: features float32 (B, C), labels float32 (B, K), weights float32
-        (B,), index int64 (B,).
+        An infinite dataset of global batches, or of the share of each: features float32 (B, C), labels float32 (B, K),
+        weights float32 (B,), index int64 (B,).
     """
     rows, batch_size = _rows(manifest, "train"), config.train.batch_size
     part, count = batch_size // share.count, len(rows)
@@ -174,7 +172,7 @@ def evaluation_stream(
     *,
     batch_size: int,
     rows: np.ndarray | None = None,
-    square: Square | None = None,
+    preprocess_fn: PreprocessFn | None = None,
     share: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
     """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
@@ -186,12 +184,13 @@ def evaluation_stream(
         split: train, val or test.
         batch_size: Images per batch, B.
         rows: Only these images of the manifest, int64 (N,), in this order.
-        square: Makes of an upright picture, uint8 (H, W, 3), and its index the network's uint8 (R, R, 3); None for `fit_square`.
+        preprocess_fn: Makes of an upright picture, uint8 (H, W, 3), and its index the network's uint8 (R, R, 3); None
+            for `fit_square`.
         share: Of each batch, without reading the rest.
 
     Returns:
-        A finite dataset of batches as those of `training_stream`, all of B, or of the share of each. The last is filled up with black
-        images of weight 0, index -1 and labels of zeros.
+        A finite dataset of batches as those of `training_stream`, all of B, or of the share of each. The last is filled
+        up with black images of weight 0, index -1 and labels of zeros.
 
     Raises:
         DataError: If the split is empty, or its table cannot be written.
@@ -207,7 +206,9 @@ def evaluation_stream(
 
     def picture(row: IndexBatch) -> tuple[tf.Tensor, ...]:
         image = decode(source.read_tf(row.key), row.orientation)
-        image = resize_to_square(image, resolution, resize) if square is None else square(image, row.index)
+        image = (
+            resize_to_square(image, resolution, resize) if preprocess_fn is None else preprocess_fn(image, row.index)
+        )
         return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
 
     def nothing() -> tuple[tf.Tensor, ...]:
@@ -262,7 +263,8 @@ def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:
     options.threading.max_intra_op_parallelism = (
         1  # pictures are prepared side by side; one more level of threads only gets in the way
     )
-    # What tf.data rewrites by itself gains nothing here, and to do so it makes a copy of every tensor that a map looks things up in.
+    # What tf.data rewrites by itself gains nothing here, and to do so it makes a copy of every tensor that a map looks
+    # things up in.
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = workers == tf.data.AUTOTUNE
     return dataset.prefetch(PREFETCHED).with_options(options)

@@ -1,4 +1,7 @@
-"""What a picture file is, whatever its name says: its header, its colours, and whether it decodes as training will decode it."""
+"""What a picture file is, whatever its name says.
+
+Its header, its colours, and whether it decodes as training will decode it.
+"""
 
 import hashlib
 import io
@@ -64,7 +67,7 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(data: bytes) -> ImageHeader | str:
-    """Reads an image file's header, or says why the file cannot be used; decodes nothing.
+    """Read an image file's header, or says why the file cannot be used; decodes nothing.
 
     Args:
         data: The encoded file.
@@ -111,7 +114,7 @@ def too_large(size: int) -> str | None:
 
 
 def inspect(data: bytes) -> np.ndarray | str:
-    """Decodes a picture, and says what it is or why it cannot be used.
+    """Decode a picture, and says what it is or why it cannot be used.
 
     Args:
         data: The encoded file.
@@ -141,7 +144,10 @@ def inspect(data: bytes) -> np.ndarray | str:
 
 
 def _decode(data: bytes, kind: str, ratio: int) -> np.ndarray:
-    """uint8 (H, W, 3) by the decoders of training, as stored; a JPEG at 1 / `ratio` of its size, anything else whole."""
+    """uint8 (H, W, 3) by the decoders of training, as stored.
+
+    A JPEG at 1 / `ratio` of its size, anything else whole.
+    """
     with tf.device("CPU:0"):
         if kind in ("JPEG", "MPO"):
             return decode_jpeg(data, ratio).numpy()
@@ -166,7 +172,8 @@ def inspect_all(
     Args:
         source: Where the samples come from.
         samples: N of them.
-        cache: Asked for every file before it is read, and given what was found; also what was found when the scan is interrupted.
+        cache: Asked for every file before it is read, and given what was found; also what was found when the scan is
+            interrupted.
         progress: Called with the number of pictures done and of all, from the calling thread.
         whole: Whether these are all samples of the data set; the cache then forgets what it knows of others.
 

@@ -44,9 +44,9 @@ class Manifest:
 
     Attributes:
         class_names: In the order of the labels.
-        table: One row per sample; the row's number is the sample's index. Columns: key (str), label (int32), split (train, val or test),
-            group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal), height, width (int32, pixels as stored),
-            orientation (uint8, EXIF 1 to 8: how to turn what is stored).
+        table: One row per sample; the row's number is the sample's index. Columns: key (str), label (int32), split
+            (train, val or test), group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal),
+            height, width (int32, pixels as stored), orientation (uint8, EXIF 1 to 8: how to turn what is stored).
         notes: What is worth knowing of the data, a sentence each.
         left_out: The samples that have no row, because they cannot be used.
     """
@@ -72,7 +72,10 @@ class Manifest:
         )
 
     def digest(self) -> str:
-        """SHA-256 of class names, keys, labels, splits and contents, hexadecimal: equal if and only if training sees the same."""
+        """SHA-256 of class names, keys, labels, splits and contents, hexadecimal.
+
+        Equal if and only if training sees the same.
+        """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for name in ("key", "label", "split", "sha256"):
             for part in _json_list(self.table[name]):
@@ -80,7 +83,7 @@ class Manifest:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes a Parquet file, whole or not at all."""
+        """Write a Parquet file, whole or not at all."""
         part = path.with_name(path.name + ".part")
         part.write_bytes(self.to_bytes())
         part.replace(path)
@@ -95,7 +98,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             DataError: The file is missing or is no manifest.
@@ -117,7 +120,7 @@ class Manifest:
         return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
 
     def write_left_out(self, path: Path) -> None:
-        """Writes a CSV file of the samples that are left out: path, problem."""
+        """Write a CSV file of the samples that are left out: path, problem."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("path", "problem"), *self.left_out])

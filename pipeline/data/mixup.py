@@ -1,7 +1,7 @@
 """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) inside groups of a batch, drawn from (seed, step, group).
 
-Partners are sought inside fixed groups of neighbouring images. A group lies whole inside one replica's micro-batch as long as that is a
-multiple of the group, so how the batch is spread over devices does not change what is mixed.
+Partners are sought inside fixed groups of neighbouring images. A group lies whole inside one replica's micro-batch as
+long as that is a multiple of the group, so how the batch is spread over devices does not change what is mixed.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Mixing = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]
 def mixing_group(global_batch_size: int, accumulation: int) -> int:
     """Number of neighbouring images among which partners are sought: the largest of 8, 4 and 2 that divides a micro-batch.
 
-    It does not depend on the number of replicas, so that the data do not. The trainer has to see to it that a replica's micro-batch,
-    global_batch_size / accumulation / replicas, is a multiple of it.
+    It does not depend on the number of replicas, so that the data do not. The trainer has to see to it that a replica's
+    micro-batch, global_batch_size / accumulation / replicas, is a multiple of it.
 
     Args:
         global_batch_size: Images per step over all replicas.
@@ -45,15 +45,17 @@ def mixing_group(global_batch_size: int, accumulation: int) -> int:
 def group_mixing(config: Config) -> Mixing:
     """MixUp, CutMix, or one of the two by chance for each group.
 
-    Every image is mixed with another one of its group, with its own weight: from Beta(alpha, alpha) in MixUp; in CutMix the share of pixels
-    that it keeps after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came from the partner.
+    Every image is mixed with another one of its group, with its own weight: from Beta(alpha, alpha) in MixUp; in CutMix
+    the share of pixels that it keeps after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came from
+    the partner.
 
     Args:
-        config: Its seed, resolution R, `augment.mixup`, `augment.cutmix` and batch sizes are used; at least one alpha is above 0.
+        config: Its seed, resolution R, `augment.mixup`, `augment.cutmix` and batch sizes are used; at least one alpha
+            is above 0.
 
     Returns:
-        A function for a tf.data map: (images: uint8 (group, R, R, 3), labels: float32 (group, K), number: scalar int64, the group's,
-        counted from step 0 on) -> the mixed images, uint8, and labels.
+        A function for a tf.data map: (images: uint8 (group, R, R, 3), labels: float32 (group, K), number: scalar int64,
+        the group's, counted from step 0 on) -> the mixed images, uint8, and labels.
 
     Raises:
         ConfigError: If a micro-batch is odd.
@@ -105,7 +107,7 @@ def partners(size: int, seed: tf.Tensor) -> tf.Tensor:
 
 
 def beta(shape: tuple[int, ...], alpha: float, seed: tf.Tensor) -> tf.Tensor:
-    """Draws from Beta(alpha, alpha), as the share of one gamma draw in two; float64, where small alphas do not underflow.
+    """Draw from Beta(alpha, alpha), as the share of one gamma draw in two; float64, where small alphas do not underflow.
 
     Args:
         shape: Of the result.

@@ -14,7 +14,8 @@ from pipeline.data.inspection import too_large
 from pipeline.data.sources.base import DataSource, Sample
 from pipeline.errors import DataError
 
-PREFETCH = 16  # files that are read before they are needed, by as many threads: over a network it is waiting that takes the time
+# files that are read before they are needed, by as many threads: over a network it is waiting that takes the time
+PREFETCH = 16
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -45,7 +46,10 @@ class PackInput(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the data set is the same by, for JSON: each thing's name and value. Found without reading the pictures."""
+        """What the data set is the same by, for JSON: each thing's name and value.
+
+        Found without reading the pictures.
+        """
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -63,7 +67,10 @@ class PackInput(Protocol):
         """
 
     def changes(self, rows: pa.Table) -> list[str]:
-        """What has become of packed pictures since, a line each; `rows` have the columns key, label, split, bytes, sha256 and modified."""
+        """What has become of packed pictures since, a line each.
+
+        `rows` have the columns key, label, split, bytes, sha256 and modified.
+        """
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
         """The class names, and of all pictures, ROWS (N,), the labels int32 (N,) that are places among them.

@@ -1,7 +1,8 @@
 """Writing packs. Whatever ends the program, run again it goes on from there.
 
-What is not finished lies in FOLDER/.packing: numbered shards, each with its rows in a Parquet file that is written once the shard has been
-read back and found right. When all are there, they are moved up under their names, and pack.json last.
+What is not finished lies in FOLDER/.packing: numbered shards, each with its rows in a Parquet file that is written once
+the shard has been read back and found right. When all are there, they are moved up under their names, and pack.json
+last.
 """
 
 import hashlib
@@ -78,7 +79,8 @@ class _Part(NamedTuple):
 def pack(origin: PackInput, folder: Path, limit: ShardLimit, progress: Progress) -> PackResult:
     """Packs a data set, goes on with it, or sees to it that a finished pack is whole and of this data set.
 
-    Shards that are whole are left as they are, damaged ones are written again. A few pictures are in memory at any time.
+    Shards that are whole are left as they are, damaged ones are written again. A few pictures are in memory at any
+    time.
 
     Args:
         origin: The data set.
@@ -87,7 +89,8 @@ def pack(origin: PackInput, folder: Path, limit: ShardLimit, progress: Progress)
         progress: Called with the number of pictures done and of all, None if that is not known.
 
     Raises:
-        DataError: The folder holds something else, the data set has changed since its pack was begun, or nothing can be written.
+        DataError: The folder holds something else, the data set has changed since its pack was begun, or nothing can be
+            written.
     """
     try:
         if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
@@ -135,7 +138,7 @@ def _alone(staging: Path) -> Iterator[None]:
 
 
 def _fill(origin: PackInput, staging: Path, limit: ShardLimit, progress: Progress) -> int:
-    """Writes what the staging folder still lacks, its description included; returns the number of pictures written."""
+    """Write what the staging folder still lacks, its description included; returns the number of pictures written."""
     identity, parts = staging / IDENTITY, _finished(staging)
     if identity.exists():
         rows = pa.concat_tables([part.rows for part in parts]) if parts else ROWS.empty_table()
@@ -183,7 +186,7 @@ def _finished(staging: Path) -> list[_Part]:
 
 
 def _repair(origin: PackInput, parts: Sequence[_Part], staging: Path, progress: Progress) -> int:
-    """Reads shards and writes those again that are damaged; returns the number of pictures written."""
+    """Read shards and writes those again that are damaged; returns the number of pictures written."""
     written, done, last = 0, 0, None
     for path, rows, sha256 in parts:
         if find_corruption(path, sha256, rows):
@@ -205,7 +208,10 @@ def _repair(origin: PackInput, parts: Sequence[_Part], staging: Path, progress: 
 def _write_shard(
     path: Path, pictures: Iterator[PackRecord], limit: ShardLimit, progress: Callable[[int], None]
 ) -> pa.Table:
-    """Writes pictures until the shard is full or there are no more, and reads them back from the disk; returns their ROWS."""
+    """Write pictures until the shard is full or there are no more, and reads them back from the disk.
+
+    Returns their ROWS.
+    """
     rows: list[dict[str, Any]] = []
     size = 0
     try:
@@ -231,7 +237,7 @@ def _write_shard(
 
 
 def _note(part: _Part) -> None:
-    """Makes a shard one that is finished."""
+    """Make a shard one that is finished."""
     aside = part.path.with_suffix(".part")
     pq.write_table(part.rows.replace_schema_metadata({"sha256": part.sha256}), aside)
     aside.replace(part.path.with_suffix(".parquet"))
@@ -259,7 +265,7 @@ def _describe(origin: PackInput, staging: Path, parts: Sequence[_Part]) -> None:
 
 
 def _publish(staging: Path, folder: Path) -> None:
-    """Moves a described pack up. What has been moved before is not there any more."""
+    """Move a described pack up. What has been moved before is not there any more."""
     shards = json.loads((staging / DESCRIPTION).read_text(encoding="utf-8"))["shards"]
     names = {f"{number:05}.array_record": shard["name"] for number, shard in enumerate(shards)}
     for moved in ({**names, INDEX_FILE: INDEX_FILE}, {DESCRIPTION: DESCRIPTION}):
@@ -272,7 +278,7 @@ def _publish(staging: Path, folder: Path) -> None:
 def _refuse_changes(
     origin: PackInput, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path
 ) -> None:
-    """Raises DataError if the data set is not the one whose pictures were packed."""
+    """Raise DataError if the data set is not the one whose pictures were packed."""
     found = origin.changes(rows)
     if not found:
         found = [

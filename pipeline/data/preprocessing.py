@@ -1,28 +1,33 @@
 """From an encoded picture to the network's square: what evaluation, prediction and export do, and where augmentation starts.
 
-`preprocess` is the only evaluation preprocessing there is, so that training's validation, `evaluate.py`, predictions and exports agree.
-Normalisation is not here: it is in the model.
+`preprocess` is the only evaluation preprocessing there is, so that training's validation, `evaluate.py`, predictions
+and exports agree. Normalisation is not here: it is in the model.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
 Resize = Literal["crop", "squash", "letterbox"]
+# From an upright image, uint8 (H, W, 3), and its index to the network's uint8 (R, R, 3).
+PreprocessFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
-CROP_PADDING = 32  # pixels of the resized picture around the centre crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
+# pixels of the resized picture around the centre crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
+CROP_PADDING = 32
 PADDING_GREY = 128  # close to ImageNet's mean colour, so nearly zero after normalisation
 ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
-JPEG_METHOD = "INTEGER_ACCURATE"  # the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
+# the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
+JPEG_METHOD = "INTEGER_ACCURATE"
 
 
 def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Decodes a picture and turns it upright.
+    """Decode a picture and turns it upright.
 
-    Grey pictures get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF gives its first
-    frame.
+    Grey pictures get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF
+    gives its first frame.
 
     Args:
         encoded: Scalar string: a JPEG, PNG, GIF, BMP or unanimated WebP file that `inspection.read_header` accepts.
@@ -47,13 +52,17 @@ def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
 def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
     """A JPEG as stored, at 1 / `ratio` of its size: uint8 (ceil(H / ratio), ceil(W / ratio), 3), ratio 1, 2, 4 or 8.
 
-    Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every other.
+    Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every
+    other.
     """
     return tf.io.decode_jpeg(encoded, channels=3, ratio=ratio, dct_method=JPEG_METHOD)
 
 
 def decode_webp(encoded: tf.Tensor) -> tf.Tensor:
-    """A WebP as stored, uint8 (H, W, 3). An animated one makes the decoder overrun its memory (TensorFlow 2.21): never give it any."""
+    """A WebP as stored, uint8 (H, W, 3).
+
+    An animated one makes the decoder overrun its memory (TensorFlow 2.21): never give it any.
+    """
     return tf.io.decode_webp(encoded, channels=0)[0, :, :, :3]  # it takes only the number of channels that the file has
 
 
@@ -113,8 +122,8 @@ def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) 
 def resize_bilinear(image: tf.Tensor, resolution: int) -> tf.Tensor:
     """Resizes for augmentation: bilinearly, with an antialiasing filter only where a side shrinks more than twofold.
 
-    Below a factor of two the filter takes more than twice the time (330 to 224 pixels: 1.3 instead of 0.5 ms on one x86 thread), and
-    training sees a window of another size each time.
+    Below a factor of two the filter takes more than twice the time (330 to 224 pixels: 1.3 instead of 0.5 ms on one x86
+    thread), and training sees a window of another size each time.
 
     Args:
         image: uint8 (H, W, 3).
@@ -138,18 +147,20 @@ def to_uint8(values: tf.Tensor) -> tf.Tensor:
 
 
 def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
-    """Makes a square of a picture.
+    """Make a square of a picture.
 
-    The crop is that of the official code, but for two choices. The code rounds the crop's side down and samples bicubically without a
-    filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is rounded to the nearest pixel and the
-    filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in place of 88 (89, once its pixels are rounded to uint8);
-    the mean log-likelihood differs by 0.011 +- 0.015 nats, which is to say that 100 photos cannot tell them apart.
+    The crop is that of the official code, but for two choices. The code rounds the crop's side down and samples
+    bicubically without a
+    filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is rounded to the nearest
+    pixel and the filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in place of 88 (89, once its
+    pixels are rounded to uint8); the mean log-likelihood differs by 0.011 +- 0.015 nats, which is to say that 100
+    photos cannot tell them apart.
 
     Args:
         image: uint8 (H, W, 3).
         resolution: Side R of the square, in pixels.
-        resize: crop takes the centre, of side min(H, W) * R / (R + 32); squash takes the whole picture and distorts it; letterbox takes the
-            whole picture, keeps its aspect and pads with grey.
+        resize: crop takes the centre, of side min(H, W) * R / (R + 32); squash takes the whole picture and distorts it;
+            letterbox takes the whole picture, keeps its aspect and pads with grey.
 
     Returns:
         uint8 (R, R, 3), resampled bicubically.

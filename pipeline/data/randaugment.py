@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) with every draw made from the picture's seed.
 
-The sixteen operations are those of the EfficientNet code (tensorflow/tpu, models/official/efficientnet/autoaugment.py), drawn with
-replacement. keras-cv does the pixels where it has the operation; its layers' own draws come from a stateful generator, so they are given
-their parameters here.
+The sixteen operations are those of the EfficientNet code (tensorflow/tpu, models/official/efficientnet/autoaugment.py),
+drawn with replacement. keras-cv does the pixels where it has the operation; its layers' own draws come from a stateful
+generator, so they are given their parameters here.
 
 Strength at magnitude M, from 0 to 30 with 10 as the official full level (sign or side drawn evenly where it says +-):
 
@@ -18,8 +18,9 @@ Strength at magnitude M, from 0 to 30 with 10 as the official full level (sign o
 | Posterize | keeps 8 - M/7.5 bits, rounded | 8 at 0, 4 at 30 (torchvision's RandAugment) |
 | AutoContrast, Equalize, Invert | no strength | official |
 
-The official formulas of the last three strengths grow weaker or switch sides as M grows (factor 0.1 at M = 0; solarising and posterising
-nothing above M = 10 and 20), which is why they are not taken over. Pixels that nothing is moved to are grey 128, as in the official code.
+The official formulas of the last three strengths grow weaker or switch sides as M grows (factor 0.1 at M = 0;
+solarising and posterising nothing above M = 10 and 20), which is why they are not taken over. Pixels that nothing is
+moved to are grey 128, as in the official code.
 """
 
 import math
@@ -73,7 +74,8 @@ def operations(magnitude: float) -> dict[str, Operation]:
         magnitude: From 0 to 30.
 
     Returns:
-        By name, functions of (float32 (1, H, W, 3) in [0, 255], float32 (2,) uniform in [0, 1)) that return float32 (1, H, W, 3).
+        By name, functions of (float32 (1, H, W, 3) in [0, 255], float32 (2,) uniform in [0, 1)) that return float32 (1,
+        H, W, 3).
     """
     import keras_cv
 

@@ -1,13 +1,13 @@
 """Which image comes when: a function of the position in the stream, so that nothing grows with the number of images.
 
-The order of a pass is a swap-or-not shuffle (Hoang, Morris, Rogaway: An Enciphering Scheme Based on a Card Shuffle, 2012). Each round takes
-a number k below n from the key, pairs every place x with (k - x) mod n, and swaps the pair or not by one bit that both of its places agree
-on. Any place is followed through all rounds without those of the others.
+The order of a pass is a swap-or-not shuffle (Hoang, Morris, Rogaway: An Enciphering Scheme Based on a Card Shuffle,
+2012). Each round takes a number k below n from the key, pairs every place x with (k - x) mod n, and swaps the pair or
+not by one bit that both of its places agree on. Any place is followed through all rounds without those of the others.
 """
 
 import tensorflow as tf
 
-from pipeline.distributed.devices import FULL_SHARD, Shard
+from pipeline.distributed.sharding import FULL_SHARD, Shard
 
 ORDER = "swap-or-not shuffle"  # part of what a resumed run must agree with
 CHUNK_POSITIONS = 1024  # positions
@@ -39,7 +39,7 @@ def positions(batch_size: int, share: Shard = FULL_SHARD, *, start_step: int = 0
 
 
 def shuffled(position: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Goes through `count` images pass after pass, each in an order of its own.
+    """Go through `count` images pass after pass, each in an order of its own.
 
     Args:
         position: int64 (N,), from 0.
@@ -66,7 +66,10 @@ def shuffled(position: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.
 
 
 def _mixed(value: tf.Tensor) -> tf.Tensor:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), uint64."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood.
+
+    Fast Splittable Pseudorandom Number Generators, 2014), uint64.
+    """
     for shift, factor in ((30, SPLITMIX_FIRST), (27, SPLITMIX_SECOND)):
         value = tf.bitwise.bitwise_xor(
             value, tf.bitwise.right_shift(value, tf.constant(shift, tf.uint64))

@@ -1,7 +1,8 @@
 """What earlier scans found in files that have not changed since, so that they need not be decoded again.
 
-One file per data set under XDG_CACHE_HOME: a seal, then FACTS, one record after the other. It is written aside and renamed, so that of
-two processes one wins and none reads a half; one that is damaged, or of another version, counts as absent. Bad files are not kept.
+One file per data set under XDG_CACHE_HOME: a seal, then FACTS, one record after the other. It is written aside and
+renamed, so that of two processes one wins and none reads a half; one that is damaged, or of another version, counts as
+absent. Bad files are not kept.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ class ScanCache:
     """The facts about a data set's files."""
 
     def __init__(self, data: Path | None) -> None:
-        """Opens what there is.
+        """Open what there is.
 
         Args:
             data: The folder or file that names the data set; None keeps nothing.
@@ -61,17 +62,20 @@ class ScanCache:
         return facts if (facts["size"], facts["modified"]) == status else None
 
     def stamp(self, facts: np.ndarray, key: str, status: FileStat) -> None:
-        """Notes in FACTS () of which file, size and version they are. `status` must be from before the file was read."""
+        """Notes in FACTS () of which file, size and version they are.
+
+        `status` must be from before the file was read.
+        """
         self._news = True
         facts["name"], facts["size"], facts["modified"] = key_hash(key), *status
 
     def save(self, facts: np.ndarray, *, whole: bool) -> None:
-        """Keeps the signed ones of FACTS (N,); where that cannot be done, nothing is kept.
+        """Keep the signed ones of FACTS (N,); where that cannot be done, nothing is kept.
 
         Args:
             facts: What a scan found.
-            whole: Whether it was of the whole data set, and came to its end. If so, they take the place of what was known; else they are
-                added to it.
+            whole: Whether it was of the whole data set, and came to its end. If so, they take the place of what was
+                known; else they are added to it.
         """
         if self._path is None or not self._news:
             return

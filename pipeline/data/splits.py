@@ -1,7 +1,8 @@
 """Near-duplicate pictures found and kept together, and the splits that the data do not bring along.
 
-Two pictures are near-duplicates when two independent signatures agree: their perceptual hashes (the pattern of coarse light and dark) and
-small colour thumbnails of them. Pictures too small or too flat for a perceptual hash are compared by their pixels.
+Two pictures are near-duplicates when two independent signatures agree: their perceptual hashes (the pattern of coarse
+light and dark) and small colour thumbnails of them. Pictures too small or too flat for a perceptual hash are compared
+by their pixels.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from pipeline.config.data import SplitsConfig
 
 SMALLEST_SIDE = 32  # pixels; below, a perceptual hash says too little
 FLATTEST = 4.0  # standard deviation of the thumbnail, in grey levels of 255; below, the hash is noise
-# Measured on 1,360 photos of flowers: of the 72 pairs up to a distance of 14 and from a correlation of 0.94, all show one photograph (66
-# at distance 0; the farthest are crops); the next are at 20. 69 lie within the bounds below.
+# Measured on 1,360 photos of flowers: of the 72 pairs up to a distance of 14 and from a correlation of 0.94, all show
+# one photograph (66 at distance 0; the farthest are crops); the next are at 20. 69 lie within the bounds below.
 HASH_DISTANCE = 4  # of 64 bits
 THUMBNAIL_CORRELATION = 0.96
 PIECES = np.array_split(
@@ -58,7 +59,8 @@ def signature(picture: np.ndarray, orientation: int) -> Signature:
     image = Image.fromarray(picture)
     if min(image.size) < SMALLEST_SIDE:
         return Signature(0, np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8), _digest(picture, picture), False)
-    # Bilinear and not box sampling, which takes whole pixels: one photo at half its size then moves 0.2 of its bits and not 1.4.
+    # Bilinear and not box sampling, which takes whole pixels: one photo at half its size then moves 0.2 of its bits and
+    # not 1.4.
     image = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=3.0)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
@@ -86,10 +88,10 @@ TURNS = {
 
 
 def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray, perceptual: np.ndarray) -> np.ndarray:
-    """Groups of pictures that are near-duplicates of each other, directly or through others.
+    """Group of pictures that are near-duplicates of each other, directly or through others.
 
-    Time and memory grow with the number of pictures, not of pairs: only pictures whose hashes agree under a mask are compared, in rounds of
-    the next, next but one, ... in the order of the hashes.
+    Time and memory grow with the number of pictures, not of pairs: only pictures whose hashes agree under a mask are
+    compared, in rounds of the next, next but one, ... in the order of the hashes.
 
     Args:
         phash: uint64 (N,).
@@ -160,11 +162,11 @@ def assign_splits(
 ) -> np.ndarray:
     """The split of every sample.
 
-    Splits that the data bring are kept. All three are made where the data bring none or only train; where they bring train and test, val is
-    taken out of train. Making splits goes class by class. Groups are whole; they are put in an order drawn from the seed and the
-    pictures' contents, and cut at the shares. So each split's part is within one group of exact, a few files more or
-    less move few others, and names play no part. A class of three groups or more is in every split that is made; of two, in train
-    and test (or val, where only that is made); of one, in train.
+    Splits that the data bring are kept. All three are made where the data bring none or only train; where they bring
+    train and test, val is taken out of train. Making splits goes class by class. Groups are whole; they are put in an
+    order drawn from the seed and the pictures' contents, and cut at the shares. So each split's part is within one
+    group of exact, a few files more or less move few others, and names play no part. A class of three groups or more is
+    in every split that is made; of two, in train and test (or val, where only that is made); of one, in train.
 
     Args:
         label: int (N,).
@@ -207,7 +209,10 @@ def assign_splits(
 
 
 def _cuts(sizes: np.ndarray, parts: tuple[float, ...]) -> list[int]:
-    """Where to cut a row of groups so that the parts get their shares, and none is empty as long as there are groups."""
+    """Where to cut a row of groups so that the parts get their shares.
+
+    And none is empty as long as there are groups.
+    """
     middles = np.cumsum(sizes) - sizes / 2
     ends = np.cumsum(parts)[:-1] / sum(parts) * sizes.sum()
     cuts = [int(cut) for cut in np.searchsorted(middles, ends)]

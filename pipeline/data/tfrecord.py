@@ -1,4 +1,7 @@
-"""Data sets that exist as TFRecord files of tf.train.Example, to be packed: TFRecord can only be read from one end to the other."""
+"""Data sets that exist as TFRecord files of tf.train.Example, to be packed.
+
+TFRecord can only be read from one end to the other.
+"""
 
 import glob
 import hashlib
@@ -49,7 +52,10 @@ class RecordFile:
 
 
 class TfrecordOrigin:
-    """Files of tf.train.Example, uncompressed. A picture's key: `<split>/<file>/<number of the record>/<its own name, if any>`."""
+    """Files of tf.train.Example, uncompressed.
+
+    A picture's key: `<split>/<file>/<number of the record>/<its own name, if any>`.
+    """
 
     total = None
 
@@ -60,14 +66,14 @@ class TfrecordOrigin:
         class_names: Sequence[str] | None,
         first_label: int | None,
     ) -> None:
-        """Finds the files and looks at the first record.
+        """Find the files and looks at the first record.
 
         Args:
             patterns: `train=FOLDER/train-*` or without the split, all with or all without.
             features: Names of the Features that are called otherwise than in LAYOUTS.
             class_names: In the order of the labels; None takes them from the records.
-            first_label: The label of the first class: 0, or 1 where 0 is left to a background class; None takes 0, and refuses data for
-                which that may be wrong.
+            first_label: The label of the first class: 0, or 1 where 0 is left to a background class; None takes 0, and
+                refuses data for which that may be wrong.
 
         Raises:
             DataError: There is no such file, or its records are not understood.

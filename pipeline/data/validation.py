@@ -1,4 +1,7 @@
-"""What is wrong with a data set: files that do not decode, classes without pictures, duplicates across splits. Training begins with it."""
+"""What is wrong with a data set: files that do not decode, classes without pictures, duplicates across splits.
+
+Training begins with it.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +105,8 @@ def scan(
         whole: Whether the source is all of the data set that `config` names, and not a part of it.
 
     Raises:
-        DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of these are named.
+        DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of
+            these are named.
     """
     examination = validate(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
     if examination.errors or examination.manifest is None:
@@ -119,7 +123,7 @@ def validate(
     fewest_classes: int = 2,
     whole: bool = True,
 ) -> ValidationReport:
-    """Decodes every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
+    """Decode every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
 
     Args:
         source: Where the samples come from.

@@ -1,0 +1,1 @@
+"""Processes and devices: cluster, process group, strategy, signals."""

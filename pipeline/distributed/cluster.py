@@ -1,4 +1,7 @@
-"""Which of a run's processes this one is: TensorFlow's own variable TF_CONFIG says so on every machine that takes part."""
+"""Which of a run's processes this one is.
+
+TensorFlow's own variable TF_CONFIG says so on every machine that takes part.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ from typing import Any
 from pipeline.config.address import parse_address
 from pipeline.errors import ConfigError, RunError
 
-EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
+EXAMPLE_TF_CONFIG = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,26 @@ class ProcessInfo:
         """Whether this is the process that writes what there is to write."""
         return self.rank == 0
 
-    def name(self, number: int | None = None) -> str:
+    def name(self, rank: int | None = None) -> str:
         """What a process is called on the screen; this one for None."""
-        number = self.rank if number is None else number
-        return f"process {number + 1} of {len(self.addresses)} ({self.addresses[number]})"
+        rank = self.rank if rank is None else rank
+        return f"process {rank + 1} of {len(self.addresses)} ({self.addresses[rank]})"
 
     def others(self) -> str:
         """The addresses of the other processes, the first few."""
         others = [address for number, address in enumerate(self.addresses) if number != self.rank]
         return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
 
-    def number_of(self, job: str, task: int) -> int:
+    def rank_of(self, job: str, task: int) -> int:
         """The number of the process that TensorFlow calls so."""
         return task + (self.has_chief and job == "worker")
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """A block in which TensorFlow connects the processes. SIGTERM and Ctrl-C end the process at once: it would not hear of them."""
+        """A block in which TensorFlow connects the processes.
+
+        SIGTERM and Ctrl-C end the process at once: it would not hear of them.
+        """
         before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -59,8 +65,8 @@ class ProcessInfo:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def wait_for_chief(self, say: Callable[[str], None], timeout: float = 600.0) -> None:
-        """Waits until the first process listens at its address.
+    def wait_for_chief(self, report: Callable[[str], None], timeout: float = 600.0) -> None:
+        """Wait until the first process listens at its address.
 
         Args:
             say: Told that there is something to wait for, where there is.
@@ -76,7 +82,7 @@ class ProcessInfo:
                 return
             except OSError:
                 if not told:
-                    say(f"{self.name()} waits for the first one at {self.addresses[0]}")
+                    report(f"{self.name()} waits for the first one at {self.addresses[0]}")
                 told = True
                 time.sleep(0.5)
         raise RunError(
@@ -85,7 +91,7 @@ class ProcessInfo:
 
 
 def cluster_from_tf_config(strategy: str) -> ProcessInfo | None:
-    """Reads TF_CONFIG.
+    """Read TF_CONFIG.
 
     Args:
         strategy: As `runtime.strategy`; one and mirrored are for a single process whatever TF_CONFIG says.
@@ -101,14 +107,14 @@ def cluster_from_tf_config(strategy: str) -> ProcessInfo | None:
         return None
     if not text:
         raise ConfigError(
-            f"runtime.strategy: multi_worker needs the variable TF_CONFIG on each machine, such as {EXAMPLE}"
+            f"runtime.strategy: multi_worker needs the variable TF_CONFIG on each machine, such as {EXAMPLE_TF_CONFIG}"
         )
     try:
         value = json.loads(text)
         chiefs, workers = (_addresses(value, job) for job in ("chief", "worker"))
         task = value["task"]["type"], int(value["task"]["index"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"TF_CONFIG: is not such as {EXAMPLE}. Received: {text}") from None
+        raise ConfigError(f"TF_CONFIG: is not such as {EXAMPLE_TF_CONFIG}. Received: {text}") from None
     tasks = [("chief", index) for index in range(len(chiefs))] + [("worker", index) for index in range(len(workers))]
     if len(chiefs) > 1:
         raise ConfigError(f"TF_CONFIG: there can be one chief at most. Received: {text}")

@@ -1,8 +1,8 @@
 """The processes of a run on several machines: what one knows the others are told, and what they decide they decide together.
 
-All of it goes through the collective operations of TensorFlow's strategy, so every process has to come by every call, in the same order.
-A process that ends in between ends them all: TensorFlow notices at once where the connection breaks, and within seconds where a machine
-falls silent.
+All of it goes through the collective operations of TensorFlow's strategy, so every process has to come by every call,
+in the same order. A process that ends in between ends them all: TensorFlow notices at once where the connection breaks,
+and within seconds where a machine falls silent.
 """
 
 import json
@@ -20,7 +20,7 @@ from pipeline.errors import RunError, TrainingError, UserError
 
 logger = logging.getLogger(__name__)
 
-BROKEN = re.compile(  # what TensorFlow says where a process is gone, and in no error of this one's own
+PEER_FAILURE = re.compile(  # what TensorFlow says where a process is gone, and in no error of this one's own
     "ollective ops is aborted|oordination (service|agent)|unhealthy|failed to connect|Socket closed|Connection (reset|refused)|incarnation"
 )
 
@@ -35,10 +35,12 @@ class ProcessGroup:
         is_chief: Whether this is the one that writes checkpoints, MLflow and reports.
     """
 
-    def __init__(self, place: ProcessInfo | None = None, strategy: tf.distribute.Strategy | None = None) -> None:
-        """Takes the strategy that connects the processes, and this one's place."""
-        self.place, self._strategy = place, strategy
-        self.world_size, self.rank = (1, 0) if place is None else (len(place.addresses), place.rank)
+    def __init__(self, process_info: ProcessInfo | None = None, strategy: tf.distribute.Strategy | None = None) -> None:
+        """Take the strategy that connects the processes, and this one's place."""
+        self.process_info, self._strategy = process_info, strategy
+        self.world_size, self.rank = (
+            (1, 0) if process_info is None else (len(process_info.addresses), process_info.rank)
+        )
         self.is_chief = self.rank == 0
         self._all_reduce = tf.function(self._summed, autograph=False)
 
@@ -88,10 +90,11 @@ class ProcessGroup:
             logger.warning("another process was gone at the end: %s", error.message)
 
     def assert_same_on_all(self, describe: Callable[[], Mapping[str, str]]) -> None:
-        """Makes sure that the processes are at work on the same thing.
+        """Make sure that the processes are at work on the same thing.
 
         Args:
-            describe: Gives facts by name, the same names on every process; of the same run they are equal. Not called where there is one.
+            describe: Gives facts by name, the same names on every process; of the same run they are equal. Not called
+                where there is one.
 
         Raises:
             RunError: A process has others than the chief.
@@ -104,9 +107,9 @@ class ProcessGroup:
         differs[self.rank] = [facts[name] != chiefs[name] for name in facts]
         found = self._sum(differs.ravel()).reshape(differs.shape)
         if found.any():
-            assert self.place is not None
+            assert self.process_info is not None
             lines = [
-                f"  {self.place.name(number)}: {', '.join(name for name, one in zip(facts, row, strict=True) if one)}"
+                f"  {self.process_info.name(number)}: {', '.join(name for name, one in zip(facts, row, strict=True) if one)}"
                 for number, row in enumerate(found)
                 if row.any()
             ]
@@ -127,7 +130,7 @@ class ProcessGroup:
         try:
             yield
         except tf.errors.OpError as error:
-            if self.place is None or not BROKEN.search(error.message):
+            if self.process_info is None or not PEER_FAILURE.search(error.message):
                 raise
             logger.error("%s: %s", type(error).__name__, error.message)
             named = re.findall(r"/job:(chief|worker)/(?:replica:\d+/)?task:(\d+)", error.message)
@@ -138,10 +141,10 @@ class ProcessGroup:
 
     def _who(self, named: list[tuple[str, str]]) -> str:
         """The processes that TensorFlow's error names, but this one, in words."""
-        assert self.place is not None
-        numbers = {self.place.number_of(job, int(task)) for job, task in named} - {self.rank}
+        assert self.process_info is not None
+        numbers = {self.process_info.rank_of(job, int(task)) for job, task in named} - {self.rank}
         return (
-            f" or cannot be reached: {', '.join(self.place.name(number) for number in sorted(numbers) if number < self.world_size)}"
+            f" or cannot be reached: {', '.join(self.process_info.name(number) for number in sorted(numbers) if number < self.world_size)}"
             * bool(numbers)
         )
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: asked to stop, a run ends between two steps, its state saved."""
+"""SIGTERM and Ctrl-C: a run that is asked to stop ends between two steps, with its state saved."""
 
 import signal
 import threading
@@ -6,34 +6,45 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+class TrainingInterrupted(Exception):  # noqa: N818 - it is not an error
+    """The run stopped on request, after a complete step and after the callbacks received its state."""
+
+
 class StopSignal:
-    """Whether the process was asked to stop, by SIGTERM or by a first Ctrl-C; a second Ctrl-C ends it at once.
+    """A flag that SIGTERM or a first Ctrl-C sets; a second Ctrl-C ends the process at once.
 
     Attributes:
-        signal: The number of the signal that asked; 0 while none did.
+        signal: Number of the signal that set the flag; 0 while it is not set.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """Takes what tells the user that the request was heard."""
-        self.signal, self._say = 0, say
+    def __init__(self, report: Callable[[str], None]) -> None:
+        """Create the flag, not set.
+
+        Args:
+            report: Called with a line for the user when the flag is set.
+        """
+        self.signal, self._report = 0, report
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """A block in which such a request waits for the end of the step. Outside it, the process ends as any other does."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Handle signals inside the block, where one only sets the flag.
+
+        Outside it, the signal ends the process as usual.
+        """
+        previous = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _set(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        text = "stopping behind this step or validation; Ctrl-C ends it at once"
-        threading.Thread(
-            target=self._say, args=(text,), daemon=True
-        ).start()  # the signal may have come in the middle of a line
+        text = "stopping after this step or validation; Ctrl-C ends it at once"
+        # In a thread of its own, as the signal may have come in the middle of a line.
+        threading.Thread(target=self._report, args=(text,), daemon=True).start()
 
     def __call__(self) -> bool:
+        """Return True if the flag is set."""
         return self.signal != 0

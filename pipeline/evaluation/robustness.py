@@ -8,8 +8,7 @@ import tensorflow as tf
 
 from pipeline.config.augment import TransformConfig
 from pipeline.data.augmentation import AlbumentationsTransforms
-from pipeline.data.input_pipeline import PreprocessFn
-from pipeline.data.preprocessing import Resize, resize_to_square
+from pipeline.data.preprocessing import PreprocessFn, Resize, resize_to_square
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_RESOLUTION = 224  # pixels; the sizes of blurs refer to it

@@ -7,8 +7,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.special import log_softmax, logsumexp
 
-from pipeline.data.input_pipeline import PreprocessFn
-from pipeline.data.preprocessing import Resize, crop_view, resize_to_square
+from pipeline.data.preprocessing import PreprocessFn, Resize, crop_view, resize_to_square
 from pipeline.errors import RunError
 from pipeline.evaluation.predictor import Predictions
 

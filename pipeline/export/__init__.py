@@ -1,0 +1,1 @@
+"""Export to other runtimes, and the verification that each file equals the model."""

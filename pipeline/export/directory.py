@@ -1,4 +1,4 @@
-"""An export's directory: what stands where in it, and how new files take the place of earlier ones."""
+"""The directory of an export: its files, and how new files replace earlier ones."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.runs.run_directory import write
+from pipeline.files import atomic_write
 
 FILES = {
     "savedmodel": "savedmodel",
@@ -25,7 +25,8 @@ class ExportDirectory:
     """One network in several formats.
 
     Attributes:
-        path: The directory: the good files, `metadata.json`, `labels.txt`, and in `failed/` the files that are not equal to the model.
+        path: The directory: the good files, `metadata.json`, `labels.txt`, and in `failed/` the files that are not
+            equal to the model.
         known: What `metadata.json` says of each format that was written by earlier exports.
     """
 
@@ -34,12 +35,12 @@ class ExportDirectory:
 
     @property
     def staging(self) -> Path:
-        """Where files are written, and wait until all of them are proven."""
+        """The folder where files wait until all of them are verified."""
         return self.path / STAGING
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """A block that has the staging folder, empty at first; what is still in it at the end is removed."""
+        """Provide the staging folder, empty at first; what is still in it at the end is removed."""
         shutil.rmtree(self.staging, ignore_errors=True)  # of an export that was killed
         self.staging.mkdir(parents=True)
         try:
@@ -50,22 +51,23 @@ class ExportDirectory:
     def publish(
         self, description: Mapping[str, Any], formats: Mapping[str, Mapping[str, Any]], labels: Sequence[str]
     ) -> None:
-        """Puts everything in its place: good files beside the metadata, the others into `failed/`.
+        """Put everything in its place: good files beside the metadata, the others into `failed/`.
 
-        A format of which there is no new file keeps the earlier one. The metadata come first: an export that is cut off in here is known
-        for one, and is mended by another.
+        A format of which there is no new file keeps the earlier one. The metadata come first: an export that is cut off
+        in here is known for one, and is mended by another.
 
         Args:
             description: What `metadata.json` says of all formats.
-            formats: What it says of each new one. Its `file` is None where none could be written, and its `passed` says where it belongs.
+            formats: What it says of each new one. Its `file` is None where none could be written, and its `passed` says
+                where it belongs.
             labels: The class names.
         """
         entries = dict(self.known)
         entries |= {name: entry for name, entry in formats.items() if entry["file"] is not None or name not in entries}
-        write(
+        atomic_write(
             self.path / METADATA, json.dumps({**description, "formats": entries}, indent=1, ensure_ascii=False) + "\n"
         )
-        write(self.path / LABELS, "\n".join(labels) + "\n")
+        atomic_write(self.path / LABELS, "\n".join(labels) + "\n")
         failed = self.path / FAILED
         for name, entry in formats.items():
             if entry["file"] is not None:
@@ -80,7 +82,7 @@ class ExportDirectory:
 
 
 def prepare(path: Path, formats: Sequence[str], model_digest: str) -> ExportDirectory:
-    """Looks whether an export can go into a directory, which need not exist; writes nothing.
+    """Check whether an export can go into a directory, which need not exist; write nothing.
 
     Args:
         path: The directory.

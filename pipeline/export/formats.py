@@ -1,10 +1,11 @@
-"""A trained network written for other runtimes, each file with its class names and with what must be done to a picture first.
+"""A trained network written for other runtimes, each file with its class names and preprocessing.
 
-All of them take what `model.keras` takes, float32 (B, R, R, 3), RGB in [0, 255], and give what it gives, float32 logits (B, K).
+All of them take what `model.keras` takes, float32 (B, R, R, 3), RGB in [0, 255], and give what it gives, float32 logits
+(B, K).
 
 | format      | is                     | class names and preprocessing                                               |
 |-------------|------------------------|-----------------------------------------------------------------------------|
-| savedmodel  | SavedModel             | signature `classify`: encoded pictures to probabilities and class names     |
+| savedmodel  | SavedModel             | signature `classify`: encoded images to probabilities and class names     |
 | litert      | LiteRT (.tflite)       | `labels.txt` and `metadata.json` in a zip archive that follows the model     |
 | litert-int8 | LiteRT, 8-bit integers | as litert                                                                   |
 | onnx        | ONNX                   | `metadata_props`, a JSON value each                                         |
@@ -32,12 +33,12 @@ OPSET = 18  # of ONNX, 2023: old enough for the runtimes that are about
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """What those who run an exported file must know.
+    """The interface of an exported file.
 
     Attributes:
         class_names: K names, in the order of the logits.
         resolution: Side R of the input, in pixels.
-        resize: How a picture becomes a square.
+        resize: How an image becomes a square.
     """
 
     class_names: Sequence[str]
@@ -50,7 +51,7 @@ class ModelSignature:
         return tf.TensorSpec((None, self.resolution, self.resolution, 3), tf.float32, name=INPUT)
 
     def describe(self) -> dict[str, Any]:
-        """The same for people and for programs, as JSON values."""
+        """Return the interface as JSON values."""
         side = self.resolution
         return {
             "class_names": list(self.class_names),
@@ -72,40 +73,49 @@ class ModelSignature:
 
 
 def calibration_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
-    """The training images that int8 is calibrated on: up to `count` rows of the manifest, drawn at random, int64 (n,) ascending."""
+    """Choose the training images that int8 is calibrated on.
+
+    Up to `count` rows of the manifest, drawn at random, int64 (n,) ascending.
+    """
     train = manifest.indices("train")
     return np.sort(np.random.default_rng(seed).choice(train, min(count, len(train)), replace=False))
 
 
 def write_saved_model(model: keras.Model, contract: ModelSignature, path: Path) -> None:
-    """Writes a SavedModel: `serving_default` takes `images` to `logits`, `classify` encoded pictures to probabilities and class names.
+    """Write a SavedModel with the signatures `serving_default` and `classify`.
 
-    `classify` takes `encoded`, strings (N,), each a file as `pipeline.data.preprocessing.decode` takes it, and `orientation`, int32 (N,),
-    their EXIF orientations, 1 where a file has none. It gives `probabilities`, float32 (N, K), and `class_names`, strings (K,).
+    `serving_default` maps `images` to `logits`.
+
+    `classify` takes `encoded`, strings (N,), each a file as `pipeline.data.preprocessing.decode` takes it, and
+    `orientation`, int32 (N,), their EXIF orientations, 1 where a file has none. It gives `probabilities`, float32 (N,
+    K), and `class_names`, strings (K,).
     """
     to_square = partial(preprocess, resolution=contract.resolution, resize=contract.resize)
 
     def classify(encoded: tf.Tensor, orientation: tf.Tensor) -> dict[str, tf.Tensor]:
         square = tf.TensorSpec((contract.resolution, contract.resolution, 3), tf.uint8)
-        images = tf.map_fn(lambda picture: to_square(*picture), (encoded, orientation), fn_output_signature=square)
+        images = tf.map_fn(lambda image: to_square(*image), (encoded, orientation), fn_output_signature=square)
         probabilities = tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
         return {"probabilities": probabilities, "class_names": tf.constant(list(contract.class_names))}
 
-    pictures = [tf.TensorSpec((None,), tf.string, name="encoded"), tf.TensorSpec((None,), tf.int32, name="orientation")]
-    _save(model, contract, path, classify=tf.function(classify, input_signature=pictures, autograph=False))
+    encoded_specs = [
+        tf.TensorSpec((None,), tf.string, name="encoded"),
+        tf.TensorSpec((None,), tf.int32, name="orientation"),
+    ]
+    _save(model, contract, path, classify=tf.function(classify, input_signature=encoded_specs, autograph=False))
 
 
 def write_litert(
     model: keras.Model, contract: ModelSignature, path: Path, *, calibration: tf.data.Dataset | None = None
 ) -> None:
-    """Writes a LiteRT model of LiteRT's own operations.
+    """Write a LiteRT model of LiteRT's own operations.
 
     Args:
         model: What to write.
         contract: What goes with it.
         path: The file.
-        calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by channel) and
-            activations become 8-bit integers; input and output stay float32.
+        calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by
+            channel) and activations become 8-bit integers; input and output stay float32.
     """
     with tempfile.TemporaryDirectory() as folder:
         _save(model, contract, Path(folder))
@@ -125,7 +135,7 @@ def write_litert(
 
 
 def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None:
-    """Writes an ONNX model. It is checked for inputs that nothing gives."""
+    """Write an ONNX model. It is checked for inputs that nothing gives."""
     import onnx
     import tf2onnx
 

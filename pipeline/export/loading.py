@@ -26,7 +26,7 @@ class LoadedExport(NamedTuple):
 
 
 def run_model(model: keras.Model) -> Forward:
-    """The model that files are made from, to be run as they are."""
+    """Return the forward pass of the model that files are made from."""
     infer = tf.function(
         lambda images: model(images, training=False), input_signature=[tf.TensorSpec(model.input.shape, tf.float32)]
     )
@@ -34,17 +34,17 @@ def run_model(model: keras.Model) -> Forward:
 
 
 def open_saved_model(path: Path) -> LoadedExport:
-    """Loads a SavedModel."""
+    """Load a SavedModel."""
     signatures = tf.saved_model.load(str(path)).signatures
     serve = signatures["serving_default"]
-    picture = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))  # any will do; but none makes oneDNN's kernels fail
-    labelled = signatures["classify"](encoded=picture[None], orientation=tf.constant([1]))
-    names = tuple(name.decode() for name in labelled["class_names"].numpy())
+    image = tf.io.encode_png(tf.zeros((1, 1, 3), tf.uint8))  # any will do; but none makes oneDNN's kernels fail
+    classified = signatures["classify"](encoded=image[None], orientation=tf.constant([1]))
+    names = tuple(name.decode() for name in classified["class_names"].numpy())
     return LoadedExport(lambda images: serve(images=tf.constant(images))[OUTPUT].numpy(), names)
 
 
 def open_litert(path: Path) -> LoadedExport:
-    """Loads a LiteRT model, with and without 8-bit integers inside."""
+    """Load a LiteRT model, with and without 8-bit integers inside."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
@@ -66,7 +66,7 @@ def open_litert(path: Path) -> LoadedExport:
 
 
 def open_onnx(path: Path) -> LoadedExport:
-    """Loads an ONNX model, to be run on the CPU."""
+    """Load an ONNX model, to be run on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Whether an exported file is the model: both on every image of a split, through one preprocessing."""
+"""Verification that an exported file equals the model: both run on every image of a split."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.export import ExportConfig
-from pipeline.evaluation.metrics import Predictions, evaluate_predictions, join_batches
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictor import Predictions, join_batches
 from pipeline.export.loading import Forward, LoadedExport
 from pipeline.models.profile import latency
 
@@ -25,7 +26,7 @@ class ReferenceResult:
         accuracy: Top-1, in [0, 1].
         logit_std: Standard deviation of all N * K logits: what a difference is to be measured by.
         latency: Seconds for one image.
-        picture: float32 (1, R, R, 3), a picture of the split, for measuring latencies.
+        image: float32 (1, R, R, 3), a image of the split, for measuring latencies.
     """
 
     split: str
@@ -34,7 +35,7 @@ class ReferenceResult:
     accuracy: float
     logit_std: float
     latency: float
-    picture: np.ndarray
+    image: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ParityReport:
 def run_reference(
     forward: Forward, class_names: Sequence[str], dataset: tf.data.Dataset, split: str, progress: Progress | None = None
 ) -> ReferenceResult:
-    """Runs the model over a split.
+    """Run the model over a split.
 
     Args:
         forward: The model.
@@ -72,11 +73,11 @@ def run_reference(
         RunError: If a logit is not finite.
     """
     predictions = _predict(forward, dataset, progress)
-    accuracy = evaluate_predictions(predictions, class_names, split).top1
-    [picture] = [images[:1].numpy().astype(np.float32) for images, *_ in dataset.take(1)]
-    seconds = latency(lambda: forward(picture))
+    accuracy = evaluate_predictions(predictions, class_names, split).accuracy
+    [image] = [images[:1].numpy().astype(np.float32) for images, *_ in dataset.take(1)]
+    seconds = latency(lambda: forward(image))
     return ReferenceResult(
-        split, tuple(class_names), predictions, accuracy, float(predictions.logits.std()), seconds, picture
+        split, tuple(class_names), predictions, accuracy, float(predictions.logits.std()), seconds, image
     )
 
 
@@ -89,7 +90,7 @@ def check_parity(
     exact: bool,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Runs an exported network over the split that the model was run over, and compares.
+    """Run an exported network over the split that the model was run over, and compares.
 
     Args:
         exported: The network as it came out of its file.
@@ -97,7 +98,7 @@ def check_parity(
         dataset: The same batches.
         limits: What it must come up to.
         exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
-        progress: As of `refer`.
+        progress: As of `run_reference`.
     """
     predictions = _predict(exported.forward, dataset, progress)
     logits, wanted = predictions.logits, reference.predictions.logits
@@ -107,12 +108,12 @@ def check_parity(
     failures = [] if exported.class_names == reference.class_names else ["the class names in it are not the model's"]
     accuracy = float("nan")
     if np.isfinite(logits).all():
-        accuracy = evaluate_predictions(predictions, reference.class_names, reference.split).top1
+        accuracy = evaluate_predictions(predictions, reference.class_names, reference.split).accuracy
         failures += _shortfalls(difference, agreement, accuracy, reference, limits, exact=exact)
     else:
         failures.append("its logits are not all finite")
     return ParityReport(
-        difference, agreement, accuracy, latency(lambda: exported.forward(reference.picture)), tuple(failures)
+        difference, agreement, accuracy, latency(lambda: exported.forward(reference.image)), tuple(failures)
     )
 
 
@@ -128,7 +129,8 @@ def _shortfalls(
     found = []
     if exact and difference > limits.max_logit_difference * reference.logit_std:
         found.append(
-            f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' standard deviation; "
+            f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' "
+            "standard deviation; "
             f"export.max_logit_difference allows {limits.max_logit_difference:g}"
         )
     if agreement < limits.min_agreement:

@@ -1,0 +1,1 @@
+"""The network: families and variants, the builder, its layers, weights, size and scaling."""

@@ -1,6 +1,9 @@
-"""Compound scaling as a search (arXiv 1905.11946, section 3.3): for alpha, beta and gamma, and for the largest phi within a budget.
+"""Compound scaling as a search (arXiv 1905.11946, section 3.3).
 
-Every figure is that of a network that was built, never of a formula; where no weight is looked at, it is built without any.
+A grid search finds alpha, beta and gamma; a bisection finds the largest phi within a budget.
+
+Every figure is that of a network that was built, never of a formula; where no weight is looked at, it is built without
+any.
 """
 
 import math
@@ -15,9 +18,18 @@ import tensorflow as tf
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.models.efficientnet import CLASSIFIER, STAGES, STEM_FILTERS, TOP_FILTERS, efficientnet, stage_repeats
+from pipeline.models.efficientnet import CLASSIFIER, efficientnet
 from pipeline.models.profile import estimated_memory, latency, profile_model
-from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_multipliers, from_phi, round_filters
+from pipeline.models.variants import (
+    IMAGENET_VARIANTS,
+    VARIANTS,
+    Variant,
+    end_filters,
+    from_multipliers,
+    from_phi,
+    stage_filters,
+    stage_repeats,
+)
 
 STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
 SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
@@ -27,11 +39,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class VariantProfile:
-    """What a variant comes to once it is built.
+    """The size of a variant, counted on the network built from it.
 
     Attributes:
         blocks: MBConv blocks.
-        parameters: Trainable ones; the moving statistics of batch normalisation do not count, as in the paper.
+        parameters: Trainable ones; the moving statistics of batch normalization do not count, as in the paper.
         flops: Multiply-adds of one image.
         memory: Estimated bytes of a training step in float32, with two optimizer slots and a moving average.
     """
@@ -60,7 +72,7 @@ class Candidate:
 
     @property
     def product(self) -> float:
-        """alpha * beta^2 * gamma^2, which foretells the ratio but for the rounding."""
+        """Alpha * beta^2 * gamma^2, which predicts the ratio but for the rounding."""
         return compound(self.alpha, self.beta, self.gamma)
 
 
@@ -97,24 +109,30 @@ class Solution:
 
 
 def without_values(variant: Variant, num_classes: int = 1000) -> keras.Model:
-    """A network whose weights have shapes and no values, so that L2 takes no 2 GB. Clears Keras's global state: names count anew."""
+    """Build a network whose weights have shapes and no values, so that L2 takes no 2 GB.
+
+    Clears Keras's global state: names count anew.
+    """
     with keras.StatelessScope(initialize_variables=False):
         model = efficientnet(variant, num_classes=num_classes)
     keras.utils.clear_session(free_memory=False)  # or Keras goes on keeping them, to give them values later
     return model
 
 
-def architecture(variant: Variant) -> tuple[int | bool, ...]:
-    """What rounding leaves of a variant. Variants that are equal in this are the same network, but for dropout."""
-    end_width = 1.0 if variant.lite else variant.width
-    filters = [round_filters(stage.filters, variant.width) for stage in STAGES]
-    ends = [round_filters(STEM_FILTERS, end_width), round_filters(TOP_FILTERS, end_width)]
-    return (variant.lite, variant.resolution, *stage_repeats(variant), *filters, *ends)
+def architecture(variant: Variant) -> tuple[str | int, ...]:
+    """Return what identifies a variant after rounding: equal results are the same network, but for dropout."""
+    return (
+        variant.family_name,
+        variant.resolution,
+        *stage_repeats(variant),
+        *stage_filters(variant),
+        *end_filters(variant),
+    )
 
 
 def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant], T]:
-    """The same function, which measures no network twice."""
-    known: dict[tuple[int | bool, ...], T] = {}
+    """Wrap a measurement so that no network is measured twice."""
+    known: dict[tuple[str | int, ...], T] = {}
 
     def measure_once(variant: Variant) -> T:
         key = architecture(variant)
@@ -125,8 +143,8 @@ def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant]
     return measure_once
 
 
-def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> VariantProfile:
-    """Builds a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
+def profile_variant(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> VariantProfile:
+    """Build a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
     model = without_values(variant, num_classes)
     counted = profile_model(model)
     memory = estimated_memory(model, batch_size)
@@ -134,7 +152,10 @@ def size_of(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) 
 
 
 def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
-    """Seconds that the network takes for one image, as a tf.function on TensorFlow's default device, the result's way back included."""
+    """Seconds that the network takes for one image.
+
+    As a tf.function on TensorFlow's default device, the result's way back included.
+    """
     model = efficientnet(variant, num_classes=num_classes)
     infer = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
     images = tf.zeros((1, variant.resolution, variant.resolution, 3))
@@ -144,14 +165,14 @@ def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
 
 
 def compound(alpha: float, beta: float, gamma: float) -> float:
-    """alpha * beta^2 * gamma^2: by what the multiply-adds grow per unit of phi, before rounding."""
+    """Return alpha * beta^2 * gamma^2: the factor of the multiply-adds per unit of phi, before rounding."""
     return alpha * beta**2 * gamma**2
 
 
 def grid(
     alphas: Iterable[float], betas: Iterable[float], gammas: Iterable[float], tolerance: float
 ) -> list[tuple[float, float, float]]:
-    """The triples whose alpha * beta^2 * gamma^2 is within `tolerance` of 2 (the paper's own gives 1.92)."""
+    """List the triples whose alpha * beta^2 * gamma^2 is within `tolerance` of 2 (the paper's own gives 1.92)."""
     return [triple for triple in product(alphas, betas, gammas) if abs(compound(*triple) - 2) <= tolerance]
 
 
@@ -160,12 +181,12 @@ def flops_ratios(
     flops: Callable[[Variant], float],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Candidate]:
-    """Measures the triples of a grid at phi = 1.
+    """Measure the triples of a grid at phi = 1.
 
     Args:
         triples: alpha, beta, gamma each.
         flops: Takes a variant to its multiply-adds.
-        progress: Told the number done and of all.
+        progress: Called with the number done and the total.
 
     Returns:
         The candidates, that whose ratio to B0 is closest to 2 first.
@@ -180,10 +201,11 @@ def flops_ratios(
 
 
 def largest_within(budgets: Sequence[Budget]) -> Solution:
-    """Solves for phi by bisection, one budget after the other, each only up to what those before it allow.
+    """Solve for phi by bisection, one budget after the other, each only up to what those before it allow.
 
     Args:
-        budgets: In the order of their cost, cheapest first. Each must not fall as phi grows; a latency does so up to its noise.
+        budgets: In the order of their cost, cheapest first. Each must not fall as phi grows; a latency does so up to
+            its noise.
 
     Raises:
         UserError: Not even the smallest phi is within a budget.
@@ -198,8 +220,9 @@ def largest_within(budgets: Sequence[Budget]) -> Solution:
         if not fits(first):
             smallest = from_phi(SMALLEST_PHI)
             raise UserError(
-                f"{budget.name}: no network on the compound line is within {budget.show(budget.limit)}; the smallest, phi = {SMALLEST_PHI} "
-                f"at {smallest.resolution} px, takes {budget.show(budget.measure(smallest))}; allow at least that"
+                f"{budget.name}: no network on the compound line is within {budget.show(budget.limit)}; the "
+                f"smallest, phi = {SMALLEST_PHI} at {smallest.resolution} px, takes "
+                f"{budget.show(budget.measure(smallest))}; allow at least that"
             )
         if top < end and fits(top):
             continue
@@ -213,13 +236,13 @@ def largest_within(budgets: Sequence[Budget]) -> Solution:
 
 
 def nearest_published(variant: Variant) -> Variant:
-    """Of B0 to B8 and L2, the one whose width, depth and resolution are nearest by ratio."""
+    """Return the variant of B0 to B8 and L2 whose width, depth and resolution are nearest by ratio."""
 
     def distance(other: Variant) -> float:
         ratios = (variant.width / other.width, variant.depth / other.depth, variant.resolution / other.resolution)
         return sum(abs(math.log(ratio)) for ratio in ratios)
 
-    return min((other for other in VARIANTS.values() if not other.lite), key=distance)
+    return min((other for other in VARIANTS.values() if other.family_name == "efficientnet"), key=distance)
 
 
 @dataclass(frozen=True)
@@ -240,7 +263,7 @@ class WeightOverlap:
 
 
 def best_fit(variant: Variant) -> WeightOverlap:
-    """The published variant with weights to be had by name that fills most of a network."""
+    """Return the published variant with weights available by name that fills most of a network."""
 
     def shapes(of: Variant) -> dict[str, list[tuple[int, ...]]]:
         layers = without_values(of).layers
@@ -253,7 +276,7 @@ def best_fit(variant: Variant) -> WeightOverlap:
     wanted = shapes(variant)
     fits = []
     for name in IMAGENET_VARIANTS:
-        if VARIANTS[name].lite == variant.lite:
+        if VARIANTS[name].family == variant.family:
             there = shapes(VARIANTS[name])
             fitting = sum(there.get(layer) == shape for layer, shape in wanted.items())
             fits.append(WeightOverlap(name, fitting, len(wanted), wanted == there))
@@ -261,12 +284,12 @@ def best_fit(variant: Variant) -> WeightOverlap:
 
 
 def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, batch_size: int, header: str) -> str:
-    """A config that trains a solution on a folder of photos.
+    """Return a config that trains a solution on a folder of images.
 
     Args:
         solution: The network.
-        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned; else what fits of them
-            is where training starts.
+        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned;
+            else what fits of them is where training starts.
         data_path: The folder: <class>/<image>.
         batch_size: Images per step.
         header: Lines for the comment at its top: the budgets and what they came to.
@@ -283,7 +306,8 @@ def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, 
             {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True},
         ]
         said = [
-            f"Rounded, this is {fit.source} at {variant.resolution} px: its ImageNet weights fit whole and are fine-tuned."
+            f"Rounded, this is {fit.source} at {variant.resolution} px: "
+            "its ImageNet weights fit whole and are fine-tuned."
         ]
     else:
         weights = f"imagenet:{fit.source}" if fit.fitting else None
@@ -292,8 +316,10 @@ def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, 
         said = ["Starts from random values: no published weights fit."]
         if fit.fitting:
             said = [
-                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, in {fit.fitting} of {fit.total} backbone",
-                "layers; the others are random at first, so all are trained. Without a network to fetch them: model.weights=null.",
+                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, "
+                f"in {fit.fitting} of {fit.total} backbone",
+                "layers; the others are random at first, so all are trained. "
+                "Without a network to fetch them: model.weights=null.",
             ]
     values = {
         "seed": 42,

@@ -1,7 +1,7 @@
-"""EfficientNet (Tan & Le 2019, arXiv 1905.11946), whole: the table of B0, the builder that scales it, and what knows its layers' names.
+"""EfficientNet (Tan & Le 2019, arXiv 1905.11946): the builder that scales a family's table, and its layer names.
 
-Follows tensorflow/tpu models/official/efficientnet. Layer names are those of keras.applications, which makes its weight files fit. Only
-plain Keras layers are used: a saved model loads where this package is not installed.
+Follows tensorflow/tpu models/official/efficientnet. Layer names are those of keras.applications, which makes its weight
+files fit. Only plain Keras layers are used: a saved model loads where this package is not installed.
 
 | block  | operator       | kernel | stride | expansion | channels | repeats |
 |--------|----------------|--------|--------|-----------|----------|---------|
@@ -15,8 +15,9 @@ plain Keras layers are used: a saved model loads where this package is not insta
 | 7      | MBConv         | 3      | 1      | 6         | 320      | 1       |
 | top    | convolution    | 1      | 1      |           | 1280     | 1       |
 
-The channels are multiplied by the variant's width and the repeats by its depth (`pipeline.models.variants`). The lite variants leave the channels
-of stem and top and the repeats of blocks 1 and 7 as they are, have no squeeze-and-excitation, and ReLU6 in place of swish.
+The channels are multiplied by the variant's width and the repeats by its depth (`pipeline.models.variants`). The lite
+variants leave the channels of stem and top and the repeats of blocks 1 and 7 as they are, have no
+squeeze-and-excitation, and ReLU6 in place of swish.
 """
 
 import re
@@ -28,41 +29,17 @@ from typing import NamedTuple
 import keras
 from keras import layers
 
-from pipeline.models.variants import Variant, round_filters, round_repeats
-
-
-class BlockArgs(NamedTuple):
-    """A row of the table: blocks that differ only in that the first has the stride and changes the channels."""
-
-    kernel: int
-    stride: int
-    expand: int
-    filters: int
-    repeats: int
-
-
-STAGES = (
-    BlockArgs(3, 1, 1, 16, 1),
-    BlockArgs(3, 2, 6, 24, 2),
-    BlockArgs(5, 2, 6, 40, 2),
-    BlockArgs(3, 2, 6, 80, 3),
-    BlockArgs(5, 1, 6, 112, 3),
-    BlockArgs(5, 2, 6, 192, 4),
-    BlockArgs(3, 1, 6, 320, 1),
-)
-STEM_FILTERS, TOP_FILTERS = 32, 1280
-SE_RATIO = 0.25  # squeezed channels, as a share of the channels that enter the block (before its expansion)
-BATCH_NORM_EPSILON = 1e-3
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel / 255, per channel
-LITE_MEAN, LITE_STD = 127.0, 128.0  # of the pixel
+from pipeline.models.variants import BlockArgs, Variant, end_filters, stage_filters, stage_repeats
 
 CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
 TOP_DROPOUT = "top_dropout"
 
 
 class LayerTypes(NamedTuple):
-    """The classes of some layers: Keras's own, or subclasses that train better or faster. `plain_copy` puts Keras's own back."""
+    """The classes of some layers: Keras's own, or subclasses that train better or faster.
+
+    `to_inference_model` puts Keras's own back.
+    """
 
     dropout: type[layers.Dropout] = layers.Dropout
     norm: type[layers.BatchNormalization] = layers.BatchNormalization
@@ -73,17 +50,11 @@ class LayerTypes(NamedTuple):
 KERAS_LAYERS = LayerTypes()
 
 
-def stage_repeats(variant: Variant) -> list[int]:
-    """The number of blocks in each of the seven stages of a variant."""
-    unscaled = (0, len(STAGES) - 1) if variant.lite else ()
-    return [
-        stage.repeats if i in unscaled else round_repeats(stage.repeats, variant.depth)
-        for i, stage in enumerate(STAGES)
-    ]
-
-
 def block_name(stage: int, repeat: int) -> str:
-    """The name that a block's layers begin with: `block2a` for the first (repeat 0) of stage 2, `block2aa` after `block2z`."""
+    """Return the prefix of a block's layer names.
+
+    `block2a` for the first (repeat 0) of stage 2, `block2aa` after `block2z`.
+    """
     letters = string.ascii_lowercase
     return f"block{stage}{letters[repeat // 26 - 1] if repeat >= 26 else ''}{letters[repeat % 26]}"
 
@@ -92,6 +63,7 @@ def efficientnet(
     variant: Variant,
     *,
     num_classes: int = 1000,
+    channels: int = 3,
     include_top: bool = True,
     dropout: float | None = None,
     drop_path_rate: float = 0.2,
@@ -101,30 +73,33 @@ def efficientnet(
     dtype: str = "float32",
     seed: int = 0,
 ) -> keras.Model:
-    """Builds an EfficientNet.
+    """Build an EfficientNet.
 
-    Its input is float32 (B, R, R, 3), RGB in [0, 255], with R the variant's resolution. The first layer normalises it in float32:
-    `(x / 255 - mean) / std` with ImageNet's figures, `(x - 127) / 128` for the lite variants.
+    Its input is float32 (B, R, R, 3), RGB in [0, 255], with R the variant's resolution. The first layer normalizes it
+    in float32: `(x / 255 - mean) / std` with ImageNet's figures, `(x - 127) / 128` for the lite variants.
 
     Args:
         variant: The member of the family.
         num_classes: Number of outputs.
+        channels: Channels of the input.
         include_top: Whether pooling, dropout and classifier follow the last convolution.
         dropout: Rate in front of the classifier, in [0, 1); `None` takes the variant's own.
         drop_path_rate: Probability, in [0, 1), that stochastic depth (arXiv 1603.09382) drops a block after the last
             one. Block i of N (from 0) is dropped with `drop_path_rate * i / N`, drawn per sample; only blocks with a
             residual connection are ever dropped.
         batch_norm_momentum: Of the moving statistics.
-        synchronized: Whether batch normalisation takes its statistics over all replicas.
+        synchronized: Whether batch normalization takes its statistics over all replicas.
         layer_types: Keras's, or subclasses for training.
-        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier stay float32.
+        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier
+            stay float32.
         seed: Decides the initial weights and the dropout masks, by way of each layer's name.
 
     Returns:
-        A functional model. Its output is the logits, float32 (B, num_classes), without softmax; without `include_top` it is the feature map
-        of `top_activation`, (B, ceil(R / 32), ceil(R / 32), C), in the dtype of the computation.
+        A functional model. Its output is the logits, float32 (B, num_classes), without softmax; without `include_top`
+        it is the feature map of `top_activation`, (B, ceil(R / 32), ceil(R / 32), C), in the dtype of the computation.
     """
-    activation = "relu6" if variant.lite else "swish"
+    family = variant.family
+    activation = family.activation
 
     def seed_of(name: str) -> int:
         return zlib.crc32(f"{seed}/{name}".encode())
@@ -153,7 +128,11 @@ def efficientnet(
 
     def norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return layer_types.norm(
-            momentum=batch_norm_momentum, epsilon=BATCH_NORM_EPSILON, synchronized=synchronized, dtype=dtype, name=name
+            momentum=batch_norm_momentum,
+            epsilon=family.batch_norm_epsilon,
+            synchronized=synchronized,
+            dtype=dtype,
+            name=name,
         )(x)
 
     def norm_activate(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
@@ -177,8 +156,8 @@ def efficientnet(
         if stage.expand != 1:
             x = norm_activate(conv(x, f"{name}_expand_conv", filters_in * stage.expand), f"{name}_expand")
         x = norm_activate(dwconv(x, f"{name}_dwconv", stage.kernel, stride), name)
-        if not variant.lite:
-            x = squeeze_excite(x, f"{name}_se", max(1, int(filters_in * SE_RATIO)))
+        if family.se_ratio is not None:
+            x = squeeze_excite(x, f"{name}_se", max(1, int(filters_in * family.se_ratio)))
         x = norm(conv(x, f"{name}_project_conv", filters), f"{name}_project_bn")
         if stride == 1 and filters == filters_in:
             if drop_rate > 0:
@@ -189,41 +168,37 @@ def efficientnet(
             x = layers.Add(dtype=dtype, name=f"{name}_add")([x, inputs])
         return x
 
-    if variant.lite:
-        normalisation = layers.Rescaling(1 / LITE_STD, -LITE_MEAN / LITE_STD, dtype="float32", name="rescaling")
-    else:
-        scale = [1 / (255 * std) for std in IMAGENET_STD]
-        offset = [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-        normalisation = layers.Rescaling(scale, offset, dtype="float32", name="rescaling")
-    end_width = 1.0 if variant.lite else variant.width
-
-    images = keras.Input((variant.resolution, variant.resolution, 3), dtype="float32", name="images")
-    x = norm_activate(conv(normalisation(images), "stem_conv", round_filters(STEM_FILTERS, end_width), 3, 2), "stem")
+    block_types = {"mbconv": mbconv}
+    stem_filters, top_filters = end_filters(variant)
+    images = keras.Input((variant.resolution, variant.resolution, channels), dtype="float32", name="images")
+    x = layers.Rescaling(family.scale, family.offset, dtype="float32", name="rescaling")(images)
+    x = norm_activate(conv(x, "stem_conv", stem_filters, 3, 2), "stem")
 
     repeats = stage_repeats(variant)
     # Keras recurses once per layer of the longest path; L2 has about as many as Python allows.
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 20 * sum(repeats)))
     block = 0
-    for number, stage in enumerate(STAGES):
+    for number, (stage, filters) in enumerate(zip(family.blocks, stage_filters(variant), strict=True)):
         for repeat in range(repeats[number]):
-            x = mbconv(
+            x = block_types[stage.block](
                 x,
                 block_name(number + 1, repeat),
                 stage,
                 stride=stage.stride if repeat == 0 else 1,
-                filters=round_filters(stage.filters, variant.width),
+                filters=filters,
                 drop_rate=drop_path_rate * block / sum(repeats),
             )
             block += 1
 
-    x = norm_activate(conv(x, "top_conv", round_filters(TOP_FILTERS, end_width)), "top")
+    x = norm_activate(conv(x, "top_conv", top_filters), "top")
     if include_top:
         rate = variant.dropout if dropout is None else dropout
         x = layers.GlobalAveragePooling2D(dtype=dtype, name="avg_pool")(x)
         if rate > 0:
             x = layer_types.dropout(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
-        # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of standard deviation 5 and
-        # a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the pretrained layers before it has found a direction.
+        # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of
+        # standard deviation 5 and a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the
+        # pretrained layers before it has found a direction.
         bound = max(num_classes, 1000) ** -0.5
         uniform = keras.initializers.RandomUniform(-bound, bound, seed=seed_of(CLASSIFIER))
         x = layers.Dense(num_classes, kernel_initializer=uniform, dtype="float32", name=CLASSIFIER)(x)
@@ -233,10 +208,11 @@ def efficientnet(
 
 
 def block_of(layer_name: str) -> int:
-    """The place of a layer in the network, for freezing everything in front of it.
+    """Return the position of a layer in the network, for freezing everything in front of it.
 
     Returns:
-        0 for input, normalisation and stem, 1 to 7 for the blocks, 8 for what follows the last block, 9 for the classifier and its dropout.
+        0 for input, normalization and stem, 1 to 7 for the blocks, 8 for what follows the last block, 9 for the
+        classifier and its dropout.
     """
     if match := re.match(r"block(\d)", layer_name):
         return int(match[1])
@@ -246,7 +222,9 @@ def block_of(layer_name: str) -> int:
 
 
 def to_inference_model(model: keras.Model) -> keras.Model:
-    """The same network to be saved or exported: Keras's own layers, float32, batch normalisation unsynchronised, every layer trainable.
+    """Copy a network for saving and export.
+
+    The copy has Keras's own layers, float32, unsynchronized batch normalization, and every layer trainable.
 
     Args:
         model: Built by `efficientnet`; it is not changed.

@@ -1,25 +1,29 @@
-"""What a classifier knows, carried over to other classes: its rows (kernel column and bias) are matched by the names of the classes.
+"""Transfer of a classifier to other classes: its rows (kernel column and bias) are matched by the class names.
 
-A new class takes the row of an old one that the class map names for it, that has its name, or, of ImageNet's classes, its synset. Several
-old classes are merged into one; a class that nothing matches starts below the others. With z_k(x) the logit of old class k on input x:
+A new class takes the row of an old one that the class map names for it, that has its name, or, of ImageNet's classes,
+its synset. Several old classes are merged into one; a class that nothing matches starts below the others. With z_k(x)
+the logit of old class k on input x:
 
-Merged, of n old classes. The probability of "one of them" belongs to the logit log(sum_k exp(z_k)), which is no linear function of the
-features (`merge_logits` computes it). The row is the mean of the n rows, its bias raised by log(n): by Jensen's inequality a bound from
-below, exact where the n logits are equal. It falls short where one of them stands out. Measured with lite0, no training, on a photo of
-every tenth ImageNet class: of 100 photos, log-sum-exp of the 1000 logits in 11 groups of 11 to 527 gets all right, the merged rows 57; of
-the 100 classes' logits in 13 groups of 2 to 21, all and 86 (41 and 77 without the log(n)); beside unmerged classes, the 118 dogs as one
-class get 10 of 11 dogs and the 59 birds 7 of 7. So merge what looks alike, or train afterwards.
+Merged, of n old classes. The probability of "one of them" belongs to the logit log(sum_k exp(z_k)), which is no linear
+function of the features (`merge_logits` computes it). The row is the mean of the n rows, its bias raised by log(n): by
+Jensen's inequality a bound from below, exact where the n logits are equal. It falls short where one of them stands out.
+Measured with lite0, no training, on a photo of every tenth ImageNet class: of 100 photos, log-sum-exp of the 1000
+logits in 11 groups of 11 to 527 gets all right, the merged rows 57; of the 100 classes' logits in 13 groups of 2 to 21,
+all and 86 (41 and 77 without the log(n)); beside unmerged classes, the 118 dogs as one class get 10 of 11 dogs and the
+59 birds 7 of 7. So merge what looks alike, or train afterwards.
 
-New. The row is the mean of all taken rows, its bias lowered by `MARGIN`. Softmax does not change when one vector is added to every row:
-zeros in a row mean nothing by themselves, and the mean is what "no opinion" looks like. And a mean never exceeds the highest: whatever the
-activations, on every input another class wins by at least the margin, and, by Jensen again, a new class has a probability of at most
-exp(-MARGIN) / K beside K taken ones. A constant logit (zeros with a low bias) has no such bound: it overtakes the others on inputs that
-they all answer with low logits. Equal rows part at the first step, since each new class has samples of its own.
+New. The row is the mean of all taken rows, its bias lowered by `MARGIN`. Softmax does not change when one vector is
+added to every row: zeros in a row mean nothing by themselves, and the mean is what "no opinion" looks like. And a mean
+never exceeds the highest: whatever the activations, on every input another class wins by at least the margin, and, by
+Jensen again, a new class has a probability of at most exp(-MARGIN) / K beside K taken ones. A constant logit (zeros
+with a low bias) has no such bound: it overtakes the others on inputs that they all answer with low logits. Equal rows
+part at the first step, since each new class has samples of its own.
 
-A kept class has the old row bit for bit. Its logit may differ in the last bits all the same: the order in which a processor sums a matrix
-product depends on the number of columns. Measured with lite0's 1000 classes and 100 photos in batches of 1 to 64 (x86 with AVX2), beside 5,
-10, 17, 1001 and 1100 classes: by up to 1e-6, one image alone not at all; with oneDNN on by up to 1e-5, one image alone included. With 999
-classes no bit differed. Nor did one with a classifier in float64 whose logits are rounded, which is not worth twice the memory.
+A kept class has the old row bit for bit. Its logit may differ in the last bits all the same: the order in which a
+processor sums a matrix product depends on the number of columns. Measured with lite0's 1000 classes and 100 photos in
+batches of 1 to 64 (x86 with AVX2), beside 5, 10, 17, 1001 and 1100 classes: by up to 1e-6, one image alone not at all;
+with oneDNN on by up to 1e-5, one image alone included. With 999 classes no bit differed. Nor did one with a classifier
+in float64 whose logits are rounded, which is not worth twice the memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +35,8 @@ import yaml
 
 from pipeline.errors import WeightsError, suggest
 
-# Nats. With lite0's ImageNet head on 100 photos, the lowest of the 1000 logits lies up to 4.6 below their mean, of three drawn up to 5.7.
+# Nats. With lite0's ImageNet head on 100 photos, the lowest of the 1000 logits lies up to 4.6 below their mean, of
+# three drawn up to 5.7.
 MARGIN = 6.0
 
 ClassMap = Mapping[str, tuple[str, ...]]  # new class name -> old class names
@@ -58,12 +63,13 @@ class ClassMapping:
     dropped: int
 
     def __str__(self) -> str:
+        """Return the counts for the screen."""
         counts = {"kept": len(self.kept), "merged": len(self.merged), "new": len(self.new)}
         text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         return text + (f" ({len(self.ambiguous)} by an ambiguous name)" if self.ambiguous else "")
 
     def details(self) -> list[str]:
-        """A line for each class that was matched or is new, and the number of old ones left behind."""
+        """List a line for each class that was matched or is new, and the number of old ones left behind."""
         lines = [f"kept: {new}" + (f": from {old}" if old != new else "") for new, old in self.kept.items()]
         lines += [f"merged: {new}: from {', '.join(old)}" for new, old in self.merged.items()]
         for name in self.new:
@@ -75,7 +81,9 @@ class ClassMapping:
 
 
 def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
-    """Reads a class map: YAML whose keys are new class names, each with an old class name or a list of those to be merged.
+    """Read a class map from YAML.
+
+    Its keys are new class names, each with an old class name or a list of those to be merged.
 
     Names are taken as they are written: `no`, `7` and `1e3` are names, too.
 
@@ -122,12 +130,12 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
 def match_classes(
     class_names: Sequence[str], old: Sequence[Sequence[str]], class_map: ClassMap | None = None, *, origin: str = ""
 ) -> ClassMapping:
-    """Finds the old classes of each new one: by the class map where it names the class, else by an equal name.
+    """Find the old classes of each new one: by the class map where it names the class, else by an equal name.
 
     Args:
         class_names: The new classes in the order of the outputs.
-        old: What the old classes are called, in the order of the outputs; a list for each wording, such as synsets and readable names. A
-            name of two old classes matches neither.
+        old: What the old classes are called, in the order of the outputs; a list for each wording, such as synsets and
+            readable names. A name of two old classes matches neither.
         class_map: From `read_class_map`.
         origin: What messages about the class map begin with: its file.
 
@@ -135,7 +143,8 @@ def match_classes(
         The match.
 
     Raises:
-        WeightsError: The class map names a new or an old class that there is not, an old class by an ambiguous name, or one twice.
+        WeightsError: The class map names a new or an old class that there is not, an old class by an ambiguous name, or
+            one twice.
     """
     indices: dict[str, list[int]] = {}
     for names in old:
@@ -185,12 +194,13 @@ def match_classes(
 
 
 def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Makes the new classifier from the old one by the rules of this module.
+    """Make the new classifier from the old one by the rules of this module.
 
     Args:
         kernel: Of the old classifier, float32 (C, K_old).
         bias: Of the old classifier, float32 (K_old,).
-        rows: For each of the K new classes the indices of its old ones, as in `HeadMatch`; at least one class must have any.
+        rows: For each of the K new classes the indices of its old ones, as in `ClassMapping`; at least one class must
+            have any.
 
     Returns:
         Kernel, float32 (C, K), and bias, float32 (K,). Kept classes have exactly the old values.
@@ -211,7 +221,9 @@ def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[
 
 
 def merge_logits(logits: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """The exact logits of merged classes: log-sum-exp over the old classes of each, so that softmax adds their probabilities.
+    """Compute the exact logits of merged classes.
+
+    They are log-sum-exp over the old classes of each, so that softmax adds their probabilities.
 
     Args:
         logits: Of the old classes, float (..., K_old).

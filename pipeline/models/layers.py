@@ -1,4 +1,7 @@
-"""Layers that compute what Keras's do and are put in their place for training only: a saved model holds Keras's (`plain_copy`)."""
+"""Layers that compute what Keras's do and are put in their place for training only.
+
+A saved model holds Keras's (`to_inference_model`).
+"""
 
 import os
 import platform
@@ -15,12 +18,12 @@ _REPLICA_STRIDE = 1 << 32  # beyond the layers' own seeds, which are below it: n
 class PerReplicaDropout(keras.layers.Dropout):
     """Dropout whose mask differs between replicas, and that a frozen layer does not apply.
 
-    Keras's own draws the same mask on every replica, and goes on drawing where `trainable` is False: a frozen block would be noisy.
-    Only for training: saved models hold Keras's layer, which computes the same at inference.
+    Keras's own draws the same mask on every replica, and goes on drawing where `trainable` is False: a frozen block
+    would be noisy. Only for training: saved models hold Keras's layer, which computes the same at inference.
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Masks `inputs` of any shape and floating dtype while training; passes them on otherwise."""
+        """Mask `inputs` of any shape and floating dtype while training; passes them on otherwise."""
         if not training or not self.trainable or self.rate == 0:
             return inputs
         seed, counter = tf.unstack(tf.cast(self.seed_generator.next(), tf.int64))
@@ -35,17 +38,20 @@ class PerReplicaDropout(keras.layers.Dropout):
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalisation in one operation of TensorFlow's and one of its gradient, by each replica's own statistics, without XLA.
+    """Batch normalization in one TensorFlow operation, and one for its gradient, by each replica's own statistics.
 
-    Keras's own takes moments, normalises and scales in operations of their own, each of which reads or writes the whole activation: a B0
-    trains 1.3 times as fast with this (two CPU cores, 224 pixels, 16 images). XLA fuses Keras's. Results are Keras's but for rounding;
-    weights have the same names.
+    Keras's own takes moments, normalises and scales in operations of their own, each of which reads or writes the whole
+    activation: a B0 trains 1.3 times as fast with this (two CPU cores, 224 pixels, 16 images). XLA fuses Keras's.
+    Results are Keras's but for rounding; weights have the same names.
     """
 
     fused = True
 
     def call(self, inputs: tf.Tensor, training: bool = False, mask: None = None) -> tf.Tensor:
-        """Normalises (B, H, W, C) in the dtype of the computation, over all but the channels; a frozen layer by its moving statistics."""
+        """Normalize (B, H, W, C) in the dtype of the computation, over all but the channels.
+
+        A frozen layer by its moving statistics.
+        """
         if not self.fused:
             return super().call(inputs, training=training, mask=mask)
         learns = bool(training) and self.trainable
@@ -69,15 +75,16 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 class FusedActivation(keras.layers.Activation):
     """Keras's layer, with a gradient of swish that goes over the activation four times in place of six, without XLA.
 
-    With s the sigmoid, swish y = x s(x) has the gradient s(x) (1 + (x - y)), whose factor s TensorFlow has in one operation with the
-    multiplication: the gradient of softplus. It and its forward pass take 0.83 of the time; a step of a B0, 0.95 (two CPU cores, 224
-    pixels, 16 images).
+    With s the sigmoid, swish y = x s(x) has the gradient s(x) (1 + (x - y)), whose factor s TensorFlow has in one
+    operation with the
+    multiplication: the gradient of softplus. It and its forward pass take 0.83 of the time; a step of a B0, 0.95 (two
+    CPU cores, 224 pixels, 16 images).
     """
 
     fused = True
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """The activation of a tensor of any shape and floating dtype."""
+        """Compute the activation of a tensor of any shape and floating dtype."""
         return _swish(inputs) if self.fused and self.activation is keras.activations.silu else super().call(inputs)
 
 
@@ -92,17 +99,18 @@ def _swish(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
 
 
 class SplitDepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Keras's layer, with the gradient of a 5 x 5 kernel computed as those of its first three and its last two columns, on CPUs.
+    """Keras's layer with the gradient of a 5 x 5 kernel computed in two parts, on CPUs: three columns and two columns.
 
-    For kernels wider than three, oneDNN computes that gradient by its routine for any convolution, for fewer columns by one for depthwise
-    ones: together they take 0.5 to 0.7 of its time (strides 1; with strides of 2 nothing is gained); a step of a B0 takes 0.95 (two CPU
-    cores with AVX-512, 224 pixels, 16 images).
+    For kernels wider than three, oneDNN computes that gradient by its routine for any convolution, for fewer columns by
+    one for depthwise
+    ones: together they take 0.5 to 0.7 of its time (strides 1; with strides of 2 nothing is gained); a step of a B0
+    takes 0.95 (two CPU cores with AVX-512, 224 pixels, 16 images).
     """
 
     fused = True
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Convolves (B, H, W, C) in the dtype of the computation."""
+        """Convolve (B, H, W, C) in the dtype of the computation."""
         splits = self.fused and self.kernel_size == (5, 5) and self.strides == (1, 1)
         return _depthwise_5x5(inputs, tf.convert_to_tensor(self.kernel)) if splits else super().call(inputs)
 
@@ -155,8 +163,10 @@ def layer_types(*, jit_compile: bool, sync_batch_norm: bool) -> LayerTypes:
 
 
 def disable_fused_layers(model: keras.Model) -> None:
-    """Has all layers computed by Keras's operations in what is traced from here on: for a network that was built before it was settled that
-    XLA compiles its steps."""
+    """Let Keras's own operations compute all layers in what is traced from here on.
+
+    Used for a network that was built before XLA was chosen to compile its steps.
+    """
     for layer in model.layers:
         if isinstance(layer, (FusedBatchNormalization, FusedActivation, SplitDepthwiseConv2D)):
             layer.fused = False

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, time for an image, and about how much memory training takes."""
+"""The cost of a network: parameters, multiply-adds, time for an image, and about how much memory training takes."""
 
 import math
 import statistics
@@ -18,9 +18,10 @@ class ModelProfile:
     """The size of a network.
 
     Attributes:
-        parameters: Numbers among its weights, the moving statistics of batch normalisation included.
+        parameters: Numbers among its weights, the moving statistics of batch normalization included.
         trainable_parameters: Those that gradients reach; layers that are frozen at the moment do not count.
-        flops: Multiply-adds that one image takes in inference. One multiplication with its addition counts once, as in the paper.
+        flops: Multiply-adds that one image takes in inference. One multiplication with its addition counts once, as in
+            the paper.
     """
 
     parameters: int
@@ -29,11 +30,12 @@ class ModelProfile:
 
 
 def profile_model(model: keras.Model) -> ModelProfile:
-    """Counts a built functional model.
+    """Count a built functional model.
 
-    The multiply-adds are those of convolutions, squeeze-and-excitation's among them, and dense layers. Not counted are normalisation,
-    activations, pooling, biases, additions and the gating product. That gives the paper's figures of B0 to B8 to 2 %, but for B4 (+5 %) and
-    B5 (+4 %), and 3 to 6 % less than the lite variants' published ones, which seem to count some of the rest.
+    The multiply-adds are those of convolutions, squeeze-and-excitation's among them, and dense layers. Not counted are
+    normalization, activations, pooling, biases, additions and the gating product. That gives the paper's figures of B0
+    to B8 to 2 %, but for B4 (+5 %) and B5 (+4 %), and 3 to 6 % less than the lite variants' published ones, which seem
+    to count some of the rest.
     """
     return ModelProfile(
         parameters=_numbers(model.weights),
@@ -49,18 +51,19 @@ def profile_model(model: keras.Model) -> ModelProfile:
 def estimated_memory(
     model: keras.Model, batch_size: int, *, optimizer_slots: int = 2, ema: bool = True, accumulation: bool = False
 ) -> int:
-    """About the memory that a training step takes on one device.
+    """Estimate the memory that a training step takes on one device.
 
-    Weights, their moving average, gradients and optimizer slots are exact. Of the forward pass it counts every output that the backward
-    pass reads again: each layer's once, but ReLU6's in place of its input, and a float32 copy of what batch normalisation receives in
-    bfloat16. Against the growth of the process in a training step on the CPU without XLA (B0, B2 and lite0 at 224 pixels, B0 in bfloat16 at
-    96) that is right to about 20 %. Not counted: TensorFlow itself, the input pipeline, and working space of the convolutions.
+    Weights, their moving average, gradients and optimizer slots are exact. Of the forward pass it counts every output
+    that the backward pass reads again: each layer's once, but ReLU6's in place of its input, and a float32 copy of what
+    batch normalization receives in bfloat16. Against the growth of the process in a training step on the CPU without
+    XLA (B0, B2 and lite0 at 224 pixels, B0 in bfloat16 at 96) that is right to about 20 %. Not counted: TensorFlow
+    itself, the input pipeline, and working space of the convolutions.
 
     Args:
         model: A built functional model, in the dtype it trains in.
         batch_size: Images per micro-batch and replica.
-        optimizer_slots: Numbers that the optimizer keeps per trainable parameter: 2 for RMSProp with momentum and AdamW, 1 for SGD with
-            momentum.
+        optimizer_slots: Numbers that the optimizer keeps per trainable parameter: 2 for RMSProp with momentum and
+            AdamW, 1 for SGD with momentum.
         ema: Whether a moving average of all weights is kept.
         accumulation: Whether gradients are summed over micro-batches, which takes one more set of them.
 
@@ -74,7 +77,10 @@ def estimated_memory(
 
 
 def latency(infer: Callable[[], object]) -> float:
-    """Seconds that an inference takes: the median of warm ones, of which it times about a second, at least 5 and at most 50."""
+    """Measure the seconds that an inference takes.
+
+    The median of warm ones, of which it times about a second, at least 5 and at most 50.
+    """
     for _ in range(WARM_UP_RUNS):
         infer()
     taken: list[float] = []

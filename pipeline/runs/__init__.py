@@ -1,0 +1,1 @@
+"""Run directories and where a run came from."""

@@ -1,4 +1,4 @@
-"""Where a run came from and what it was told, as short texts by name."""
+"""Provenance of a run (command, versions, git commit) and its config as flat names and texts, for MLflow."""
 
 import json
 import re
@@ -13,20 +13,23 @@ from typing import Any
 PACKAGES = ("tensorflow", "keras", "numpy", "mlflow")
 
 
-def origin(run_directory: Path) -> dict[str, str]:
-    """The run's directory, command line, versions and, where the code is in a git repository, `git.commit` and `git.dirty`."""
+def provenance(run_directory: Path) -> dict[str, str]:
+    """Return the directory, command line and versions of a run.
+
+    In a git repository also `git.commit` and `git.dirty`.
+    """
     texts = {
         "command": shlex.join(sys.orig_argv),
         "run_directory": str(run_directory.resolve()),
         "version.python": sys.version.split()[0],
     }
     texts |= {f"version.{package}": version(package) for package in PACKAGES}
-    texts |= commit(Path(__file__))
-    return {key: without_credentials(value) for key, value in texts.items()}
+    texts |= git_commit(Path(__file__))
+    return {key: mask_credentials(value) for key, value in texts.items()}
 
 
-def commit(file: Path) -> dict[str, str]:
-    """Commit of the repository that `file` belongs to and whether anything differs from it; nothing where it belongs to none."""
+def git_commit(file: Path) -> dict[str, str]:
+    """Return the commit of the repository that tracks `file`, and whether it has local changes; empty if none does."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -34,25 +37,26 @@ def commit(file: Path) -> dict[str, str]:
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", file.name
-        )  # or it would be the repository around somebody's virtual environment
+        git("ls-files", "--error-unmatch", file.name)  # fails in a virtual environment that lies in another repository
         return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text, list items by their positions."""
+    """Yield the dotted names and the values as text of nested mappings and lists.
+
+    List items are named by their index.
+    """
     children = (
         dict(values) if isinstance(values, Mapping) else dict(enumerate(values)) if isinstance(values, list) else {}
     )
     for key, value in children.items():
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     if not children:
-        yield prefix, without_credentials(values if isinstance(values, str) else json.dumps(values))
+        yield prefix, mask_credentials(values if isinstance(values, str) else json.dumps(values))
 
 
-def without_credentials(text: str) -> str:
-    """Masks user and password in web addresses."""
+def mask_credentials(text: str) -> str:
+    """Return the text with user and password masked in every URL."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)

@@ -1,0 +1,1 @@
+"""Training: state, optimizers, step, trainer, callbacks, checkpoints, resume."""

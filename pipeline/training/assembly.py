@@ -11,15 +11,14 @@ from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
 from pipeline.models.weights.pretrained import load_pretrained
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.state import TrainState
-from pipeline.training.train_step import MetricAccumulator
-from pipeline.training.trainer import check_new_layers
+from pipeline.training.schedule import check_new_layers
+from pipeline.training.state import MetricAccumulator, TrainState
 
 
 def create_model(
-    config: Config, runtime: Runtime, class_names: Sequence[str], screen: Console, *, weights: str | None
+    config: Config, runtime: Runtime, class_names: Sequence[str], console: Console, *, weights: str | None
 ) -> tuple[keras.Model, Collection[str]]:
-    """Builds the network under the strategy that will run it.
+    """Build the network under the strategy that will run it.
 
     Args:
         config: Variant, drop_path_rate, seed and what belongs to the weights are taken from it.
@@ -29,7 +28,8 @@ def create_model(
         weights: As `model.weights`; None leaves random values.
 
     Returns:
-        The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the layers that the weights do not fit, by name.
+        The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the layers that the weights
+        do not fit, by name.
 
     Raises:
         UserError: The weights cannot be read, or no stage trains a layer that they do not fit.
@@ -50,7 +50,7 @@ def create_model(
             report = load_pretrained(
                 model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map
             )
-            screen.print(f"weights: {report}", details=report.details())
+            console.print(f"weights: {report}", details=report.details())
             if config.recipe is None:  # which sees to that by itself
                 check_new_layers(model, report.new, config.train.stages)
             new = report.new

@@ -12,7 +12,10 @@ class Callback:
     """A listener that hears nothing. Each method is called between steps, for all hooks in the order of their list."""
 
     def on_compile_end(self, stage: "StageConfig", seconds: float) -> None:
-        """After the first step that this process takes of a stage, with its seconds: tracing, compilation and the step."""
+        """After the first step that this process takes of a stage, with its seconds.
+
+        Tracing, compilation and the step.
+        """
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """About twice a second, with the means of the epoch so far."""
@@ -24,7 +27,13 @@ class Callback:
         """After each epoch and its validation, with its record."""
 
     def on_early_stop(self, epochs: int) -> None:
-        """When early stopping leaves a stage, with the number of epochs that it leaves out; also behind a resume or a rollback."""
+        """When early stopping leaves a stage, with the number of epochs that it leaves out.
+
+        Also behind a resume or a rollback.
+        """
 
     def on_checkpoint(self, state: "TrainState") -> None:
-        """When the state should be kept: after each epoch, at the steps that the config names, and before the run is interrupted."""
+        """When the state should be kept.
+
+        After each epoch, at the steps that the config names, and before the run is interrupted.
+        """

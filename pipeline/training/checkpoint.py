@@ -1,7 +1,8 @@
 """Checkpoints that survive being killed: written aside, hashed, renamed into place, and verified before they are believed.
 
-Most of the state of a run with a frozen backbone says nothing: slots that no step has touched, averages of weights that never moved. By
-their values, bit for bit, an array of one value is kept as that value, and an average that is its variable is not kept.
+Most of the state of a run with a frozen backbone says nothing: slots that no step has touched, averages of weights that
+never moved. By their values, bit for bit, an array of one value is kept as that value, and an average that is its
+variable is not kept.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ PLAIN_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  #
 
 
 def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes a checkpoint, then removes those that are older than the newest `keep`, not the best and not the last epoch's.
+    """Write a checkpoint, then removes those that are older than the newest `keep`, not the best and not the last epoch's.
 
     Args:
         state: What to write.
@@ -60,10 +61,10 @@ def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, kee
 def write(
     state: TrainState, final: Path, identity: Mapping[str, Any], *, beside: Mapping[str, bytes] | None = None
 ) -> Path:
-    """Writes a state into a folder of its own.
+    """Write a state into a folder of its own.
 
-    The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any moment leaves
-    either the whole checkpoint or none.
+    The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any
+    moment leaves either the whole checkpoint or none.
 
     Args:
         state: What to write.
@@ -124,11 +125,11 @@ class CheckpointCallback(Callback):
     """A hook of the training loop that saves the state whenever it should be kept."""
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int) -> None:
-        """Takes what `save` wants beside the state."""
+        """Take what `save` wants beside the state."""
         self._directory, self._identity, self._keep = directory, identity, keep
 
     def on_checkpoint(self, state: TrainState) -> None:
-        """Saves the state."""
+        """Save the state."""
         save(state, self._directory, self._identity, keep=self._keep)
 
 
@@ -138,7 +139,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def latest_valid_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Finds the newest checkpoint whose files all have the contents that its manifest says.
+    """Find the newest checkpoint whose files all have the contents that its manifest says.
 
     Returns:
         The checkpoint's folder, None where there is none, and a sentence for each newer one that had to be passed over.
@@ -158,7 +159,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
-    """Puts a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
+    """Put a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
 
     Args:
         state: To be changed; of several processes, each its own.
@@ -204,7 +205,10 @@ def _read(checkpoint: Path) -> dict[str, bytes]:
 
 
 def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mapping[str, keras.Variable]) -> bytes:
-    """An .npz without the variables that are equal to those of `implied`; one value in place of an array that holds no other."""
+    """An .npz without the variables that are equal to those of `implied`.
+
+    One value in place of an array that holds no other.
+    """
     arrays = {}
     for name, variable in variables.items():
         array = _value(variable)
@@ -217,7 +221,10 @@ def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mappin
 
 
 def _value(variable: keras.Variable | tf.Variable) -> np.ndarray:
-    """What a variable holds now, not to be written to: on the CPU it is its own memory, which `numpy()` would copy twice."""
+    """What a variable holds now, not to be written to.
+
+    On the CPU it is its own memory, which `numpy()` would copy twice.
+    """
     return np.asarray(tf.convert_to_tensor(variable))
 
 
@@ -244,7 +251,7 @@ def verify_checkpoint(checkpoint: Path) -> str | None:
 
 
 def delete_checkpoints_after(directory: Path, step: int) -> None:
-    """Removes the checkpoints of later steps: the run went back."""
+    """Remove the checkpoints of later steps: the run went back."""
     for checkpoint in _checkpoints(directory):
         if checkpoint > checkpoint_path(directory, step):
             _remove(checkpoint)

@@ -1,4 +1,7 @@
-"""What a resumed run must agree with: the config, the classes, the data, their order and the number of replicas of its checkpoint."""
+"""What a resumed run must agree with.
+
+The config, the classes, the data, their order and the number of replicas of its checkpoint.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +30,7 @@ def check_compatible(
     *,
     details: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Refuses to go on with another config, other data, another order or another number of replicas than the checkpoint's.
+    """Refuse to go on with another config, other data, another order or another number of replicas than the checkpoint's.
 
     Args:
         checkpoint: A verified one.

@@ -1,7 +1,7 @@
 """A frozen backbone, computed once: where only the head is trained on pictures that stay the same, so do its features.
 
-`top_dropout` and the classifier are the network's own layers, so the head has its weights, its optimizer slots, its moving average and the
-state of its random generator, and the network's checkpoints are the same as without this.
+`top_dropout` and the classifier are the network's own layers, so the head has its weights, its optimizer slots, its
+moving average and the state of its random generator, and the network's checkpoints are the same as without this.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,13 +40,14 @@ def are_constant(config: Config, stages: Sequence[StageConfig], num_images: int,
 
 
 def backbone_and_head(model: keras.Model) -> tuple[keras.Model, keras.Model]:
-    """Cuts a network in two that share its layers.
+    """Cut a network in two that share its layers.
 
     Args:
         model: Built by `efficientnet` with its top.
 
     Returns:
-        The backbone, float32 images (B, R, R, 3) to features (B, C), and the head, features (B, C) to float32 logits (B, K).
+        The backbone, float32 images (B, R, R, 3) to features (B, C), and the head, features (B, C) to float32 logits
+        (B, K).
     """
     names = [layer.name for layer in model.layers]
     features = model.get_layer(FEATURES).output
@@ -65,7 +66,7 @@ class FeatureCache:
     """
 
     def __init__(self, head: keras.Model, compute: Callable[[str], np.ndarray]) -> None:
-        """Computes nothing yet.
+        """Compute nothing yet.
 
         Args:
             head: As `backbone_and_head` cuts it off.
@@ -86,7 +87,7 @@ class FeatureCache:
         return self._known[split]
 
     def forget(self) -> None:
-        """Gives the memory back."""
+        """Give the memory back."""
         self._known.clear()
 
     def logits(self, split: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""How many images a device takes in one step, by estimate: for `global_batch_size: auto`, and for advice where memory runs out."""
+"""How many images a device takes in one step, by estimate: for `global_batch_size.
+
+Auto`, and for advice where memory runs out.
+"""
 
 import math
 import os
@@ -21,12 +24,17 @@ CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )  # of version 2, of version 1
-AUTO_BATCH = 256  # images per step; learning rates are given for so many
-SHARE = 0.7  # of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work in
+AUTO_BATCH_SIZE = 256  # images per step; learning rates are given for so many
+# of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work
+# in
+MEMORY_FRACTION = 0.7
 
 
 def device_memory() -> int:
-    """Bytes that TensorFlow may take on the smallest device that trains: a GPU's, or where there is none the machine's or container's."""
+    """Bytes that TensorFlow may take on the smallest device that trains.
+
+    A GPU's, or where there is none the machine's or container's.
+    """
     gpus = [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
     if gpus:
         return min(gpus)
@@ -61,16 +69,16 @@ def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
         At least 0.
     """
     without, with_one = (step_memory(config, model, images, accumulation=True) for images in (0, 1))
-    return max(0, int((SHARE * memory - without) / (with_one - without)))
+    return max(0, int((MEMORY_FRACTION * memory - without) / (with_one - without)))
 
 
 def resolve_batch_size(
-    config: Config, runtime: Runtime, model: keras.Model, *, before: TrainConfig | None = None
+    config: Config, runtime: Runtime, model: keras.Model, *, previous: TrainConfig | None = None
 ) -> Config:
-    """Replaces `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
+    """Replace `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
 
-    Micro-batches are of a power of two, which fits MixUp's groups. Where the number of replicas is none, the images of a step are the
-    multiple of the micro-batches of all replicas that is nearest to 256.
+    Micro-batches are of a power of two, which fits MixUp's groups. Where the number of replicas is none, the images of
+    a step are the multiple of the micro-batches of all replicas that is nearest to 256.
 
     Args:
         config: Comes back as it is where the batch size is a number.
@@ -83,17 +91,17 @@ def resolve_batch_size(
     """
     if config.train.global_batch_size != "auto":
         return config
-    if before is not None:
-        batch_size, accumulation = before.batch_size, before.gradient_accumulation_steps
+    if previous is not None:
+        batch_size, accumulation = previous.batch_size, previous.gradient_accumulation_steps
     else:
         memory = device_memory()
-        fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH // runtime.replicas))
+        fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH_SIZE // runtime.replicas))
         if not fitting:
             raise TrainingError(
                 f"{_network(config)} does not fit into {_gib(memory)} with a single image; take a smaller variant or resolution"
             )
         together = 2 ** int(math.log2(fitting)) * runtime.replicas
-        accumulation = max(1, round(AUTO_BATCH / together))
+        accumulation = max(1, round(AUTO_BATCH_SIZE / together))
         batch_size = together * accumulation
     train = config.train.model_copy(
         update={"global_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
@@ -130,11 +138,11 @@ def _gib(memory: int) -> str:
 
 
 def check_batch(config: Config, runtime: Runtime) -> None:
-    """Makes sure that training batches can be cut up.
+    """Make sure that training batches can be cut up.
 
     Raises:
-        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut would go through a
-            group of images that are mixed with each other.
+        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut
+            would go through a group of images that are mixed with each other.
     """
     replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.gradient_accumulation_steps
     if batch % (replicas * accumulation):

@@ -1,12 +1,12 @@
 """What becomes of a run when the loss or the gradient of a step is not finite: `train.on_nan` decides.
 
-Nothing of such a step was applied. Its batch, as it was fed (of a frozen backbone's features, the pictures that they are of), and the state
-in front of it are saved for inspection. Then the run
+Nothing of such a step was applied. Its batch, as it was fed (of a frozen backbone's features, the pictures that they
+are of), and the state in front of it are saved for inspection. Then the run
 
 - stops (`stop`),
 - or goes on with the next batch (`{skip: N}`, for a bad batch now and then), N times at most,
-- or goes back to the checkpoint at the start of the epoch with the learning rate halved from there on (`rollback`, for a run that diverges:
-  shortly before the bad step the weights are spoilt already), three times at most.
+- or goes back to the checkpoint at the start of the epoch with the learning rate halved from there on (`rollback`, for
+  a run that diverges: shortly before the bad step the weights are spoilt already), three times at most.
 
 All of it is a function of the state, so a run that is killed in between does the same again when it is resumed.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.config.train import SkipNanSteps
+from pipeline.config.train import SkipNanConfig
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import TrainingError
 from pipeline.training import checkpoint
@@ -31,7 +31,7 @@ ADVICE = "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or ru
 
 
 def raise_nan_error(state: TrainState, further: str = "") -> NoReturn:
-    """Ends the run.
+    """End the run.
 
     Args:
         state: In front of the step.
@@ -61,7 +61,7 @@ class NanPolicy:
         say: Callable[[str], None],
         processes: ProcessGroup | None = None,
     ) -> None:
-        """Takes what it needs of the run.
+        """Take what it needs of the run.
 
         Args:
             config: `train.on_nan` is used.
@@ -96,7 +96,7 @@ class NanPolicy:
             TrainingError: If the run should not go on.
         """
         where = self._save(state)
-        if isinstance(self._policy, SkipNanSteps) and len(state.skipped) < self._policy.skip:
+        if isinstance(self._policy, SkipNanConfig) and len(state.skipped) < self._policy.skip:
             self._say(
                 f"{_finding(state)} Passed over, {len(state.skipped) + 1} of {self._policy.skip} times at most. {where}"
             )
@@ -131,7 +131,7 @@ class NanPolicy:
         self._say(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
 
     def _save(self, state: TrainState) -> str:
-        """Saves the batch and the state; returns a sentence for the user."""
+        """Save the batch and the state; returns a sentence for the user."""
         if not self._processes.is_chief:
             return "The first process saves its batch and the state in front of it."
         batch = next(iter(self._training_stream(state.step).take(1)))

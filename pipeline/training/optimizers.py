@@ -1,7 +1,8 @@
 """How the weights move: the official RMSProp, the learning rate as a function of the step, and the moving average.
 
-Keras's update rules are a dozen operations for each of hundreds of variables. TensorFlow's fused ones are the same rules in one operation.
-Measured for B0: the graph of a step has 10,000 nodes instead of 24,000, and its first call takes half as long.
+Keras's update rules are a dozen operations for each of hundreds of variables. TensorFlow's fused ones are the same
+rules in one operation. Measured for B0: the graph of a step has 10,000 nodes instead of 24,000, and its first call
+takes half as long.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,17 +20,18 @@ class RMSprop(keras.optimizers.RMSprop):
     """Keras's RMSProp with the mean square starting at ones, as TensorFlow 1's does and the published recipe needs.
 
     From zeros, the first updates are divided by nearly nothing and are several times as long as from ones
-    (tensorflow/tpu models/official/efficientnet/utils.py builds tf.train.RMSPropOptimizer, whose slot `rms` is initialised to ones).
+    (tensorflow/tpu models/official/efficientnet/utils.py builds tf.train.RMSPropOptimizer, whose slot `rms` is
+    initialised to ones).
     """
 
     def build(self, var_list: Sequence[keras.Variable]) -> None:
-        """Makes the slots of all of `var_list`."""
+        """Make the slots of all of `var_list`."""
         super().build(var_list)
         for mean_square in self._velocities:
             mean_square.assign(tf.ones(mean_square.shape, mean_square.dtype))
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
-        """Moves `variable` by Keras's rule."""
+        """Move `variable` by Keras's rule."""
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyRMSProp(
             var=variable.handle,
@@ -46,12 +48,13 @@ class RMSprop(keras.optimizers.RMSprop):
 class Adam(keras.optimizers.Adam):
     """Keras's Adam with a count of its own for each variable.
 
-    Keras corrects every variable's moments for their start at zero by the number of steps of the whole run. A block that is thawed after a
-    few hundred of them would get no correction: its first update would be 0.1 / sqrt(0.001) = 3.2 times the learning rate.
+    Keras corrects every variable's moments for their start at zero by the number of steps of the whole run. A block
+    that is thawed after a few hundred of them would get no correction: its first update would be 0.1 / sqrt(0.001) =
+    3.2 times the learning rate.
     """
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Makes the slots of all `variables`, and their counts."""
+        """Make the slots of all `variables`, and their counts."""
         super().build(variables)
         self._updates = self.add_variable(
             (len(variables),), initializer="zeros", dtype="int64", aggregation="only_first_replica", name="updates"
@@ -65,7 +68,7 @@ class Adam(keras.optimizers.Adam):
         beta_1_power: tf.Tensor,
         beta_2_power: tf.Tensor,
     ) -> None:
-        """Moves `variable` by Keras's rule, by what `advance` gives for it."""
+        """Move `variable` by Keras's rule, by what `advance` gives for it."""
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -81,11 +84,11 @@ class Adam(keras.optimizers.Adam):
         )
 
     def bias_correction(self, variables: Sequence[keras.Variable]) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Counts the update of `variables` that follows.
+        """Count the update of `variables` that follows.
 
         Returns:
-            For each, beta_1 and beta_2 to the power of the number of its updates, float32 scalars: the correction for moments that start at
-            zero (arXiv 1412.6980).
+            For each, beta_1 and beta_2 to the power of the number of its updates, float32 scalars: the correction for
+            moments that start at zero (arXiv 1412.6980).
         """
         indices = [self._get_variable_index(variable) for variable in variables]
         moved = np.zeros(self._updates.shape, np.int64)
@@ -96,10 +99,10 @@ class Adam(keras.optimizers.Adam):
 
 
 def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
-    """Makes the optimizer with its slots for all `variables`; a stage may apply it to some of them.
+    """Make the optimizer with its slots for all `variables`; a stage may apply it to some of them.
 
-    RMSProp's and SGD's constants are those of the official code, AdamW's are Keras's defaults. Weight decay is the step's business:
-    part of the loss with RMSProp and SGD, decoupled with AdamW, which is Adam here.
+    RMSProp's and SGD's constants are those of the official code, AdamW's are Keras's defaults. Weight decay is the
+    step's business: part of the loss with RMSProp and SGD, decoupled with AdamW, which is Adam here.
     """
     optimizer: keras.optimizers.Optimizer
     if config.name == "rmsprop":
@@ -113,7 +116,10 @@ def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]
 
 
 def uses_weight_decay(variable: keras.Variable) -> bool:
-    """Whether weight decay reaches a variable: all trainable ones but batch normalisation's, as in the official code."""
+    """Whether weight decay reaches a variable.
+
+    All trainable ones but batch normalisation's, as in the official code.
+    """
     return variable.name not in ("gamma", "beta")
 
 
@@ -122,9 +128,9 @@ def learning_rate(
 ) -> Callable[[int], float]:
     """The learning rate of a stage as a function of the step within it.
 
-    Linear warm-up from zero; then `exponential` (base * decay_rate^floor(step / (decay_epochs * steps_per_epoch)), the decay counted
-    from the stage's first step as in the official code), `cosine` (from the end of warm-up to zero at the stage's end) or `constant`.
-    The base is base_lr * global_batch_size / 256.
+    Linear warm-up from zero; then `exponential` (base * decay_rate^floor(step / (decay_epochs * steps_per_epoch)), the
+    decay counted from the stage's first step as in the official code), `cosine` (from the end of warm-up to zero at the
+    stage's end) or `constant`. The base is base_lr * global_batch_size / 256.
     """
     base = (stage.base_lr or optimizer.base_lr) * global_batch_size / 256
     schedule = stage.schedule or optimizer.schedule
@@ -146,18 +152,18 @@ def learning_rate(
 class ModelEMA:
     """Exponential moving average of a network's weights and of its batch normalisation statistics.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage does with `num_updates` in the
-    official code. Keras's `use_ema` averages the trainable weights only and has no warm-up.
+    The decay warms up as min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage does with
+    `num_updates` in the official code. Keras's `use_ema` averages the trainable weights only and has no warm-up.
 
-    A variable that has never been trained is its own average, to the bit. Only those that `follow` names are computed and swapped: with a
-    frozen backbone that is the classifier.
+    A variable that has never been trained is its own average, to the bit. Only those that `follow` names are computed
+    and swapped: with a frozen backbone that is the classifier.
 
     Attributes:
         variables: The averages, one for each of `averaged`, in its order.
     """
 
     def __init__(self, averaged: Sequence[keras.Variable], decay: float) -> None:
-        """Starts at the present values.
+        """Start at the present values.
 
         Args:
             averaged: Weights and moving statistics of the network.
@@ -189,7 +195,7 @@ class ModelEMA:
         return [(variable, average) for variable, average in pairs if id(variable) in self._followed]
 
     def update(self, step: tf.Tensor, strategy: tf.distribute.Strategy) -> None:
-        """Moves the averages towards the present values, in cross-replica context.
+        """Move the averages towards the present values, in cross-replica context.
 
         Args:
             step: Number of steps applied before this one, integer scalar.

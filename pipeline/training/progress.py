@@ -11,12 +11,12 @@ from pipeline.training.callbacks import Callback
 
 
 class ProgressBar(Callback):
-    """Shows a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
+    """Show a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
 
     def __init__(
         self, screen: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
     ) -> None:
-        """Prepares the line.
+        """Prepare the line.
 
         Args:
             screen: Where to show it.
@@ -38,23 +38,23 @@ class ProgressBar(Callback):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=screen.console, transient=True, speed_estimate_period=60)
+        self._progress = Progress(*columns, console=screen.rich, transient=True, speed_estimate_period=60)
         self._task = self._progress.add_task(
             "preparing the first step", total=total_steps, completed=first_step, figures=""
         )
         self._rate = Throughput()
 
     def __enter__(self) -> "ProgressBar":
-        if self._screen.console.is_terminal:
+        if self._screen.rich.is_terminal:
             self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._screen.console.is_terminal:
+        if self._screen.rich.is_terminal:
             self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves the line."""
+        """Move the line."""
         speed = self._rate.at(step) * self._batch
         epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
         figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"

@@ -23,12 +23,12 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training.memory import check_batch, resolve_batch_size
 from pipeline.training.recipe import resolve_recipe as settle_recipe
-from pipeline.training.trainer import build_schedule
+from pipeline.training.schedule import build_schedule
 from pipeline.training.xla import resolve_xla
 
 
 def open_data(config: Config, processes: ProcessGroup) -> DataSource:
-    """Opens the data set that the config names on every process, behind the chief, which fetches it where it is to be fetched.
+    """Open the data set that the config names on every process, behind the chief, which fetches it where it is to be fetched.
 
     Raises:
         DataError: The data cannot be had, or their layout is not understood.
@@ -77,15 +77,15 @@ def resolve_config(
     def on_the_chief() -> dict[str, bytes]:
         nonlocal settled
         before = run.load_config() if resume else None
-        fitted = resolve_batch_size(config, runtime, model, before=before.train if before else None)
+        fitted = resolve_batch_size(config, runtime, model, previous=before.train if before else None)
         check_batch(fitted, runtime)
         manifest = read_data(source, fitted, run, screen)
-        fitted = settle_recipe(fitted, manifest, new, before=before)
+        fitted = settle_recipe(fitted, manifest, new, previous=before)
         if fitted != config and config.recipe is not None:
             words = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in fitted.train.stages)
             screen.print(f"recipe: {words}, moving average {fitted.optimizer.ema_decay}")
         stages = build_schedule(fitted, steps_per_epoch(len(manifest.indices("train")), fitted.train.batch_size))
-        fitted, compiled, reason = resolve_xla(fitted, runtime, model, stages, before=before)
+        fitted, compiled, reason = resolve_xla(fitted, runtime, model, stages, previous=before)
         if reason:
             screen.print(reason)
         settled = fitted, compiled, manifest
@@ -103,21 +103,23 @@ def resolve_config(
         )
         config = config.model_copy(update={"recipe": None, "train": train, "optimizer": optimizer})
         of_the_chief = config.model_copy(update={"runtime": RuntimeConfig.model_validate(sections["runtime"])})
-        config, runtime, _ = resolve_xla(config, runtime, model, (), before=of_the_chief)
+        config, runtime, _ = resolve_xla(config, runtime, model, (), previous=of_the_chief)
         settled = config, runtime, Manifest.from_bytes(told["manifest"])
     return settled
 
 
 def read_data(source: DataSource, config: Config, run: RunDirectory, screen: Console) -> Manifest:
-    """Scans the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
+    """Scan the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
     with screen.progress("reading the data") as count:
         manifest = scan(source, config.data, seed=config.seed, progress=count)
     if manifest.left_out:
-        manifest.write_left_out(run.left_out)
+        manifest.write_left_out(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     screen.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
         screen.print(f"note: {note}")
     if manifest.left_out:
-        screen.print(f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.left_out}")
+        screen.print(
+            f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.skipped_images}"
+        )
     return manifest

@@ -23,7 +23,7 @@ def restore_latest(
     allowed: Sequence[str],
     processes: ProcessGroup,
 ) -> None:
-    """Puts the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ.
+    """Put the newest good checkpoint into the state, if it is one of the same run but for what is allowed to differ.
 
     Args:
         state: Of every process.

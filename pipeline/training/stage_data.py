@@ -13,15 +13,21 @@ from pipeline.data.input_pipeline import evaluation_stream, feature_stream, step
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.devices import Runtime
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import RunError, TrainingError
-from pipeline.evaluation.metrics import Evaluation, Predictions, Predictor, evaluate_predictions
+from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
+from pipeline.evaluation.predictor import Predictions, Predictor
 from pipeline.training.feature_cache import FeatureCache, are_constant, backbone_and_head
+from pipeline.training.schedule import TrainStage, build_schedule
 from pipeline.training.state import TrainState
-from pipeline.training.trainer import StageInputs, TrainingInterrupted, TrainStage, build_schedule
+from pipeline.training.trainer import StageInputs
 
 
 class StageData:
-    """Gives the training loop its batches and its validation: of pictures, or of a frozen backbone's features, computed once."""
+    """Give the training loop its batches and its validation.
+
+    Of pictures, or of a frozen backbone's features, computed once.
+    """
 
     def __init__(
         self,
@@ -30,13 +36,13 @@ class StageData:
         manifest: Manifest,
         source: DataSource,
         state: TrainState,
-        screen: Console,
+        console: Console,
         stop_requested: Callable[[], bool],
     ) -> None:
-        """Takes all that a run is made from; reads nothing yet."""
+        """Take all that a run is made from; reads nothing yet."""
         self._config, self._manifest, self._source, self._state = config, manifest, source, state
-        self._screen, self._stop_requested = screen, stop_requested
-        self._processes, self._share = runtime.processes, runtime.share
+        self._screen, self._stop_requested = console, stop_requested
+        self._processes, self._share = runtime.processes, runtime.shard
         self._plan = build_schedule(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (
@@ -64,17 +70,20 @@ class StageData:
         """This process's share of the stream from a step on, prepared here or by the servers that the config names."""
         addresses = self._config.runtime.data_service
         if addresses is None:
-            return self.pictures(step, share=self._share)
+            return self.local_stream(step, share=self._share)
         check_servers(addresses)
         return from_data_service(
-            lambda server, of: self.pictures(
+            lambda server, of: self.local_stream(
                 step, first=step + server, stride=of, share=self._share, workers=tf.data.AUTOTUNE
             ),
             addresses,
         )
 
-    def pictures(self, step: int, *, first: int | None = None, **how: Any) -> tf.data.Dataset:
-        """The stream from a step on, or from a later `first` one, as the step's stage sees it, prepared here; `how` goes to the stream."""
+    def local_stream(self, step: int, *, first: int | None = None, **how: Any) -> tf.data.Dataset:
+        """The stream from a step on, or from a later `first` one, as the step's stage sees it, prepared here.
+
+        `how` goes to the stream.
+        """
         stage = next(stage for stage in self._plan if step < stage.stop)
         start = step if first is None else first
         return training_stream(
@@ -86,7 +95,7 @@ class StageData:
         return self._predictor(self._evaluated(split, **how))
 
     def evaluate(self, split: str) -> tuple[Predictions, Evaluation]:
-        """Measures the network as it is now on every image of a split."""
+        """Measure the network as it is now on every image of a split."""
         predictions = self.predict(split)
         return predictions, self._figures(predictions, split)
 

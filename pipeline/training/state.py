@@ -10,7 +10,37 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.training.optimizers import ModelEMA
-from pipeline.training.train_step import MetricAccumulator
+
+
+class MetricAccumulator:
+    """Sums over the steps since the last reset, kept on the device so that reading them is the only wait for it.
+
+    Attributes:
+        loss: Sum of the images' losses (nats, label smoothing and mixing included), float64 scalar.
+        correct: Images whose largest logit is at their largest label, float64 scalar.
+        images: Images seen, float64 scalar.
+        gradient_norm: Sum over the steps of the gradient's Euclidean norm, float64 scalar.
+        steps: Steps applied, float64 scalar.
+        halted: Whether a step was not finite. That step and those after it changed nothing.
+    """
+
+    NAMES = ("loss", "correct", "images", "gradient_norm", "steps")
+
+    def __init__(self) -> None:
+        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        self.sums = {
+            name: tf.Variable(0.0, dtype=tf.float64, trainable=False, aggregation=aggregation) for name in self.NAMES
+        }
+        self.halted = tf.Variable(False, trainable=False, aggregation=aggregation)
+
+    def read(self) -> dict[str, float]:
+        """The sums on the host; waits for the steps under way."""
+        return {name: float(variable.numpy()) for name, variable in self.sums.items()}
+
+    def reset(self) -> None:
+        """Set every sum to zero."""
+        for variable in self.sums.values():
+            variable.assign(0.0)
 
 
 @dataclass

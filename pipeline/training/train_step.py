@@ -1,4 +1,7 @@
-"""One training step: micro-batches, gradients, a guard against values that are not finite, the update, the moving average."""
+"""One training step.
+
+Micro-batches, gradients, a guard against values that are not finite, the update, the moving average.
+"""
 
 from collections.abc import Sequence
 
@@ -10,43 +13,16 @@ from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 from pipeline.training.optimizers import Adam, ModelEMA, uses_weight_decay
+from pipeline.training.state import MetricAccumulator
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
 
 
-class MetricAccumulator:
-    """Sums over the steps since the last reset, kept on the device so that reading them is the only wait for it.
-
-    Attributes:
-        loss: Sum of the images' losses (nats, label smoothing and mixing included), float64 scalar.
-        correct: Images whose largest logit is at their largest label, float64 scalar.
-        images: Images seen, float64 scalar.
-        gradient_norm: Sum over the steps of the gradient's Euclidean norm, float64 scalar.
-        steps: Steps applied, float64 scalar.
-        halted: Whether a step was not finite. That step and those after it changed nothing.
-    """
-
-    NAMES = ("loss", "correct", "images", "gradient_norm", "steps")
-
-    def __init__(self) -> None:
-        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        self.sums = {
-            name: tf.Variable(0.0, dtype=tf.float64, trainable=False, aggregation=aggregation) for name in self.NAMES
-        }
-        self.halted = tf.Variable(False, trainable=False, aggregation=aggregation)
-
-    def read(self) -> dict[str, float]:
-        """The sums on the host; waits for the steps under way."""
-        return {name: float(variable.numpy()) for name, variable in self.sums.items()}
-
-    def reset(self) -> None:
-        """Sets every sum to zero."""
-        for variable in self.sums.values():
-            variable.assign(0.0)
-
-
 def mutable_variables(model: keras.Model) -> list[keras.Variable]:
-    """The variables that a step changes: those that gradients reach, and the statistics and generators of layers that are not frozen."""
+    """The variables that a step changes.
+
+    Those that gradients reach, and the statistics and generators of layers that are not frozen.
+    """
     return [
         *model.trainable_variables,
         *(v for layer in model.layers if layer.trainable for v in layer.non_trainable_variables),
@@ -62,9 +38,10 @@ def batch_norm_statistics(model: keras.Model) -> list[keras.Variable]:
 class TrainStep:
     """A compiled step for one set of trainable variables; a stage that changes the set makes a new one.
 
-    Neither Keras's `fit` nor its `train_step` serves here: under MirroredStrategy a conditional around the update raises, and a value
-    that is not finite is seen only after batch normalisation and metrics have moved. The gradients come from `strategy.run`,
-    everything that changes the state from the cross-replica context, inside one `tf.function`.
+    Neither Keras's `fit` nor its `train_step` serves here: under MirroredStrategy a conditional around the update
+    raises, and a value that is not finite is seen only after batch normalisation and metrics have moved. The gradients
+    come from `strategy.run`, everything that changes the state from the cross-replica context, inside one
+    `tf.function`.
     """
 
     def __init__(
@@ -79,17 +56,18 @@ class TrainStep:
         layer_decay: float = 1.0,
         class_weights: np.ndarray | None = None,
     ) -> None:
-        """Prepares a step that trains what is trainable in `model` now.
+        """Prepare a step that trains what is trainable in `model` now.
 
         Args:
-            model: From float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K); or its head, from features to logits.
+            model: From float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K); or its head, from features to
+                logits.
             optimizer: Built for at least the model's trainable variables.
             average: Updated after each step; None for no moving average.
             totals: Added to by each step.
             config: Label smoothing, weight decay, micro-batches and global batch size are taken from it.
             runtime: Strategy and compilation.
-            layer_decay: The learning rate of a block, over that of the block behind it. It scales the update: a gradient that is scaled
-                changes nothing under RMSProp and Adam, which divide by its size.
+            layer_decay: The learning rate of a block, over that of the block behind it. It scales the update: a
+                gradient that is scaled changes nothing under RMSProp and Adam, which divide by its size.
             class_weights: float32 (K,), how many images an image of each class counts as; None for one each.
         """
         self._model, self._optimizer, self._average, self._totals = model, optimizer, average, totals
@@ -114,11 +92,11 @@ class TrainStep:
         self._compiled = tf.function(self._step, jit_compile=runtime.jit_compile, autograph=False)
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
-        """Takes one step.
+        """Take one step.
 
         Args:
-            batch: Of the stream: images uint8 (B, R, R, 3) or features float32 (B, C), labels float32 (B, K), weights float32 (B,), index
-                int64 (B,); or their per-replica values.
+            batch: Of the stream: images uint8 (B, R, R, 3) or features float32 (B, C), labels float32 (B, K), weights
+                float32 (B,), index int64 (B,); or their per-replica values.
             learning_rate: Of this step.
         """
         with self._strategy.scope():  # the update below runs in cross-replica context
@@ -153,7 +131,10 @@ class TrainStep:
         tf.cond(good, apply, undo)
 
     def _update(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
-        """Moves the weights. `Optimizer.apply` cannot do it here: it needs the replica context, where it may not be conditional."""
+        """Move the weights.
+
+        `Optimizer.apply` cannot do it here: it needs the replica context, where it may not be conditional.
+        """
 
         def update(
             variable: tf.Variable, gradient: tf.Tensor, powers: Sequence[tf.Tensor], decay: float, factor: float
@@ -164,7 +145,7 @@ class TrainStep:
             self._optimizer.update_step(gradient, variable, rate, *powers)
 
         adam = isinstance(self._optimizer, Adam)
-        powers = self._optimizer.advance(self._trainable) if adam else [()] * len(self._trainable)
+        powers = self._optimizer.bias_correction(self._trainable) if adam else [()] * len(self._trainable)
         for variable, *arguments in zip(
             self._trainable, gradients, powers, self._weight_decay, self._rate_factors, strict=True
         ):
@@ -174,7 +155,10 @@ class TrainStep:
     def _gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, index: tf.Tensor
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor], list[tf.Tensor]]:
-        """One replica's share, gradients and sums added up over the replicas, batch normalisation's own statistics averaged over them."""
+        """One replica's share.
+
+        Gradients and sums added up over the replicas, batch normalisation's own statistics averaged over them.
+        """
         del index
         parts = zip(*(tf.split(tensor, self._accumulation) for tensor in (images, labels, weights)), strict=True)
         micro_batches = [self._micro_batch(*part) for part in parts]
@@ -212,7 +196,10 @@ class TrainStep:
         return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * hits), "images": tf.reduce_sum(weights)}
 
     def _count(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The labels and how many images each counts as. Linear in the label: a mixed image counts as the shares that it is mixed from."""
+        """The labels and how many images each counts as.
+
+        Linear in the label: a mixed image counts as the shares that it is mixed from.
+        """
         if self._class_weights is None:
             return labels, weights
         shares = labels * self._class_weights

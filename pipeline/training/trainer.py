@@ -1,4 +1,7 @@
-"""The training loop: stages, epochs, validation. It knows nothing of files or MLflow: hooks that the caller wires in do."""
+"""The training loop: stages, epochs, validation.
+
+It knows nothing of files or MLflow: hooks that the caller wires in do.
+"""
 
 import json
 import time
@@ -11,14 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.config.train import StageConfig
 from pipeline.data.data_service import with_watchdog
 from pipeline.distributed.devices import Runtime
-from pipeline.errors import ConfigError
-from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
+from pipeline.distributed.signals import TrainingInterrupted
+from pipeline.evaluation.metrics import METRICS
 from pipeline.training.callbacks import Callback
 from pipeline.training.nan_policy import learning_rate_factor, raise_nan_error
-from pipeline.training.optimizers import learning_rate
+from pipeline.training.schedule import TrainStage, build_schedule, set_trainable
 from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
 
@@ -28,33 +30,15 @@ STEPS_PER_DECISION = 10  # of several processes, which have to look at the same 
 
 
 @dataclass(frozen=True)
-class TrainStage:
-    """A stretch of steps with one set of trainable weights.
-
-    Attributes:
-        number: Its place among the stages, from 0.
-        config: As the YAML has it.
-        first: Its first step, counted from the start of the run.
-        stop: The step behind its last.
-        learning_rate: Of the step counted from the start of the stage.
-    """
-
-    number: int
-    config: StageConfig
-    first: int
-    stop: int
-    learning_rate: Callable[[int], float]
-
-
-@dataclass(frozen=True)
 class StageInputs:
     """What a stage trains, and on what.
 
     Attributes:
-        model: What the step calls: the network, or only its head where the stream gives the features of a frozen backbone.
+        model: What the step calls: the network, or only its head where the stream gives the features of a frozen
+            backbone.
         stream: Gives the endless stream of global batches from a step on.
-        validate: Gives the metrics of the validation split for the network as it is now, by name; called with the moving average in place.
-            Empty where there is no such split.
+        validate: Gives the metrics of the validation split for the network as it is now, by name; called with the
+            moving average in place. Empty where there is no such split.
     """
 
     model: keras.Model
@@ -62,61 +46,8 @@ class StageInputs:
     validate: Callable[[], Mapping[str, float]]
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> tuple[TrainStage, ...]:
-    """Turns epochs into steps, once."""
-    stages: list[TrainStage] = []
-    for stage in config.train.stages:
-        first = stages[-1].stop if stages else 0
-        rate = learning_rate(
-            config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch
-        )
-        stages.append(TrainStage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
-    return tuple(stages)
-
-
-def is_layer_trainable(stage: StageConfig, layer: keras.layers.Layer) -> bool:
-    """Whether a stage moves the weights of a layer, and the statistics of batch normalisation."""
-    lowest = (
-        {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
-        if stage.trainable in ("head", "all")
-        else int(stage.trainable.removeprefix("block"))
-    )
-    frozen_statistics = stage.freeze_batch_norm and isinstance(layer, keras.layers.BatchNormalization)
-    return block_of(layer.name) >= lowest and not frozen_statistics
-
-
-def set_trainable(model: keras.Model, stage: StageConfig) -> None:
-    """Freezes and thaws whole blocks as a stage says. A frozen block runs as in inference: its statistics do not move."""
-    for layer in model.layers:
-        layer.trainable = is_layer_trainable(stage, layer)
-
-
-def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[StageConfig]) -> None:
-    """Makes sure that no layer that starts from random values stays as it is.
-
-    Args:
-        model: The network.
-        new: Names of its layers that no weights were loaded into.
-        stages: Of the whole run.
-
-    Raises:
-        ConfigError: No stage trains such a layer.
-    """
-    stuck = [name for name in new if not any(is_layer_trainable(stage, model.get_layer(name)) for stage in stages)]
-    if stuck:
-        named = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
-        raise ConfigError(
-            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so far: {named}; let a "
-            "stage train all, and one with freeze_batch_norm: false if some are batch normalisation (_bn)"
-        )
-
-
-class TrainingInterrupted(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop and did so behind a whole step, its state handed to the hooks."""
-
-
 class Trainer:
-    """Takes a state through the stages of its run."""
+    """Take a state through the stages of its run."""
 
     def __init__(
         self,
@@ -137,9 +68,10 @@ class Trainer:
             steps_per_epoch: Steps between two validations.
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step, by several processes after every tenth; True ends the run there.
-            on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves the state where the
-                run should go on, with the step among its `skipped` or at an earlier step.
-            class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one each.
+            on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves
+                the state where the run should go on, with the step among its `skipped` or at an earlier step.
+            class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one
+                each.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
         self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
@@ -152,11 +84,12 @@ class Trainer:
         return self.stages[-1].stop
 
     def run(self, state: TrainState, work: Callable[[TrainStage], StageInputs]) -> list[dict[str, float]]:
-        """Trains from `state.step` to the end of the last stage.
+        """Train from `state.step` to the end of the last stage.
 
         Args:
             state: Changed in place.
-            work: Says what a stage trains on; asked when the stage begins or is gone on with, what is trainable being settled.
+            work: Says what a stage trains on; asked when the stage begins or is gone on with, what is trainable being
+                settled.
 
         Returns:
             The history: a record for each epoch, those before a resume included.
@@ -182,7 +115,10 @@ class Trainer:
         return with_watchdog(batches, servers) if servers else iter(batches)
 
     def make_train_step(self, stage: TrainStage, state: TrainState, model: keras.Model) -> TrainStep:
-        """A step of a stage, what is trainable being settled. It moves the averages of what is followed by the time that it is compiled."""
+        """A step of a stage, what is trainable being settled.
+
+        It moves the averages of what is followed by the time that it is compiled.
+        """
         with self._runtime.strategy.scope():
             return TrainStep(
                 model,
@@ -284,11 +220,14 @@ class Trainer:
 
     def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:
         key = f"val/{self._config.train.best_metric}"
-        sign = -1 if self._config.train.best_metric == "loss" else 1
+        sign = 1 if METRICS[self._config.train.best_metric].higher_is_better else -1
         return key in record and (best is None or sign * (record[key] - best[key]) > by)
 
     def _should_stop_early(self, stage: TrainStage, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether early stopping leaves the stage: a function of the history, so that a run that is resumed or goes back decides alike."""
+        """Whether early stopping leaves the stage.
+
+        A function of the history, so that a run that is resumed or goes back decides alike.
+        """
         rule, best, waited = self._config.train.early_stopping, None, 0
         if rule is None:
             return False

@@ -19,10 +19,10 @@ from pipeline.cli import compare as program
 from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import RunError, UserError
-from pipeline.evaluation import significance
-from pipeline.evaluation.compare import RunComparison, RunPredictions, compare, read_measured
-from pipeline.evaluation.report.comparison_report import THUMBNAILS, ConfigDiff, comparison_page
-from pipeline.evaluation.significance import bootstrap, exact_bounds, holm, mcnemar
+from pipeline.evaluation import statistics
+from pipeline.evaluation.compare import RunComparison, RunPredictions, compare, read_run_predictions
+from pipeline.evaluation.report.comparison_report import MAX_THUMBNAILS, ConfigDiff, render_comparison
+from pipeline.evaluation.statistics import adjust_p_values, exact_bounds, mcnemar_test, paired_bootstrap
 from pipeline.runs.run_directory import RunDirectory
 
 PROJECT = Path(__file__).parents[2]
@@ -85,18 +85,18 @@ def pair_of(only_a: int, only_b: int, both: int = 0) -> RunComparison:
     ("only_a", "only_b", "p"), [(0, 0, 1), (0, 1, 1), (0, 6, 2 / 64), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1)]
 )
 def test_mcnemar_counts_the_binomial_tails(only_a: int, only_b: int, p: float) -> None:
-    assert mcnemar(only_a, only_b) == pytest.approx(p)
+    assert mcnemar_test(only_a, only_b) == pytest.approx(p)
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1, 1]
-    assert holm([0.02]) == [0.02]
+    assert adjust_p_values([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust_p_values([0.9, 0.8]) == [1, 1]
+    assert adjust_p_values([0.02]) == [0.02]
 
 
 def test_the_bootstrap_agrees_with_the_normal_distribution_of_many_images() -> None:
     values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 4000, p=[0.03, 0.92, 0.05])
-    interval, margin = bootstrap(values, np.arange(4000)), 1.96 * values.std() / np.sqrt(4000)
+    interval, margin = paired_bootstrap(values, np.arange(4000)), 1.96 * values.std() / np.sqrt(4000)
     assert interval.value == values.mean()
     assert (interval.low, interval.high) == pytest.approx(
         (values.mean() - margin, values.mean() + margin), abs=0.05 * margin
@@ -106,9 +106,9 @@ def test_the_bootstrap_agrees_with_the_normal_distribution_of_many_images() -> N
 def test_copies_of_an_image_are_no_further_evidence() -> None:
     values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 300, p=[0.05, 0.85, 0.1])
     groups = np.arange(300)
-    once = bootstrap(values, groups)
-    assert bootstrap(np.tile(values, 4), np.tile(groups, 4)) == pytest.approx(once)
-    blind = bootstrap(np.tile(values, 4), np.arange(1200))
+    once = paired_bootstrap(values, groups)
+    assert paired_bootstrap(np.tile(values, 4), np.tile(groups, 4)) == pytest.approx(once)
+    blind = paired_bootstrap(np.tile(values, 4), np.arange(1200))
     assert blind.high - blind.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
 
 
@@ -116,7 +116,7 @@ def test_the_exact_bounds_hold_0_where_the_test_finds_nothing() -> None:
     for only_a in range(12):
         for only_b in range(12):
             low, high = exact_bounds(only_a, only_b, 100, 100)
-            assert (low <= 0 <= high) == (mcnemar(only_a, only_b) >= 0.05), (only_a, only_b)
+            assert (low <= 0 <= high) == (mcnemar_test(only_a, only_b) >= 0.05), (only_a, only_b)
     assert exact_bounds(0, 0, 100, 50) == pytest.approx((0.025 ** (1 / 50) - 1, 1 - 0.025 ** (1 / 50)))
 
 
@@ -129,7 +129,7 @@ def test_a_direction_that_no_image_took_is_not_excluded() -> None:
 @pytest.mark.parametrize("copies", [1, 4])
 def test_of_equally_good_runs_hardly_one_is_called_better(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every image has near-duplicates that turn with it, which McNemar's test takes for evidence."""
-    monkeypatch.setattr(significance, "RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "PAIRED_RESAMPLES", 1000)
     rng, called, by_image = np.random.default_rng(1), 0, 0
     images = Manifest(CLASSES, table_of([0] * 120 * copies, groups=np.repeat(np.arange(120), copies)))
     all_right = predictions_of(images.table, np.ones(120 * copies, bool))
@@ -147,11 +147,11 @@ def test_a_clear_difference_is_found_and_called_by_its_direction() -> None:
     better, worse = pair_of(2, 20, both=178), pair_of(20, 2, both=178)
     assert (better.verdict, worse.verdict) == ("better", "worse")
     assert better.sentence.startswith(
-        "B is better than A: 99.0 % of the 200 test images right against 90.0 %, 9.0 points better (95 % interval "
+        "B is better than A: 99.0 % of the 200 test images correct against 90.0 %, 9.0 points better (95 % interval "
     )
     assert "in 1 of 8,257 comparisons (McNemar's test, p = 0.00012)" in better.sentence
     assert worse.sentence.startswith(
-        "B is worse than A: 90.0 % of the 200 test images right against 99.0 %, 9.0 points worse"
+        "B is worse than A: 90.0 % of the 200 test images correct against 99.0 %, 9.0 points worse"
     )
     low, high = re.findall(r"interval ([\d.]+) to ([\d.]+)", worse.sentence)[0]
     assert 0 < float(low) < 9 < float(high)
@@ -161,7 +161,8 @@ def test_what_the_images_cannot_decide_is_said_with_its_bounds() -> None:
     pair = pair_of(3, 5, both=92)
     assert pair.verdict == "open"
     assert pair.sentence.startswith(
-        "These 100 test images do not tell B from A: 97.0 % right against 95.0 %. In truth B may be anything from "
+        "These 100 test images show no significant difference between B and A: 97.0 % correct against 95.0 %. "
+        "The true difference of B may lie anywhere from "
     )
     assert "points worse to " in pair.sentence
     assert "in 73 % of comparisons" in pair.sentence
@@ -172,7 +173,7 @@ def test_near_duplicates_that_make_the_difference_leave_it_open_and_are_named() 
     right_a = np.array([True] * 90 + [False] * 10)
     [pair] = compare([measured("A", right_a, [*range(90), *[90] * 10]), measured("B", np.ones(100, bool), range(100))])
     assert (pair.p_value < 0.05, pair.verdict, pair.num_groups) == (True, "open", 91)
-    assert "near-duplicates are no independent evidence" in pair.sentence
+    assert "near-duplicates are not independent" in pair.sentence
 
 
 def test_several_runs_are_compared_with_the_first_and_their_p_values_adjusted() -> None:
@@ -205,7 +206,7 @@ def test_the_order_of_the_images_does_not_matter(tmp_path: Path) -> None:
         shuffled = table.iloc[order].reset_index(drop=True)
         Manifest(CLASSES, shuffled).save(tmp_path / f"{name}.manifest")
         predictions_of(shuffled, shuffled["key"].to_numpy() != "0001.png").to_parquet(tmp_path / name)
-    a, b = (read_measured(name, "test", tmp_path / name, tmp_path / f"{name}.manifest") for name in "ab")
+    a, b = (read_run_predictions(name, "test", tmp_path / name, tmp_path / f"{name}.manifest") for name in "ab")
     [pair] = compare([a, b])
     assert (pair.only_a, pair.only_b, pair.accuracies) == (0, 0, (0.75, 0.75))
 
@@ -221,7 +222,7 @@ def test_the_order_of_the_images_does_not_matter(tmp_path: Path) -> None:
 def test_other_images_labels_or_contents_are_refused_by_name(column: str, value: object, told: str) -> None:
     a, b = measured("A", [True] * 4), measured("B", [True] * 4)
     b.images.table.loc[1, column] = value
-    with pytest.raises(RunError, match="they were not measured on the same images") as caught:
+    with pytest.raises(RunError, match="they were not evaluated on the same images") as caught:
         compare([a, b])
     assert told in str(caught.value)
     assert "seed and data.splits" in str(caught.value)
@@ -238,14 +239,15 @@ def test_predictions_that_do_not_belong_to_the_manifest_are_refused(tmp_path: Pa
         right.drop(columns="probability"),
     ):
         wrong.to_parquet(tmp_path / "predictions")
-        with pytest.raises(RunError, match=r"predictions: .*measure the run again"):
-            read_measured("A", "test", tmp_path / "predictions", tmp_path / "manifest")
+        with pytest.raises(RunError, match=r"predictions: .*evaluate the run again"):
+            read_run_predictions("A", "test", tmp_path / "predictions", tmp_path / "manifest")
     (tmp_path / "predictions").write_bytes(b"PAR1")
     with pytest.raises(RunError, match="cannot be read"):
-        read_measured("A", "test", tmp_path / "predictions", tmp_path / "manifest")
+        read_run_predictions("A", "test", tmp_path / "predictions", tmp_path / "manifest")
 
 
-# The page and the program, on runs that were made up: of 60 photos, of which the second run gets 20 right that the first gets wrong.
+# The page and the program, on runs that were made up: of 60 photos, of which the second run gets 20 right that the
+# first gets wrong.
 
 PHOTOS = 60
 
@@ -301,13 +303,13 @@ def two(tmp_path: Path, photos: Path) -> tuple[Path, Path]:
 def run(*words: str | Path) -> str:
     screen = FakeConsole()
     assert program.main([str(word) for word in words], screen) == 0
-    return screen.said
+    return screen.output
 
 
 def test_the_program_says_it_in_words_and_keeps_the_page_with_the_run_that_is_judged(two: tuple[Path, Path]) -> None:
     said = run(*two)
     assert said.startswith(
-        "tuned is better than plain: 100.0 % of the 60 test images right against 66.7 %, 33.3 points better"
+        "tuned is better than plain: 100.0 % of the 60 test images correct against 66.7 %, 33.3 points better"
     )
     assert ["seed", "1", "2"] in [line.split() for line in said.splitlines()]
     assert ["version.keras", "3.1", "3.2"] in [line.split() for line in said.splitlines()]
@@ -365,7 +367,9 @@ def test_pictures_that_changed_or_are_gone_are_not_shown(two: tuple[Path, Path],
 
 def test_names_are_text_and_never_markup() -> None:
     a, b = measured("<i>A</i>", [False] * 40), measured("B&C", [True] * 40)
-    page = comparison_page([a, b], compare([a, b]), settings=[ConfigDiff("x", ("<u>", "1"))], histories={}, source=None)
+    page = render_comparison(
+        [a, b], compare([a, b]), settings=[ConfigDiff("x", ("<u>", "1"))], histories={}, source=None
+    )
     assert not {"<b>bee", "<i>A", "<u>", "B&C"} & set(re.findall(r"<b>bee|<i>A|<u>|B&C", page))
     assert "&lt;b&gt;bee&lt;/b&gt;" in page
     assert "&lt;i&gt;A&lt;/i&gt;" in page
@@ -379,8 +383,10 @@ def test_of_many_images_the_first_are_shown_and_all_are_named(tmp_path: Path) ->
         each.images.table["sha256"] = hashlib.sha256(file.getvalue()).hexdigest()
     for key in a.images.table["key"]:
         (tmp_path / key).write_bytes(file.getvalue())
-    page = comparison_page([a, b], compare([a, b]), settings=[], histories={}, source=FileSource(tmp_path, CLASSES, ()))
-    assert len(pictures_in(page)) == THUMBNAILS
+    page = render_comparison(
+        [a, b], compare([a, b]), settings=[], histories={}, source=FileSource(tmp_path, CLASSES, ())
+    )
+    assert len(pictures_in(page)) == MAX_THUMBNAILS
     assert all(f"<th>{key}</th>" in page for key in a.images.table["key"])
     assert "config, data and libraries are the same" in page
 
@@ -392,7 +398,7 @@ def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_pa
     assert "adjusted for 2 comparisons" in said
     page = (third / "report/compare/plain+tuned/test.html").read_text()
     assert "tuned is better than plain." in page
-    assert "do not tell third from plain." in page
+    assert "show no significant difference between third and plain." in page
 
 
 @pytest.mark.parametrize(

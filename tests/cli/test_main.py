@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli.scale import BYTES, COUNT, SECONDS, quantity, steps
+from pipeline.cli.arguments import BYTES, COUNT, SECONDS, quantity, value_range
 from pipeline.config.loader import load_config
 
 PROJECT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_unit_multiplies(units: dict[str, float], unit: str) -> None:
 def test_a_range_holds_both_ends(start: int, count: int, step: int) -> None:
     stop = start + count * step
     if stop <= 4000:
-        values = steps(f"{start / 1000}:{stop / 1000}:{step / 1000}")
+        values = value_range(f"{start / 1000}:{stop / 1000}:{step / 1000}")
         assert values == pytest.approx([(start + i * step) / 1000 for i in range(count + 1)])
 
 

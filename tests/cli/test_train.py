@@ -140,7 +140,7 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
         len([line for line in lines if re.fullmatch(r"first step \d+ s, tracing and compilation included", line)]) == 2
     ), "of each stage"
     assert load_config(directory / "config.yaml").runtime.xla is False, "auto is settled"
-    assert "registered as colours version 1: it is the champion, as there was none" in out
+    assert "registered as colours version 1: it is the champion, because there was none" in out
     assert f"the model        {directory.name}/model.keras" in out
     assert "mlflow ui" in out
     for noise in ("WARNING", "I0000", "oneDNN", "INFO", "retracing", "Deprecat"):
@@ -373,7 +373,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *ar
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
     screen = FakeConsole()
     assert program.main(screen) == 0
-    return screen.said
+    return screen.output
 
 
 @pytest.mark.parametrize(
@@ -444,10 +444,10 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
     run, screen = run_directory.create(tmp_path / "run", "test"), FakeConsole()
     first = read_data(open_source(config.data), config, run, screen)
     assert len(first.table) == 46
-    listed = pd.read_csv(run.left_out)
+    listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
-    assert f"left out: 2 pictures that cannot be used, listed in {run.left_out}" in screen.said
+    assert f"left out: 2 pictures that cannot be used, listed in {run.skipped_images}" in screen.output
     assert read_data(open_source(config.data), config, run, screen).digest() == first.digest()
 
 

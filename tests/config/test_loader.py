@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.config.train import SkipNanSteps
+from pipeline.config.train import SkipNanConfig
 from pipeline.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -207,7 +207,7 @@ def test_what_to_do_about_nan_is_a_word_or_a_number_of_steps(tmp_path):
     assert load_config(path).train.on_nan == "stop"
     assert load_config(path, ["train.on_nan=rollback"]).train.on_nan == "rollback"
     loaded = load_config(path, ["train.on_nan={skip: 3}"])
-    assert loaded.train.on_nan == SkipNanSteps(skip=3)
+    assert loaded.train.on_nan == SkipNanConfig(skip=3)
     assert Config.model_validate(yaml.safe_load(loaded.to_yaml())) == loaded
     for wrong, message in (
         ("halt", "input should be 'stop' or 'rollback'; received 'halt'"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.config.augment import Transform
+from pipeline.config.augment import TransformConfig
 from pipeline.config.schema import Config
 from pipeline.data.augmentation import (
     AlbumentationsTransforms,
@@ -74,7 +74,8 @@ def windows(count: tf.Tensor, height: int, width: int, scale: tf.Tensor, ratio: 
     return tf.map_fn(one, tf.range(count), fn_output_signature=tf.int32)
 
 
-# --- the random window ---------------------------------------------------------------------------------------------------------------
+# --- the random window
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_windows_have_uniform_areas_log_uniform_aspects_and_uniform_places() -> None:
@@ -223,7 +224,8 @@ def test_a_transform_given_twice_is_refused_by_the_native_backend() -> None:
         image_augmentation(config("native", [FLIP, FLIP]))
 
 
-# --- albumentations ------------------------------------------------------------------------------------------------------------------
+# --- albumentations
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_transform_given_twice_is_refused_by_the_native_backend() -> None:
     ],
 )
 def test_sizes_are_fractions_of_the_resolution(transform: Any, expected: dict[str, Any]) -> None:
-    assert sized_arguments(Transform.model_validate(transform), 200) == expected
+    assert sized_arguments(TransformConfig.model_validate(transform), 200) == expected
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def usable() -> list[str]:
         if isinstance(kind, type) and issubclass(kind, albumentations.BasicTransform) and hasattr(kind, "InitSchema"):
             try:
                 args = {"p": 1.0} if "p" in kind.InitSchema.model_fields else {}
-                AlbumentationsTransforms((Transform(name=name, args=args),), SIDE).validate_on_dummy_images(False)
+                AlbumentationsTransforms((TransformConfig(name=name, args=args),), SIDE).validate_on_dummy_images(False)
             except (ConfigError, NotImplementedError):
                 continue
             names.append(name)
@@ -304,12 +306,12 @@ def test_every_transform_is_a_function_of_its_seed() -> None:
     assert len(names) > 60
     picture, other = smooth(SIDE, SIDE), smooth(SIDE, SIDE, 1)
     for name in names:
-        apply = AlbumentationsTransforms((Transform(name=name, args={"p": 1.0}),), SIDE)
+        apply = AlbumentationsTransforms((TransformConfig(name=name, args={"p": 1.0}),), SIDE)
         before = apply(picture, 11)
         apply(other, 12)
         np.random.seed(0)  # a transform that used the global generators would show here
         random.seed(0)
-        again = AlbumentationsTransforms((Transform(name=name, args={"p": 1.0}),), SIDE)
+        again = AlbumentationsTransforms((TransformConfig(name=name, args={"p": 1.0}),), SIDE)
         again(other, 13)
         np.testing.assert_array_equal(apply(picture, 11), before, name)
         np.testing.assert_array_equal(again(picture, 11), before, name)
@@ -319,7 +321,7 @@ def test_transforms_are_built_once_for_a_thread_not_for_a_picture(monkeypatch: p
     built = []
     real = AlbumentationsTransforms._build
     monkeypatch.setattr(AlbumentationsTransforms, "_build", lambda self: built.append(1) or real(self))
-    apply = AlbumentationsTransforms([Transform(name="HorizontalFlip", args={})], 8)
+    apply = AlbumentationsTransforms([TransformConfig(name="HorizontalFlip", args={})], 8)
     pictures = tf.data.Dataset.from_tensors(tf.zeros((8, 8, 3), tf.uint8)).repeat(300).enumerate()
     options = tf.data.Options()
     options.threading.private_threadpool_size = 2
@@ -332,7 +334,7 @@ def test_transforms_are_built_once_for_a_thread_not_for_a_picture(monkeypatch: p
 
 def test_transforms_of_one_p_do_not_coincide() -> None:
     apply = AlbumentationsTransforms(
-        tuple(Transform(name=name, args={"p": 0.5}) for name in ("HorizontalFlip", "VerticalFlip")), SIDE
+        tuple(TransformConfig(name=name, args={"p": 0.5}) for name in ("HorizontalFlip", "VerticalFlip")), SIDE
     )
     picture = smooth(SIDE, SIDE)
     outcomes = {apply(picture, seed).tobytes() for seed in range(40)}

@@ -1,4 +1,7 @@
-"""Servers prepare the very batches that this process would have prepared, in its order; and a run ends where one of them is gone."""
+"""Servers prepare the very batches that this process would have prepared, in its order.
+
+And a run ends where one of them is gone.
+"""
 
 import signal
 import socket
@@ -20,7 +23,7 @@ from pipeline.data.data_service import check_servers, from_data_service, start_s
 from pipeline.data.input_pipeline import training_stream
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
-from pipeline.distributed.devices import Shard
+from pipeline.distributed.sharding import Shard
 from pipeline.errors import ConfigError, RunError, TrainingError
 
 PROJECT = Path(__file__).parents[2]

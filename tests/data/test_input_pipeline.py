@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.data.input_pipeline import evaluation_stream, steps_per_epoch, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocessing import preprocess
-from pipeline.distributed.devices import Shard
+from pipeline.distributed.sharding import Shard
 from pipeline.errors import DataError
 
 SIDE = 32

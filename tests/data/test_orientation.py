@@ -46,7 +46,10 @@ def as_a_camera_stores_it(upright: Image.Image, kind: str, orientation: int) -> 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, DataSource, Config]:
-    """One picture, 60 x 84, in three formats and eight orientations; in a/ as it is, in b/ with its colours inverted."""
+    """One picture, 60 x 84, in three formats and eight orientations.
+
+    In a/ as it is, in b/ with its colours inverted.
+    """
     root = tmp_path_factory.mktemp("turned")
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
     upright = coarse.resize((84, 60), Image.Resampling.BICUBIC)

@@ -81,7 +81,7 @@ def config(photos: Path) -> Path:
 
 def run(*words: str | Path) -> tuple[int, str]:
     screen = FakeConsole()
-    return main([str(word) for word in words], screen), screen.said
+    return main([str(word) for word in words], screen), screen.output
 
 
 def flip(path: Path, needle: bytes) -> None:
@@ -516,10 +516,10 @@ def test_the_check_works_on_a_pack(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "pack.yaml").write_text(f"data: {{source: pack, path: {tmp_path / 'pack'}}}\n")
     screen = FakeConsole()
     assert check.main(["--config", str(tmp_path / "pack.yaml")], screen) == 2
-    assert "cat/cut.png: is a damaged PNG" in screen.said
+    assert "cat/cut.png: is a damaged PNG" in screen.output
     screen = FakeConsole()
     assert check.main(["--config", str(tmp_path / "pack.yaml"), "data.on_bad_image=skip"], screen) == 0
-    assert "12 usable pictures" in screen.said
+    assert "12 usable pictures" in screen.output
 
 
 def test_a_pack_can_be_packed_again_into_other_shards(photos: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from pipeline.data.sampler import positions, shuffled
-from pipeline.distributed.devices import Shard
+from pipeline.distributed.sharding import Shard
 
 
 def orders(count: int, seed: int, passes: int, first: int = 0) -> np.ndarray:

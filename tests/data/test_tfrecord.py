@@ -58,7 +58,7 @@ def write(path: Path, records: Sequence[bytes]) -> Path:
 def run(*words: str | Path) -> str:
     screen = FakeConsole()
     assert main([str(word) for word in words], screen) == 0
-    return screen.said
+    return screen.output
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Several processes and several devices train as one: the same weights, the same data, one set of files, one end for all."""
+"""Several processes and several devices train as one.
+
+The same weights, the same data, one set of files, one end for all.
+"""
 
 import json
 import os
@@ -39,7 +42,8 @@ tracking: {experiment: machines}
 END = 9  # steps
 
 
-# --- TF_CONFIG -------------------------------------------------------------------------------------------------------------------------
+# --- TF_CONFIG
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def tf_config(task: tuple[str, int] = ("worker", 1), **cluster: Any) -> str:
@@ -53,7 +57,7 @@ def test_tf_config_gives_a_process_its_place(monkeypatch, strategy):
     monkeypatch.setenv("TF_CONFIG", tf_config(("worker", 0), chief=["c:1"], worker=["a:1", "b:2"]))
     place = cluster_from_tf_config(strategy)
     assert place == ProcessInfo(("c:1", "a:1", "b:2"), 1, has_chief=True)
-    assert [place.number_of("chief", 0), place.number_of("worker", 0), place.number_of("worker", 1)] == [0, 1, 2]
+    assert [place.rank_of("chief", 0), place.rank_of("worker", 0), place.rank_of("worker", 1)] == [0, 1, 2]
     assert not place.is_chief
     assert place.name() == "process 2 of 3 (a:1)"
     assert place.others() == "c:1, b:2"
@@ -189,7 +193,10 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_devices_and_processes_train_as_one_device_does(machines):
-    """At the same global batch, synchronised batch normalisation, dropout off: weights after five steps, and the images of each step."""
+    """At the same global batch, synchronised batch normalisation, dropout off.
+
+    Weights after five steps, and the images of each step.
+    """
     first, _ = machines
     plain = ["model.dropout=0", "model.drop_path_rate=0", "train.global_batch_size=32", "train.stages=[{epochs: 5}]"]
     for run, devices in (("one", 1), ("two", 2), ("four", 4)):
@@ -281,7 +288,8 @@ def test_a_process_that_is_asked_to_stop_stops_all_and_another_number_of_them_go
     assert run_together(machines, "asked", "train.stages=[{epochs: 9}]", traps={1: [asked]}) == [143, 143]
     for machine in machines:
         assert re.search(
-            r"stopped after step \d+; go on with the same command and --run-dir asked --resume", machine.shown("asked")
+            r"stopped after step \d+; continue with the same command and --run-dir asked --resume",
+            machine.shown("asked"),
         )
     assert list((machines[0].folder / "asked" / "checkpoints").glob("step-*"))
     first, further = machines[0], ("--resume", "train.stages=[{epochs: 9}]")

@@ -45,7 +45,7 @@ export: {min_agreement: 0.75, max_accuracy_loss: 0.25, calibration_images: 10}
 
 def export(run: RunDirectory, *words: str) -> tuple[int, str]:
     screen = FakeConsole()
-    return command.main(["--run", str(run.path), *words], screen), screen.said
+    return command.main(["--run", str(run.path), *words], screen), screen.output
 
 
 def metadata(directory: Path) -> dict[str, Any]:
@@ -439,7 +439,10 @@ LIMITS = ExportConfig(min_agreement=0.9, max_accuracy_loss=0.1, max_logit_differ
 def compared(
     change: Callable[[np.ndarray], np.ndarray], *, exact: bool = True, names: tuple[str, ...] = ("a", "b", "c")
 ) -> ParityReport:
-    """What is found of a runtime that gives the logits of a model, changed: they are the first pixels of 20 images, all labelled right."""
+    """What is found of a runtime that gives the logits of a model, changed.
+
+    They are the first pixels of 20 images, all labelled right.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 200, (20, 4, 4, 3)).astype(np.uint8)
     images[np.arange(20), 0, 0, np.arange(20) % 3] = 250

@@ -34,7 +34,10 @@ def images(size: int, count: int = 3) -> np.ndarray:
 
 
 def make_lively(model: keras.Model) -> None:
-    """He kernels and random batch normalisation, scaled so that activations neither fade nor explode and logits tell images apart."""
+    """He kernels and random batch normalisation.
+
+    Scaled so that activations neither fade nor explode and logits tell images apart.
+    """
     random = np.random.default_rng(1)
     for layer in model.layers:
         values = []

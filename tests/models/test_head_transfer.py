@@ -62,7 +62,8 @@ def pictures(resolution: int, count: int = 8) -> np.ndarray:
     return (127 + contrast * smooth).astype("float32")
 
 
-# --- Kept classes ------------------------------------------------------------------------------------------------------------------
+# --- Kept classes
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def assert_kept_logits_identical(
@@ -146,7 +147,8 @@ def test_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below() ->
     assert (logits[:, [1, -1]].max(axis=1) < logits[:, kept].min(axis=1)).all()
 
 
-# --- New classes -------------------------------------------------------------------------------------------------------------------
+# --- New classes
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_new_classes_lie_below_every_kept_one(run: Path) -> None:
@@ -219,7 +221,8 @@ def test_a_file_of_a_thousand_unnamed_classes_is_taken_for_imagenets(tmp_path: P
     np.testing.assert_array_equal(new.get_layer("predictions").kernel.numpy(), expected)
 
 
-# --- The class map -----------------------------------------------------------------------------------------------------------------
+# --- The class map
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_class_map_renames_and_merges_and_goes_before_equal_names(old: keras.Model, run: Path) -> None:
@@ -303,7 +306,8 @@ def test_a_class_map_without_weights_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml", ["model.weights=null"])
 
 
-# --- Merged classes ----------------------------------------------------------------------------------------------------------------
+# --- Merged classes
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_merged_row_is_the_mean_with_the_logarithm_of_the_number_on_its_bias() -> None:

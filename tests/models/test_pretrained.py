@@ -181,7 +181,8 @@ def test_lite_weights_come_from_torch_files_too(naming: str, tmp_path: Path) -> 
     assert report.new == {"predictions": "5 classes here, 3 in the file"}
 
 
-# --- The classifier ----------------------------------------------------------------------------------------------------------------
+# --- The classifier
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def run_directory(model: keras.Model, folder: Path, class_names: Sequence[str]) -> Path:
@@ -249,7 +250,8 @@ def test_a_model_without_classifier_takes_the_backbone(trained: keras.Model, tmp
     assert report.skipped == {"predictions": "the model has no such layer"}
 
 
-# --- ImageNet ----------------------------------------------------------------------------------------------------------------------
+# --- ImageNet
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_imagenet_classes_have_synset_and_name() -> None:
@@ -393,7 +395,8 @@ def test_a_failing_source_takes_less_than_thirty_seconds() -> None:
     assert module.STALL_SECONDS < 25
 
 
-# --- What does not fit -------------------------------------------------------------------------------------------------------------
+# --- What does not fit
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_wider_variant_are_refused_by_name(tmp_path: Path, untouched: keras.Model) -> None:

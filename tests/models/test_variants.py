@@ -67,9 +67,12 @@ def test_a_unit_of_phi_about_doubles_the_cost() -> None:
 
 def test_free_multipliers_take_the_dropout_of_the_nearest_published_width() -> None:
     assert from_multipliers(1.45, 1.0, 128).dropout == VARIANTS["b4"].dropout
-    assert not from_multipliers(1.0, 1.0, 128).lite
+    assert from_multipliers(1.0, 1.0, 128).family_name == "efficientnet"
 
 
 def test_the_table_names_every_variant_after_itself() -> None:
     assert list(VARIANTS) == [f"b{i}" for i in range(9)] + ["l2"] + [f"lite{i}" for i in range(5)]
-    assert all(variant.name == name and variant.lite == name.startswith("lite") for name, variant in VARIANTS.items())
+    assert all(
+        variant.name == name and (variant.family_name == "efficientnet_lite") == name.startswith("lite")
+        for name, variant in VARIANTS.items()
+    )

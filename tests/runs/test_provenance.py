@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.provenance import commit, flatten, origin, without_credentials
+from pipeline.runs.provenance import flatten, git_commit, mask_credentials, provenance
 
 
 def test_commit_and_local_changes_are_noted_where_the_file_is_tracked(tmp_path: Path) -> None:
@@ -18,19 +18,19 @@ def test_commit_and_local_changes_are_noted_where_the_file_is_tracked(tmp_path: 
 
     file = tmp_path / "code.py"
     file.write_text("a = 1")
-    assert commit(file) == {}
+    assert git_commit(file) == {}
     git("init")
-    assert commit(file) == {}
+    assert git_commit(file) == {}
     git("add", "code.py")
     git("commit", "-m", "first")
-    assert commit(file) == {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
+    assert git_commit(file) == {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
     file.write_text("a = 2")
-    assert commit(file) == {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "true"}
+    assert git_commit(file) == {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "true"}
 
 
 def test_origin_names_command_directory_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "a key=b", "tracking.uri=https://me:pw@host"])
-    noted = origin(tmp_path / "run")
+    noted = provenance(tmp_path / "run")
     assert noted["command"] == "python train.py 'a key=b' tracking.uri=https://***@host"
     assert noted["run_directory"] == str(tmp_path / "run")
     assert noted["version.keras"].startswith("3.")
@@ -51,4 +51,4 @@ def test_config_becomes_dotted_names_and_texts() -> None:
 
 def test_addresses_without_credentials_stay_as_they_are() -> None:
     for text in ("sqlite:////tmp/a@b/mlflow.db", "http://127.0.0.1:5000", "mail me@example.org"):
-        assert without_credentials(text) == text
+        assert mask_credentials(text) == text

@@ -11,8 +11,7 @@ from pipeline.errors import RunError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training import checkpoint
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.state import TrainState
-from pipeline.training.train_step import MetricAccumulator
+from pipeline.training.state import MetricAccumulator, TrainState
 
 IDENTITY = {"config": {"seed": 1}}
 

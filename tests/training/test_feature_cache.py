@@ -12,15 +12,16 @@ from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.digits import DigitsSource
 from pipeline.distributed.devices import setup_devices
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import TrainingError
 from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training.feature_cache import MAX_BYTES, are_constant, backbone_and_head
 from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.schedule import build_schedule
 from pipeline.training.stage_data import StageData
-from pipeline.training.state import TrainState
-from pipeline.training.train_step import MetricAccumulator
-from pipeline.training.trainer import Trainer, TrainingInterrupted, build_schedule
+from pipeline.training.state import MetricAccumulator, TrainState
+from pipeline.training.trainer import Trainer
 
 IMAGES = 80
 HEAD = StageConfig(epochs=2, trainable="head", use_augmentation=False)
@@ -56,7 +57,7 @@ def digits() -> tuple[Manifest, DigitsSource]:
 def train() -> tuple[TrainState, list[dict[str, float]]]:
     keras.utils.clear_session()
     manifest, source = digits()
-    runtime = setup_devices(CONFIG)
+    runtime = setup_devices(CONFIG.runtime, CONFIG.seed)
     model = efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout), seed=CONFIG.seed)
     state = TrainState(
         model,
@@ -71,7 +72,10 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
 
 @pytest.mark.slow
 def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout's masks, slots, averages and the order of the images are the same; a stage that follows finds nothing different."""
+    """Dropout's masks, slots, averages and the order of the images are the same.
+
+    A stage that follows finds nothing different.
+    """
     state, history = train()
     calls: list[str] = []
     monkeypatch.setattr("pipeline.training.stage_data.are_constant", lambda *_: calls.append("asked"))
@@ -130,7 +134,7 @@ def test_features_that_would_fill_the_memory_are_not_kept() -> None:
 def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
     manifest, source = digits()
     runtime, model = (
-        setup_devices(CONFIG),
+        setup_devices(CONFIG.runtime, CONFIG.seed),
         efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
     state = TrainState(
@@ -150,7 +154,7 @@ def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_h
 def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_the_input() -> None:
     manifest, source = digits()
     runtime, model = (
-        setup_devices(CONFIG),
+        setup_devices(CONFIG.runtime, CONFIG.seed),
         efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
     state = TrainState(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, MetricAccumulator())

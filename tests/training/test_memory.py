@@ -36,7 +36,7 @@ def model() -> keras.Model:
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    return setup_devices(config())
+    return setup_devices(config().runtime, config().seed)
 
 
 def test_auto_takes_256_images_in_the_fewest_micro_batches_that_fit(monkeypatch, model, runtime):
@@ -78,7 +78,7 @@ def test_what_auto_chooses_can_be_shared_and_mixed(monkeypatch, model, replicas)
 def test_a_resumed_run_stays_with_what_it_settled_on(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
     auto, before = config(global_batch_size="auto"), config(global_batch_size=256, gradient_accumulation_steps=4)
-    assert resolve_batch_size(auto, runtime, model, before=before.train).train == before.train
+    assert resolve_batch_size(auto, runtime, model, previous=before.train).train == before.train
 
 
 def test_a_containers_limit_counts(monkeypatch, tmp_path):
@@ -93,8 +93,8 @@ def test_the_estimate_counts_what_fits_and_not_one_more(model):
     plain = config()
     for mib in (50, 500, 5_000):
         images = largest_micro_batch(plain, model, mib * MIB)
-        assert step_memory(plain, model, images, accumulation=True) <= memory.SHARE * mib * MIB or images == 0
-        assert step_memory(plain, model, images + 1, accumulation=True) > memory.SHARE * mib * MIB
+        assert step_memory(plain, model, images, accumulation=True) <= memory.MEMORY_FRACTION * mib * MIB or images == 0
+        assert step_memory(plain, model, images + 1, accumulation=True) > memory.MEMORY_FRACTION * mib * MIB
 
 
 def test_a_number_stays_and_auto_does_not_share_with_accumulation(model, runtime):

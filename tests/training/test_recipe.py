@@ -90,7 +90,7 @@ def test_weights_that_fit_only_parts_are_trained_as_a_whole_from_the_start():
 
 def test_a_resumed_run_keeps_to_what_the_recipe_came_to():
     began = resolve_recipe(config(recipe="auto"), images(600))
-    assert resolve_recipe(config(recipe="auto"), images(60_000), before=began) == began
+    assert resolve_recipe(config(recipe="auto"), images(60_000), previous=began) == began
 
 
 @pytest.mark.parametrize("train", [{"restore_best_weights": True}, {"early_stopping": {"patience": 1}}])

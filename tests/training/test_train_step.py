@@ -19,7 +19,8 @@ from pipeline.models.layers import PerReplicaDropout
 from pipeline.models.variants import from_multipliers
 from pipeline.training.memory import check_batch
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.train_step import MetricAccumulator, TrainStep
+from pipeline.training.state import MetricAccumulator
+from pipeline.training.train_step import TrainStep
 
 PROJECT = Path(__file__).parents[2]
 CLASSES = 4
@@ -54,7 +55,7 @@ class Bench:
 
     def __init__(self, model: keras.Model, config: Config) -> None:
         self.model, self.config = model, config
-        self.runtime = setup_devices(config)
+        self.runtime = setup_devices(config.runtime, config.seed)
         self.optimizer = build_optimizer(config.optimizer, model.trainable_variables)
         self.average = ModelEMA(model.weights, 0.99)
         self.totals = MetricAccumulator()
@@ -129,7 +130,10 @@ def test_micro_batches_give_the_same_update_as_the_whole_batch():
 
 
 def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from():
-    """An image that counts twice moves the weights as two of it would, under label smoothing, too; a mixed one as its parts."""
+    """An image that counts twice moves the weights as two of it would, under label smoothing, too.
+
+    A mixed one as its parts.
+    """
     config = make_config(
         optimizer={"name": "sgd", "weight_decay": 0.0},
         train={"global_batch_size": 8, "label_smoothing": 0.2},
@@ -239,17 +243,18 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 from test_train_step import batch, make_config
 import keras
 from pipeline.models.layers import layer_types
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.distributed.devices import set_up
-from pipeline.training.train_step import Totals, TrainStep
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.distributed.devices import setup_devices
+from pipeline.training.state import MetricAccumulator
+from pipeline.training.train_step import TrainStep
 config = make_config(train={"global_batch_size": 8}, runtime={"strategy": "mirrored", "sync_batch_norm": False})
-runtime = set_up(config)
+runtime = setup_devices(config.runtime, config.seed)
 with runtime.strategy.scope():
     inputs = keras.Input((8, 8, 3))
     norm = layer_types(jit_compile=bool(runtime.jit_compile), sync_batch_norm=runtime.sync_batch_norm).norm(momentum=0.5, name="norm")
     x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
     model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
-    optimizer, average, totals = build_optimizer(config.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9), Totals()
+    optimizer, average, totals = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9), MetricAccumulator()
     step = TrainStep(model, optimizer, average, totals, config, runtime)
 images = batch()[0].numpy().astype(float)
 for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
@@ -277,19 +282,20 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from test_train_step import batch, make_config, small_network
-from pipeline.training.optimizers import MovingAverage, build_optimizer
-from pipeline.distributed.devices import set_up
-from pipeline.training.train_step import Totals, TrainStep
+from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.distributed.devices import setup_devices
+from pipeline.training.state import MetricAccumulator
+from pipeline.training.train_step import TrainStep
 for name in ("rmsprop", "sgd", "adamw"):
     found = []
     for runtime in ({"strategy": "single"}, {"strategy": "mirrored"}, {"strategy": "single", "xla": True}):
         config = make_config(optimizer={"name": name, "weight_decay": 0.1}, train={"global_batch_size": 8}, runtime=runtime)
-        runtime = set_up(config)
+        runtime = setup_devices(config.runtime, config.seed)
         with runtime.strategy.scope():
             model = small_network(batch_norm=False)
             start = [variable.numpy() for variable in model.trainable_variables]
-            optimizer, average = build_optimizer(config.optimizer, model.trainable_variables), MovingAverage(model.weights, 0.9)
-            step = TrainStep(model, optimizer, average, Totals(), config, runtime)
+            optimizer, average = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
+            step = TrainStep(model, optimizer, average, MetricAccumulator(), config, runtime)
         for one in runtime.feed(tf.data.Dataset.from_tensors(batch()).repeat(3)):
             step(one, 0.01)
         found.append([variable.numpy() for variable in [*model.trainable_variables, *average.variables, *optimizer.variables]])
@@ -312,7 +318,7 @@ def test_every_optimizer_moves_the_weights_alike_on_two_devices_and_by_xla():
 
 def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     config = make_config(train={"global_batch_size": 8}, runtime={"precision": "bfloat16"})
-    runtime = setup_devices(config)
+    runtime = setup_devices(config.runtime, config.seed)
     assert runtime.dtype == "mixed_bfloat16"
     model = efficientnet(
         from_multipliers(0.25, 0.3, 32),
@@ -346,7 +352,7 @@ def test_an_indivisible_batch_is_refused():
         augment={"mixup": 0.2},
     )
     two = Runtime(SimpleNamespace(num_replicas_in_sync=2), "float32", False)
-    check_batch(config, setup_devices(config))
+    check_batch(config, setup_devices(config.runtime, config.seed))
     with pytest.raises(
         ConfigError, match=r"groups of 2 images, which 3 images per replica and micro-batch would cut apart; .* of 8"
     ):
@@ -356,4 +362,4 @@ def test_an_indivisible_batch_is_refused():
         match="6 images cannot be shared evenly among 2 replicas with 2 micro-batches each; take a multiple of 4",
     ):
         check_batch(make_config(train={"global_batch_size": 6, "gradient_accumulation_steps": 2}), two)
-    assert two.whole_batch(31) == 32
+    assert two.round_up_to_replicas(31) == 32

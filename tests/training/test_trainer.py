@@ -12,6 +12,7 @@ import tensorflow as tf
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 from pipeline.distributed.devices import setup_devices
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training import checkpoint
@@ -19,16 +20,10 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.checkpoint import CheckpointCallback
 from pipeline.training.nan_policy import MAX_ROLLBACKS, NanPolicy, raise_nan_error
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.state import TrainState
-from pipeline.training.train_step import MetricAccumulator, TrainStep
-from pipeline.training.trainer import (
-    StageInputs,
-    Trainer,
-    TrainingInterrupted,
-    build_schedule,
-    check_new_layers,
-    set_trainable,
-)
+from pipeline.training.schedule import build_schedule, check_new_layers, set_trainable
+from pipeline.training.state import MetricAccumulator, TrainState
+from pipeline.training.train_step import TrainStep
+from pipeline.training.trainer import StageInputs, Trainer
 
 STEPS = 5  # per epoch
 CONFIG = Config.model_validate(
@@ -119,7 +114,9 @@ def run(
     not_finite: Callable[[TrainState], None] = raise_nan_error,
     poisoned: int | None = None,
 ) -> list[dict]:
-    trainer = Trainer(config, setup_devices(config), STEPS, hooks, lambda: state.step == stop_at, not_finite)
+    trainer = Trainer(
+        config, setup_devices(config.runtime, config.seed), STEPS, hooks, lambda: state.step == stop_at, not_finite
+    )
 
     def validate() -> dict[str, float]:
         return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
@@ -219,7 +216,11 @@ def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int
 def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
     state = fresh_state()
     trainer = Trainer(
-        CONFIG, setup_devices(CONFIG), 100, [CheckpointCallback(tmp_path, {}, keep=1)], lambda: state.step == 4
+        CONFIG,
+        setup_devices(CONFIG.runtime, CONFIG.seed),
+        100,
+        [CheckpointCallback(tmp_path, {}, keep=1)],
+        lambda: state.step == 4,
     )  # reports every 5 steps
     with pytest.raises(TrainingError, match="not finite in step 3"):
         trainer.run(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
@@ -239,7 +240,7 @@ def test_validation_sees_the_moving_average():
         )
         return {}
 
-    Trainer(CONFIG, setup_devices(CONFIG), STEPS, [], lambda: False).run(
+    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), STEPS, [], lambda: False).run(
         state, lambda stage: StageInputs(state.model, stream, validate)
     )
     assert seen == [True] * 4
@@ -449,7 +450,7 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
     policy._training_stream = lambda start: stream(start).map(
         lambda images, labels, weights, index: (images, labels, weights * np.nan, index)
     )
-    trainer = Trainer(config, setup_devices(config), STEPS, [], lambda: False, policy)
+    trainer = Trainer(config, setup_devices(config.runtime, config.seed), STEPS, [], lambda: False, policy)
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
         trainer.run(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]

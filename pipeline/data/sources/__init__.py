@@ -1,0 +1,1 @@
+"""Image sources: a module for each, and the catalog that names them."""

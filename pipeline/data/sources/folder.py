@@ -14,7 +14,8 @@ def open_folder(root: Path) -> FileSource:
     Hidden files and files without an image suffix are passed over.
 
     Raises:
-        DataError: There is no such folder, no picture, a picture outside the classes, an empty class, or a mixture of layouts.
+        DataError: There is no such folder, no picture, a picture outside the classes, an empty class, or a mixture of
+            layouts.
     """
     if not root.is_dir():
         raise DataError(

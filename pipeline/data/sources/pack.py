@@ -29,7 +29,8 @@ DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
 OPEN_SHARDS = (
     128  # readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds
 )
-# Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: a picture costs its own bytes.
+# Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: a picture
+# costs its own bytes.
 BY_NUMBER = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
 INDEX = pa.schema(
     [
@@ -79,7 +80,7 @@ class PackMetadata:
 
 
 def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
-    """Reads a pack's description and its index, of the schema INDEX.
+    """Read a pack's description and its index, of the schema INDEX.
 
     Raises:
         DataError: There is no finished pack, or one of the two is damaged.
@@ -180,7 +181,10 @@ class PackSource:
             return tf.ensure_shape(tf.identity(file), ())
 
     def _read_or_tell(self, key: bytes) -> tuple[bytes, bytes]:
-        """The file and nothing, or nothing and what is wrong: an exception would come out of the graph with a traceback in its message."""
+        """The file and nothing, or nothing and what is wrong.
+
+        An exception would come out of the graph with a traceback in its message.
+        """
         try:
             return self.read(key.decode()), b""
         except CorruptImageError as error:
@@ -200,7 +204,7 @@ class PackSource:
 
 
 def open_pack(folder: Path) -> PackSource:
-    """Opens a pack; of the shards only that they are there, as long as they were.
+    """Open a pack; of the shards only that they are there, as long as they were.
 
     Raises:
         DataError: There is no finished pack, or something of it is missing or damaged.
@@ -243,7 +247,7 @@ def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
-    """Reads a whole pack and compares it with its hashes.
+    """Read a whole pack and compares it with its hashes.
 
     Args:
         folder: Of the pack.

@@ -1,7 +1,8 @@
 """Samples from tensorflow-datasets, by random access to files prepared as ArrayRecord.
 
-Left to itself the library retries an unreachable server for minutes and waits for a silent one for ever. So the servers of
-what is yet to be fetched are asked for a sign of life first, each in a thread, since name resolution knows no time limit.
+Left to itself the library retries an unreachable server for minutes and waits for a silent one for ever. So the servers
+of what is yet to be fetched are asked for a sign of life first, each in a thread, since name resolution knows no time
+limit.
 """
 
 import difflib
@@ -51,7 +52,7 @@ class TfdsSource:
 
 
 def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
-    """Opens a data set.
+    """Open a data set.
 
     Args:
         name: As in tensorflow-datasets, `cifar10` or `<data set>/<configuration>`.

@@ -1,0 +1,1 @@
+"""Pretrained weights: a module for each file format behind one interface."""

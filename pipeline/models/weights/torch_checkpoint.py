@@ -1,8 +1,9 @@
 """PyTorch weight files (.pth, .pt) read with NumPy: no torch needed, and nothing in the file is executed.
 
-Both of `torch.save`'s formats are understood: the zip archive (torch 1.6 and later) and the legacy stream of pickles with the raw storages
-behind them. A pickle is a program for a small machine; this one knows only the instructions and names that containers, numbers, strings and
-tensors need. It builds on the Python implementation in `pickle`, since the C one lets no instruction be taken away.
+Both of `torch.save`'s formats are understood: the zip archive (torch 1.6 and later) and the legacy stream of pickles
+with the raw storages behind them. A pickle is a program for a small machine; this one knows only the instructions and
+names that containers, numbers, strings and tensors need. It builds on the Python implementation in `pickle`, since the
+C one lets no instruction be taken away.
 """
 
 import math
@@ -63,6 +64,7 @@ class Storage(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return self.numbers * np.dtype(STORAGES[self.kind]).itemsize
 
 
@@ -76,7 +78,7 @@ class Tensor(NamedTuple):
 
 
 def read_torch(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a saved state dict, or of the one under `state_dict` or `model` of a saved checkpoint.
+    """Read the tensors of a saved state dict, or of the one under `state_dict` or `model` of a saved checkpoint.
 
     Args:
         path: A file that `torch.save` wrote.
@@ -142,7 +144,10 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str
 
 
 def _tensors(saved: Any, storages: dict[str, Storage], file_size: int) -> dict[str, Tensor]:
-    """Picks the state dict out of what was saved, having made sure that reading it takes no more memory than the file accounts for."""
+    """Pick the state dict out of what was saved.
+
+    Having made sure that reading it takes no more memory than the file accounts for.
+    """
     nested = [saved[key] for key in NESTED_UNDER if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping)]
     weights = nested[0] if nested else saved
     items = weights.items() if isinstance(weights, Mapping) else ()

@@ -1,0 +1,115 @@
+"""Command-line parsers and argument types that the commands share."""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.console import DEBUG
+
+COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+BYTES = {
+    "B": 1.0,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KiB": 2.0**10,
+    "MiB": 2.0**20,
+    "GiB": 2.0**30,
+    "TiB": 2.0**40,
+}
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
+
+
+class _EnableDebug(argparse.Action):
+    """Set the environment variable that `pipeline.console` and child processes read."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        os.environ[DEBUG] = "1"
+
+
+def command_parser(
+    command: str,
+    description: str,
+    *,
+    epilog: str | None = None,
+    formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+) -> argparse.ArgumentParser:
+    """Create the parser of a command. It has the option --debug.
+
+    Args:
+        command: Name of the command, as in `python -m pipeline COMMAND`.
+        description: Text above the options in the help.
+        epilog: Text below the options in the help.
+        formatter: argparse's class that formats both texts.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program_name(command), description=description, epilog=epilog, formatter_class=formatter
+    )
+    parser.add_argument(
+        "--debug",
+        action=_EnableDebug,
+        nargs=0,
+        help=f"redirect no output, so that print() and breakpoint() work; the same as {DEBUG}=1",
+    )
+    return parser
+
+
+def program_name(command: str) -> str:
+    """Return the words that started a command: train.py, efficientnet train, or python -m pipeline train."""
+    program = Path(sys.argv[0]).name
+    if program == f"{command}.py":
+        return program
+    return f"{'efficientnet' if program == 'efficientnet' else 'python -m pipeline'} {command}"
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str, *, metavar: str = "key=value") -> None:
+    """Add the positional arguments that change keys of the config."""
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=f"changes to the config, such as {example}")
+
+
+def quantity(units: Mapping[str, float], example: str) -> Callable[[str], float]:
+    """Return an argparse type: a number above 0, directly followed by one of `units`."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(rf"({NUMBER})\s*([A-Za-z]*)", text.strip())
+        if not match or match[2] not in units:
+            names = ", ".join(unit or "none" for unit in units)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number with a unit; write it like {example} (units: {names})"
+            )
+        value = float(match[1]) * units[match[2]]
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and finite")
+        return value
+
+    return parse
+
+
+def value_range(text: str) -> Sequence[float]:
+    """Parse `start:stop:step`, both ends included, or a single number; no value may be below 1."""
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(re.fullmatch(NUMBER, part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor start:stop:step, such as 1.0:1.5:0.1")
+    start, stop, step = (float(part) for part in (parts if len(parts) == 3 else (parts[0], parts[0], "1")))
+    if not (1 <= start <= stop <= 4 and step >= 0.001):
+        raise argparse.ArgumentTypeError(f"{text!r} must rise from at least 1 to at most 4, in steps of at least 0.001")
+    return [round(start + i * step, 6) for i in range(math.floor((stop - start) / step + 1e-9) + 1)]
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
