@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Path:
 
 def run(config: Path, *words: str) -> tuple[int, str]:
     screen = FakeConsole()
-    return check.main(["--config", str(config), *words], screen), screen.output
+    return check.main(screen, ["--config", str(config), *words]), screen.output
 
 
 def test_usable_data_end_with_0_and_a_verdict(config: Path) -> None:

@@ -302,7 +302,7 @@ def two(tmp_path: Path, photos: Path) -> tuple[Path, Path]:
 
 def run(*words: str | Path) -> str:
     screen = FakeConsole()
-    assert program.main([str(word) for word in words], screen) == 0
+    assert program.main(screen, [str(word) for word in words]) == 0
     return screen.output
 
 

@@ -233,7 +233,7 @@ def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(fi
     call(monkeypatch, directory.parent, evaluate, "--run", "whole")
     assert json.loads((directory / "evaluation/test/metrics.json").read_text())["accuracy"] == at_the_end
     assert (
-        export.main(["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)], FakeConsole())
+        export.main(FakeConsole(), ["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)])
         == 0
     )
     proofs = [entry["proof"] for entry in json.loads((tmp_path / "metadata.json").read_text())["formats"].values()]

@@ -45,7 +45,7 @@ class Memory:
     def read(self, key: str) -> bytes:
         return self.files[int(key)]
 
-    def encoded(self, key: tf.Tensor) -> tf.Tensor:
+    def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         return tf.gather(tf.constant(self.files), tf.strings.to_number(key, tf.int32))
 
 
@@ -165,7 +165,7 @@ def test_a_share_reads_only_its_own_images() -> None:
         read.append(key)
         return source.read(key.decode())
 
-    source.encoded = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
+    source.read_tf = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
     batches = take(training_stream(manifest, source, config(workers=1), start_step=16, share=Shard(1, 4)), 8)
     seen = np.concatenate([index for *_, index in batches])
     ahead = 3 * 2 + 2  # batches of two that may wait ready, and what is on its way
@@ -279,8 +279,8 @@ def test_starting_late_does_not_decode_what_it_skips() -> None:
         def read(self, key: str) -> bytes:
             return source.read(key)
 
-        def encoded(self, key: tf.Tensor) -> tf.Tensor:
-            return tf.py_function(lambda k: (read.append(k.numpy()), source.encoded(k))[1], [key], tf.string)
+        def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+            return tf.py_function(lambda k: (read.append(k.numpy()), source.read_tf(k))[1], [key], tf.string)
 
     take(training_stream(manifest, Counting(), config(workers=1), start_step=10_000), 1)
     assert len(read) < 8 * 6  # the batch, and what is fetched ahead

@@ -117,7 +117,7 @@ def test_training_crops_and_flips_the_upright_picture(pictures, backend, transfo
         rows = manifest.table[manifest.table["split"] == "test"].itertuples()
         seen = {
             row.key: augment(
-                source.encoded(tf.constant(row.key)),
+                source.read_tf(tf.constant(row.key)),
                 tf.constant(row.height),
                 tf.constant(row.width),
                 tf.constant(row.orientation, tf.int32),

@@ -102,7 +102,7 @@ class InMemory:
     def samples(self) -> list[Sample]:
         return [Sample(f"ä/{i}", i % 2, split) for i, split in enumerate(self.splits)]
 
-    def status(self, key: str) -> None:
+    def stat(self, key: str) -> None:
         return None
 
     def read(self, key: str) -> bytes:
@@ -515,10 +515,10 @@ def test_the_check_works_on_a_pack(photos: Path, tmp_path: Path) -> None:
     make(open_folder(photos), tmp_path / "pack")
     (tmp_path / "pack.yaml").write_text(f"data: {{source: pack, path: {tmp_path / 'pack'}}}\n")
     screen = FakeConsole()
-    assert check.main(["--config", str(tmp_path / "pack.yaml")], screen) == 2
+    assert check.main(screen, ["--config", str(tmp_path / "pack.yaml")]) == 2
     assert "cat/cut.png: is a damaged PNG" in screen.output
     screen = FakeConsole()
-    assert check.main(["--config", str(tmp_path / "pack.yaml"), "data.on_bad_image=skip"], screen) == 0
+    assert check.main(screen, ["--config", str(tmp_path / "pack.yaml"), "data.on_bad_image=skip"]) == 0
     assert "12 usable pictures" in screen.output
 
 

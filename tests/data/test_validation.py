@@ -280,7 +280,7 @@ class Labels:
     def samples(self) -> list[Sample]:
         return [Sample(str(i), label, None) for i, label in enumerate((0, 1, -1, 1))]
 
-    def status(self, key: str) -> None:
+    def stat(self, key: str) -> None:
         return None
 
     def read(self, key: str) -> bytes:

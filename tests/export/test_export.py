@@ -45,7 +45,7 @@ export: {min_agreement: 0.75, max_accuracy_loss: 0.25, calibration_images: 10}
 
 def export(run: RunDirectory, *words: str) -> tuple[int, str]:
     screen = FakeConsole()
-    return command.main(["--run", str(run.path), *words], screen), screen.output
+    return command.main(screen, ["--run", str(run.path), *words]), screen.output
 
 
 def metadata(directory: Path) -> dict[str, Any]:
