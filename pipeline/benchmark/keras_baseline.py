@@ -89,7 +89,7 @@ def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
     source, settings = bench.source, bench.config.augment
     if not isinstance(source, FileSource):
         raise ConfigError(
-            "--against keras-fit reads pictures from files: take a config whose data.source is folder or csv"
+            "--baseline keras-fit reads pictures from files: take a config whose data.source is folder or csv"
         )
     transforms = {transform.name: transform.args for transform in settings.transforms}
     plain = (
@@ -99,7 +99,7 @@ def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
     even = transforms.get("HorizontalFlip", {}).get("p", 0.5) == 0.5
     if not (plain and even) or not {"RandomResizedCrop"} <= set(transforms) <= {"RandomResizedCrop", "HorizontalFlip"}:
         raise ConfigError(
-            "--against keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip at p = 0.5, and nothing else; "
+            "--baseline keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip at p = 0.5, and nothing else; "
             "choose a --stage that augments, and add 'augment.transforms=[{RandomResizedCrop: {}}, {HorizontalFlip: {}}]' "
             "augment.randaugment=null augment.mixup=0 augment.cutmix=0"
         )

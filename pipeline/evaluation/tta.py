@@ -38,7 +38,7 @@ def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[P
     """
     if resize == "letterbox" and name != "flip":
         raise RunError(
-            f"--views {name}: with data.resize: letterbox the network sees complete images, so there is nothing "
+            f"--tta {name}: with data.resize: letterbox the network sees complete images, so there is nothing "
             "to crop; use flip"
         )
 

@@ -43,7 +43,7 @@ def run(config: Path, *words: str) -> tuple[int, str]:
 def test_usable_data_end_with_0_and_a_verdict(config: Path) -> None:
     code, said = run(config)
     assert code == 0
-    assert "20 usable pictures" in said
+    assert "20 usable images" in said
     assert "20 PNG" in said
     assert said.rstrip().endswith("usable")
     assert [line.split() for line in said.splitlines() if line.strip().startswith("cat")] == [["cat", "7", "1", "2"]]
@@ -114,7 +114,7 @@ def test_the_program_ends_with_its_code_and_without_a_traceback(config: Path) ->
         )
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "data.path=PHOTOS" in start("check", "--help").stdout
+    assert "data.path=IMAGES" in start("check", "--help").stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2, "seconds of processor time"
     (config.parent / "photos/cat/empty.png").touch()

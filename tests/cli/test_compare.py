@@ -360,7 +360,7 @@ def test_pictures_that_changed_or_are_gone_are_not_shown(two: tuple[Path, Path],
     page = two[1] / "report/compare/plain/test.html"
     assert len(pictures_in(page.read_text())) == 18
     here.rename(tmp_path / "elsewhere")
-    assert "the page shows no pictures: data.path" in run(*two)
+    assert "the report shows no images: data.path" in run(*two)
     assert not pictures_in(page.read_text())
     assert "ant/00.jpg" in page.read_text()
 
@@ -408,7 +408,7 @@ def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_pa
         (["plain", "nowhere"], "nowhere: is neither a directory"),
         (
             ["plain", "tuned", "--split", "val"],
-            "not measured on the split val yet, or compare by --split test. Measure by",
+            "not evaluated on the split val yet, or compare by --split test. Evaluate by",
         ),
     ],
 )

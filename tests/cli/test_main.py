@@ -50,11 +50,11 @@ def test_help_is_instant(program: str, option: str) -> None:
         ([*BENCH, "--seconds", "0"], "--seconds must be above 0"),
         ([*BENCH, "--pairs", "0"], "--pairs must be at least 1"),
         ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
-        ([*BENCH, "--against", "torch"], "invalid choice: 'torch'"),
+        ([*BENCH, "--baseline", "torch"], "invalid choice: 'torch'"),
         ([*BENCH, "--json", "none/x.json"], "there is no folder none"),
         (["data-server", "--address", "here"], "write it like host1:5050"),
-        (["pack", "--config", "configs/lite0_digits.yaml"], "--out says where the pack goes"),
-        (["pack", "--verify", "tests", "--out", "x"], "--out says where the pack goes"),
+        (["pack", "--config", "configs/lite0_digits.yaml"], "--out names the folder"),
+        (["pack", "--verify", "tests", "--out", "x"], "--out names the folder"),
         (["pack", "--verify", "tests"], "tests holds no finished pack"),
         (["pack", "--config", "configs/lite0_digits.yaml", "--out", "tests"], "tests exists and is no pack"),
         (
@@ -68,7 +68,7 @@ def test_help_is_instant(program: str, option: str) -> None:
             "there is no format 'litret'; did you mean 'litert'?",
         ),
         (["export", "--run", "tests", "data.resize=squash"], "only keys of export can be changed here"),
-        (["export", "--run", "tests"], "tests: is not a run's directory"),
+        (["export", "--run", "tests"], "tests: is not the directory of a run"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(arguments: list[str], message: str) -> None:

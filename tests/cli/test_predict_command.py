@@ -1,6 +1,5 @@
 """python evaluate.py on pictures: what it refuses, and what it writes."""
 
-import argparse
 import csv
 import io
 import json
@@ -17,7 +16,7 @@ import keras
 import pytest
 from PIL import Image
 
-from pipeline.cli import evaluate
+from pipeline.cli.predict import predict_images
 from pipeline.console import Console
 
 PROJECT = Path(__file__).parents[2]
@@ -29,20 +28,20 @@ LITE0 = ("--weights", "imagenet", "--variant", "lite0")
     [
         ([*LITE0, "x.jpg"], "x.jpg: there is no such file"),
         ([*LITE0, "photos/*.gif"], "photos/*.gif: no file matches"),
-        ([*LITE0, "empty"], "empty: the folder holds no picture"),
+        ([*LITE0, "empty"], "empty: the folder contains no image"),
         ([*LITE0, "photos", "--top", "0"], "--top must be at least 1. Received: 0"),
         ([*LITE0, "photos", "--format", "xml"], "invalid choice: 'xml'"),
         ([*LITE0, "photos", "--out", "figures"], "a new file that ends in .csv or .jsonl. Received: figures"),
-        ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format is of standard output"),
-        ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; make it first"),
+        ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format belongs to standard output"),
+        ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; create it first"),
         ([*LITE0, "photos", "--out", "old.csv"], "old.csv: exists already"),
-        ([*LITE0, "photos", "--data", "photos"], "--split and --data are for measuring"),
-        ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top belong to pictures"),
-        (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to pictures"),
-        (["--run", "latest", "--views", "flip", "--corruptions"], "give one of them"),
+        ([*LITE0, "photos", "--data", "photos"], "--split, --data, --class-map, --tta and --corruptions are for evaluation"),
+        ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top are for labeling"),
+        (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to images"),
+        (["--run", "latest", "--tta", "flip", "--corruptions"], "use one of them"),
         (
-            ["--run", "latest", "--views", "flip", "photos"],
-            "--views and --corruptions are for measuring a run on its own data",
+            ["--run", "latest", "--tta", "flip", "photos"],
+            "--tta and --corruptions are for evaluation; omit them to label images",
         ),
     ],
 )
@@ -84,14 +83,13 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def label(network: Any, paths: list[Path], *, output: Any = None, **arguments: Any) -> int:
-    given = argparse.Namespace(**{"format": None, "out": None, "top": None} | arguments)
-    return evaluate.predict_images(network, paths, given, output, Console())
+def label(network: Any, paths: list[Path], **options: Any) -> int:
+    return predict_images(network, paths, Console(), **options)
 
 
 def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> None:
     output = io.StringIO()
-    assert label(network, pictures, output=output, format="csv", top=2) == 1
+    assert label(network, pictures, file=output, format="csv", k=2) == 1
     [red, none, blue] = csv.DictReader(io.StringIO(output.getvalue()))
     assert list(red) == ["path", "error", "class1", "probability1", "class2", "probability2"]
     assert [row["path"] for row in (red, none, blue)] == list(map(str, pictures))
@@ -108,7 +106,7 @@ def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> 
 
 def test_json_lines_have_an_object_for_every_picture(network: Any, pictures: list[Path]) -> None:
     output = io.StringIO()
-    assert label(network, pictures, output=output, format="jsonl") == 1
+    assert label(network, pictures, file=output, format="jsonl") == 1
     [red, none, _] = map(json.loads, output.getvalue().splitlines())
     assert list(red) == ["path", "top", "error"]
     assert [entry["class"] for entry in red["top"]] == ["r red", "g green, dark", "b blue"]
@@ -125,9 +123,9 @@ def test_rows_go_into_a_new_file_and_what_is_said_to_the_screen(
     network: Any, pictures: list[Path], tmp_path: Path, capfd: Any
 ) -> None:
     pictures.append(tmp_path / os.fsdecode(b"\xff.png"))
-    assert label(network, pictures, format="jsonl", out=tmp_path / "labels.jsonl") == 1
+    assert label(network, pictures, format="jsonl", file=tmp_path / "labels.jsonl") == 1
     said = capfd.readouterr()
-    assert said.out == "2 pictures labelled, 2 could not be read\n"
+    assert said.out == "2 images labeled, 2 could not be read\n"
     assert [line.partition(": ")[2] for line in said.err.splitlines()] == [
         "is not a picture, or of a format that is not read here",
         "cannot be opened: No such file or directory",
@@ -141,14 +139,14 @@ def test_the_screen_shows_a_table_for_every_picture(network: Any, pictures: list
     said = capfd.readouterr()
     assert said.err == ""
     assert re.findall(r"100\.0% .* (\w red|b blue)", said.out) == ["r red", "b blue"]
-    assert said.out.endswith("2 pictures labelled\n")
+    assert said.out.endswith("2 images labeled\n")
 
 
 def test_an_output_that_nobody_reads_any_more_ends_it_quietly(network: Any, pictures: list[Path], capfd: Any) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     output = os.fdopen(writer, "w")
-    assert label(network, pictures, output=output, format="csv") == 141
+    assert label(network, pictures, file=output, format="csv") == 141
     with pytest.raises(BrokenPipeError):  # its last row is still in it
         output.close()
     assert capfd.readouterr() == ("", "")

@@ -211,7 +211,7 @@ def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, 
     (directory / "mlflow.json").unlink()
     plain = json.loads((directory / "evaluation/test/metrics.json").read_text())
     monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
-    said = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--views", "10-crop")
+    said = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--tta", "10-crop")
     assert "test-10-crop: 15 images" in said
     seen = json.loads((directory / "evaluation/test-10-crop/metrics.json").read_text())
     assert seen["loss"] != plain["loss"]

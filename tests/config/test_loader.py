@@ -151,7 +151,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
         config.variant.resolution,
         [stage.epochs for stage in config.train.stages],
     ) == (
-        0.9,
+        0.1,
         64,
         [5],
     )

@@ -81,7 +81,7 @@ def config(photos: Path) -> Path:
 
 def run(*words: str | Path) -> tuple[int, str]:
     screen = FakeConsole()
-    return main([str(word) for word in words], screen), screen.output
+    return main(screen, [str(word) for word in words]), screen.output
 
 
 def flip(path: Path, needle: bytes) -> None:
@@ -519,7 +519,7 @@ def test_the_check_works_on_a_pack(photos: Path, tmp_path: Path) -> None:
     assert "cat/cut.png: is a damaged PNG" in screen.output
     screen = FakeConsole()
     assert check.main(screen, ["--config", str(tmp_path / "pack.yaml"), "data.on_bad_image=skip"]) == 0
-    assert "12 usable pictures" in screen.output
+    assert "12 usable images" in screen.output
 
 
 def test_a_pack_can_be_packed_again_into_other_shards(photos: Path, tmp_path: Path) -> None:

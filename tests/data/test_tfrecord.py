@@ -57,7 +57,7 @@ def write(path: Path, records: Sequence[bytes]) -> Path:
 
 def run(*words: str | Path) -> str:
     screen = FakeConsole()
-    assert main([str(word) for word in words], screen) == 0
+    assert main(screen, [str(word) for word in words]) == 0
     return screen.output
 
 
