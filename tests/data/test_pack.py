@@ -305,14 +305,14 @@ def test_a_kill_leaves_what_another_run_goes_on_from(tmp_path: Path) -> None:
 def test_a_finished_pack_is_told_and_stays_as_it_is(config: Path, tmp_path: Path) -> None:
     code, said = run("--config", config, "--out", tmp_path / "pack", "--shard-images", "5")
     assert code == 0
-    assert "12 pictures of 2 classes" in said
+    assert "12 images of 2 classes" in said
     assert "data.source=pack" in said
     before = files(tmp_path / "pack")
     for path in (config.parent / "photos").rglob("*.jpg"):
         path.touch()
     code, said = run("--config", config, "--out", tmp_path / "pack")
     assert code == 0
-    assert "all of it was there, and is whole" in said
+    assert "the pack was complete, and is intact" in said
     assert files(tmp_path / "pack") == before
     assert run("--verify", tmp_path / "pack")[0] == 0
 
@@ -376,13 +376,13 @@ def test_a_flipped_bit_is_found_by_reading_by_verifying_and_mended(config: Path,
     assert opened.read(source.samples()[7].key) == source.read(source.samples()[7].key)
     with pytest.raises(tf.errors.OpError, match=where):
         list(tf.data.Dataset.from_tensors(key).map(opened.read_tf).as_numpy_iterator())
-    with pytest.raises(DataError, match=rf"(?s)1 things are damaged:\n  {where}"):
+    with pytest.raises(DataError, match=rf"(?s)1 files or records are damaged:\n  {where}"):
         run("--verify", tmp_path / "pack")
     with pytest.raises(DataError, match=rf"1 of 12 pictures cannot be used:\n  {key}: is damaged: record 1 of"):
         scan(opened, DataConfig(source="pack", path=tmp_path / "pack"), seed=0)
     code, said = run("--config", config, "--out", tmp_path / "pack")
     assert code == 0
-    assert "written  5 pictures" in said
+    assert "written  5 images" in said
     assert shard.read_bytes() == content
 
 
@@ -419,7 +419,7 @@ def test_shards_that_changed_places_are_found(photos: Path, tmp_path: Path) -> N
     if first.stat().st_size == second.stat().st_size:
         with pytest.raises(DataError, match="has another SHA-256"):
             open_pack(tmp_path / "pack").read(source.samples()[0].key)
-    with pytest.raises(DataError, match="12 things are damaged"):
+    with pytest.raises(DataError, match="12 files or records are damaged"):
         run("--verify", tmp_path / "pack")
 
 

@@ -100,7 +100,7 @@ def test_labels_that_may_count_from_1_are_not_guessed_and_nothing_is_written_twi
     run(*words, "--first-label", "1")
     after = (imagenet / "pack/pack-00000-of-00004.array_record").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert "is whole" in run(*words, "--first-label", "1")
+    assert "is intact" in run(*words, "--first-label", "1")
     with pytest.raises(DataError, match=r"first label: was 1, is 0"):
         run(*words)
 
@@ -162,7 +162,7 @@ def test_packing_goes_on_in_the_middle_of_a_file(imagenet: Path, monkeypatch: py
         run(*words, "--out", imagenet / "pack")
     (imagenet / "train-00001-of-00002").write_bytes(content)
     os.utime(imagenet / "train-00001-of-00002", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert "written  5 pictures" in run(*words, "--out", imagenet / "pack")
+    assert "written  5 images" in run(*words, "--out", imagenet / "pack")
     for path in (imagenet / "whole").iterdir():
         assert path.read_bytes() == (imagenet / "pack" / path.name).read_bytes()
 
