@@ -79,9 +79,9 @@ class Console:
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int, int | None], None]]:
-        """Show a progress bar during the block, which calls the function it receives with the number done and the total.
+        """Show a progress bar during the block.
 
-        The total is None if it is not known.
+        The block receives a function and calls it with the number done and the total, None if that is not known.
         """
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
         disable = is_debugging() or not self.rich.is_terminal

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,7 +30,8 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
         fsync(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
@@ -89,7 +90,7 @@ def exclusive_lock(path: Path, busy: Exception | None = None) -> Iterator[None]:
         lock.release()
 
 
-def sha256(content: bytes | Path) -> str:
+def sha256_of(content: bytes | Path) -> str:
     """Return the SHA-256 of bytes, or of the file at a path, as hexadecimal text."""
     if isinstance(content, Path):
         with content.open("rb") as file:

@@ -1,19 +1,19 @@
-"""host:port, as TF_CONFIG, the config and the command line write it."""
+"""Addresses of the form host:port, as in TF_CONFIG, the config and the command line."""
 
 import re
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Take an address apart.
+    """Split an address into host and port.
 
     Args:
-        address: host:port; an IPv6 address stands in brackets.
+        address: host:port; an IPv6 address is written in brackets.
 
     Returns:
         The host without brackets, and the port.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not an address.
     """
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):(\d{1,5})", address)
     if found is None or not 0 < int(found[3]) < 2**16:

@@ -1,4 +1,4 @@
-"""The section `augment`: what training does to the images, with the names and arguments of each backend checked."""
+"""The section `augment`: the augmentation of training images, with the transforms and arguments of each backend."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ class RandAugmentConfig(StrictModel):
     """RandAugment (Cubuk et al. 2020, arXiv 1909.13719)."""
 
     num_ops: Annotated[int, Field(ge=1, le=8)] = 2
-    """Operations that one image goes through, one after the other."""
+    """Operations that are applied to an image in turn."""
     magnitude: Annotated[float, Field(ge=0, le=30)] = 9
-    """Strength on the official scale of 0 to 30; the paper takes 17 for B5 and 28 for B7."""
+    """Strength on the official scale of 0 to 30; the paper uses 17 for B5 and 28 for B7."""
 
 
 class TransformConfig(StrictModel):
-    """One augmentation by name, with its arguments."""
+    """A transform by name, with its arguments."""
 
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
@@ -30,7 +30,7 @@ class TransformConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
-        """Take `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as they stand in the YAML."""
+        """Accept `HorizontalFlip` and `{HorizontalFlip: {p: 0.5}}` as written in YAML."""
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, Mapping) and set(value) != {"name", "args"}:
@@ -42,24 +42,20 @@ class TransformConfig(StrictModel):
 
 
 class AugmentConfig(StrictModel):
-    """What training does to the pictures. Evaluation does none of it."""
+    """Augmentation of training images. Evaluation does not augment."""
 
     backend: Literal["albumentations", "native"] = "native"
-    """native runs inside TensorFlow and is fast; albumentations knows many more transforms."""
+    """native: inside TensorFlow, fast; albumentations: many more transforms."""
     transforms: tuple[TransformConfig, ...] = ()
-    """By albumentations' names and arguments; native knows RandomResizedCrop and HorizontalFlip.
-
-    Sizes are fractions of the resolution.
-    """
+    """Transforms with the names and arguments of albumentations; native has RandomResizedCrop and HorizontalFlip. Sizes
+    are fractions of the resolution."""
     randaugment: RandAugmentConfig | None = None
-    """null for none."""
+    """Settings of RandAugment; null turns it off."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of the Beta distribution of the mixing weight (arXiv 1710.09412); 0 for none."""
+    """Alpha of the Beta distribution of the mixing weight (arXiv 1710.09412); 0 turns MixUp off."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 for none.
-
-    With mixup too, each group of images draws one.
-    """
+    """Alpha of the Beta distribution of the pasted area (arXiv 1905.04899); 0 turns CutMix off. With MixUp and CutMix,
+    each group of images draws one of them."""
 
     @field_validator("transforms", mode="after")
     @classmethod
@@ -74,7 +70,7 @@ class AugmentConfig(StrictModel):
 
 
 def check_native(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError if the native backend has no such transform, or not with these arguments."""
+    """Raise ValueError if the native backend lacks the transform or does not accept the arguments."""
     if name not in NATIVE_TRANSFORMS:
         raise ValueError(
             f"the native backend knows {' and '.join(NATIVE_TRANSFORMS)}; for {name} set backend: albumentations"
@@ -100,10 +96,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError if albumentations has no such transform, or not with such arguments.
-
-    Their values are checked when it is built.
-    """
+    """Raise ValueError if albumentations lacks the transform or an argument; values are checked when it is built."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
     import albumentations
 

@@ -1,4 +1,4 @@
-"""What the sections of the schema share: the strict model and common numbers."""
+"""The strict model and the number types that the sections of the schema share."""
 
 from typing import Annotated, Literal
 
@@ -11,6 +11,6 @@ Schedule = Literal["exponential", "cosine", "constant"]
 
 
 class StrictModel(BaseModel):
-    """A mapping in the YAML whose keys are known."""
+    """A section of the config; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""The section `data`: where the images come from, how they are split and how they become squares."""
+"""The section `data`: the source of the images, their splits, and the square crop in evaluation."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.config.base import StrictModel
 
 
 class SplitsConfig(StrictModel):
-    """Shares of the splits that the program makes itself."""
+    """Fractions of the splits that the program creates."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.7
     val: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -25,31 +25,27 @@ class SplitsConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """Where the pictures come from and how they are cut to the input's square."""
+    """The source of the images, their splits, and the square crop in evaluation."""
 
     source: Literal["folder", "csv", "pack", "tfds", "digits"]
-    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: path, label and optionally split; pack: what
-    `python -m pipeline pack` wrote; tfds; digits."""
+    """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: columns path, label and optionally split; pack:
+    the output of `python -m pipeline pack`; tfds: a data set of tensorflow-datasets; digits: the handwritten digits of
+    scikit-learn."""
     path: Path | None = None
-    """The image folder, the CSV file, the pack's folder, or where tensorflow-datasets keeps its data (null.
-
-    Data/tfds).
-    """
+    """The image folder, the CSV file, the folder of the pack, or the data folder of tensorflow-datasets (null:
+    data/tfds)."""
     name: str | None = None
     """Name of the data set in tensorflow-datasets."""
     splits: SplitsConfig = SplitsConfig()
-    """Used for the splits that the data do not bring along."""
+    """Fractions of the splits that the data set does not define."""
     group_near_duplicates: bool = True
-    """Keep near-duplicate pictures in one split. Turning it off makes the test figures optimistic."""
+    """Keep near-duplicate images in one split. false makes the test metrics optimistic."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """What to do about files that cannot be used: fail lists them all and stops.
-
-    Skip leaves them out and lists them in a report.
-    """
+    """fail: list all unusable files and stop; skip: leave them out and list them in a report."""
     on_leak: Literal["error", "warn", "ignore"] = "error"
-    """What to do about near-duplicates in more than one of the splits that the data bring along."""
+    """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
-    """How a picture becomes a square in evaluation: crop takes the centre, squash distorts, letterbox pads."""
+    """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
 
     @field_validator("path", mode="after")
     @classmethod

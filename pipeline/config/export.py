@@ -1,4 +1,4 @@
-"""The section `export`: how close an exported file must come to the model."""
+"""The section `export`: the largest differences between an exported file and the model."""
 
 from typing import Annotated
 
@@ -8,16 +8,14 @@ from pipeline.config.base import Fraction, PositiveFloat, PositiveInt, StrictMod
 
 
 class ExportConfig(StrictModel):
-    """What an exported file must come up to, over all images of a split, to be taken for the model."""
+    """The limits that an exported file has to meet on all images of a split."""
 
     min_agreement: Annotated[float, Field(ge=0, le=1)] = 0.99
-    """Share of the images to which it must give the same top-1 class as the model."""
+    """Fraction of the images with the same top-1 class as the model."""
     max_accuracy_loss: Fraction = 0.01
-    """How far its accuracy may lie below the model's."""
+    """Largest difference between the model's accuracy and that of the file."""
     max_logit_difference: PositiveFloat = 1e-3
-    """The largest difference of a logit, in standard deviations of the model's logits.
-
-    Not asked of int8, which rounds by intention.
-    """
+    """Largest difference of a logit, in standard deviations of the model's logits. Not applied to int8, which rounds by
+    design."""
     calibration_images: PositiveInt = 200
-    """Training images that int8 takes the ranges of its activations from."""
+    """Training images that calibrate the activation ranges of int8."""

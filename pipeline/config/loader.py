@@ -1,7 +1,7 @@
-"""From YAML and command line to a `Config`, with every mistake named at once.
+"""The loader: YAML and command line to a `Config`, with all mistakes reported at once.
 
-The way: parse (keys keep their file and line), `extends`, dotted overrides, validation. A mistake is reported as
-`file:line: key: what is wrong`, in the words of the key that the user wrote.
+The steps are parsing (each key keeps its file and line), `extends`, overrides and validation. A mistake is reported as
+`file:line: key: what is wrong`, with the key as the user wrote it.
 """
 
 import types
@@ -33,17 +33,17 @@ Origins = dict[KeyPath, str]  # where each key was written: file:line, or the ov
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config.
+    """Load a config.
 
     Args:
-        path: A YAML file. Its key `extends` names another one, relative to it, whose values it takes over and changes.
-        overrides: `key.path=value` each, the value in YAML; applied in their order after the file.
+        path: A YAML file. Its key `extends` names a config, relative to the file, whose values it inherits and changes.
+        overrides: `key.path=value` each, the value in YAML; applied in order after the file.
 
     Returns:
         The validated config.
 
     Raises:
-        ConfigError: With a line for every mistake: where, which key, what is wrong, and the nearest valid key.
+        ConfigError: With a line for every mistake: place, key, problem, and the nearest valid key.
     """
     values, origins = _read(Path(path), ())
     if any(override.startswith("recipe=") for override in overrides):
@@ -98,14 +98,15 @@ def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict
 
 def _yaml_problem(place: str, error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):  # the only one without a line
-        return f"{place}: is not valid YAML: the character {error.character!r} at position {error.position} is not allowed; delete it"
+        character = f"the character {error.character!r} at position {error.position}"
+        return f"{place}: is not valid YAML: {character} is not allowed; delete it"
     mark = getattr(error, "problem_mark", None)
     line = f"{place}:{mark.line + 1}" if mark is not None else place
     return f"{line}: is not valid YAML: {getattr(error, 'problem', None) or error}"
 
 
 def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, depth: int) -> Any:
-    """The safe loader's values, with each key's line kept, duplicate keys refused and nesting bounded."""
+    """Construct values as the safe loader does; record lines, refuse duplicate keys and limit the nesting."""
     place = f"{file}:{node.start_mark.line + 1}"
     if depth > 20:
         raise ConfigError(f"{place}: is nested more than 20 levels deep; does it refer to itself?")
@@ -140,9 +141,9 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
 
 
 def _drop_keys_of_recipe(values: dict[str, Any]) -> None:
-    """Take out what a recipe chooses.
+    """Remove the keys that a recipe chooses.
 
-    A config that is given one is not held to what those that it changes say of these keys.
+    A config with a recipe ignores the values of these keys in the config that it extends.
     """
     values.pop("optimizer", None)
     if isinstance(values.get("train"), dict):
@@ -150,9 +151,9 @@ def _drop_keys_of_recipe(values: dict[str, Any]) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], path: KeyPath, origins: Origins, over_origins: Origins) -> None:
-    """Lays `over` on `base`.
+    """Merge `over` into `base`.
 
-    Sections merge key by key; everything else (lists, variants, optional sections) is replaced whole.
+    Sections merge key by key; lists, variants and optional sections are replaced as a whole.
     """
     for key, value in over.items():
         here = (*path, key)
@@ -201,7 +202,7 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
 
 
 def _section(path: KeyPath) -> type[StrictModel] | None:
-    """The schema's section at a path, or None where the path leads to a value or off the schema."""
+    """Return the section of the schema at a path; None if the path leads to a value or is not in the schema."""
     section: type[StrictModel] | None = Config
     for part in path:
         field = section.model_fields.get(str(part)) if section is not None else None
@@ -211,7 +212,7 @@ def _section(path: KeyPath) -> type[StrictModel] | None:
 
 
 def _valid_keys(path: KeyPath) -> list[str]:
-    """The keys that the schema has at a path, looking through optional sections, unions and lists."""
+    """Return the keys that the schema has at a path, including those of optional sections, unions and lists."""
     options: list[Any] = [Config]
     for part in path:
         fields = [o.model_fields[str(part)].annotation for o in options if _is_section(o) and part in o.model_fields]
@@ -238,7 +239,7 @@ def _is_section(value: Any) -> bool:
 
 
 def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -> str:
-    """One line for one of pydantic's errors."""
+    """Format one of pydantic's errors as a line."""
     path = _written_path(error["loc"], values)
     below = (
         origins[known] for known in origins if path and known[: len(path)] == path
@@ -261,7 +262,7 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
 
 
 def _written_path(loc: KeyPath, values: Any) -> KeyPath:
-    """Pydantic's location without the names of union members, which it puts in as if they were keys of the file."""
+    """Return pydantic's location without the names of union members, which are not keys of the file."""
     path: KeyPath = ()
     for part in loc:
         inside = _get(values, path)
@@ -289,5 +290,5 @@ def _short(value: Hashable) -> str:
 
 
 def dotted_path(path: KeyPath) -> str:
-    """A key path as it is written on the command line; a key that would break the line is quoted."""
+    """Return a key path as written on the command line; a key with unprintable characters is quoted."""
     return ".".join(text if (text := str(part)).isprintable() else repr(text) for part in path)

@@ -1,4 +1,4 @@
-"""The section `model`: the network and the weights that it starts from."""
+"""The section `model`: the network and its initial weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +14,16 @@ class PhiConfig(StrictModel):
     """A variant by its compound coefficient."""
 
     phi: Annotated[float, Field(ge=-6, le=9)]
-    """0 is B0; the resolution is 224 * 1.15^phi."""
+    """Compound coefficient; 0 is B0, and the resolution is 224 * 1.15^phi."""
 
 
 class MultipliersConfig(StrictModel):
-    """A variant by its multipliers of B0."""
+    """A variant by its multipliers relative to B0."""
 
     width: Annotated[float, Field(gt=0, le=10)]
-    """Of the channels."""
+    """Multiplier of the channels."""
     depth: Annotated[float, Field(gt=0, le=6)]
-    """Of the repeats of a stage."""
+    """Multiplier of the repeats of a stage."""
     resolution: Annotated[int, Field(ge=32, le=4096)]
     """Side of the square input, in pixels."""
 
@@ -35,7 +35,7 @@ def _variant_form(value: Any) -> str:
 
 
 class ModelConfig(StrictModel):
-    """The network."""
+    """The network and its initial weights."""
 
     variant: Annotated[
         Annotated[Literal[tuple(VARIANTS)], Tag("name")]  # type: ignore[valid-type]
@@ -45,24 +45,21 @@ class ModelConfig(StrictModel):
     ] = "b0"
     """b0 to b8, l2, lite0 to lite4, {phi: 1.5} or {width: 1.1, depth: 1.2, resolution: 260}."""
     resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
-    """Side of the square input in pixels; null takes the variant's own."""
+    """Side of the square input in pixels; null: that of the variant."""
     weights: str | None = "imagenet"
-    """null: random values; imagenet; imagenet:b2, what fits of another variant's; a file (.h5, .keras, .pth).
-
-    Or the directory of a run.
-    """
+    """null: random; imagenet; imagenet:b2: the layers of another variant that fit; a file (.h5, .keras, .pth); or the
+    directory of a run."""
     class_map: Path | None = None
-    """YAML of `new class: old class` or `new class: [old classes to merge]`, for the classifier of the weights.
-
-    Null goes by names.
-    """
+    """YAML of `new class: old class` or `new class: [old classes to merge]` for the classifier of the weights; null
+    matches classes by name."""
     dropout: Fraction | None = None
-    """Rate in front of the classifier; null takes the variant's own."""
+    """Rate before the classifier; null: that of the variant."""
     drop_path_rate: Fraction = 0.2
     """Stochastic depth (arXiv 1603.09382): probability that the last block is dropped; it rises linearly from 0 at the
     first block."""
     batch_norm_momentum: Fraction = 0.99
-    """Of the moving statistics. 0.99 is the paper's; runs of a few hundred steps from random weights want about 0.9."""
+    """Momentum of the moving statistics. The paper uses 0.99; runs of a few hundred steps from random weights need
+    about 0.9."""
 
     @model_validator(mode="after")
     def _class_map_needs_weights(self) -> "ModelConfig":

@@ -1,4 +1,4 @@
-"""The schema of the section `runtime`: the machines that a run uses."""
+"""The section `runtime`: devices, precision and processes."""
 
 from typing import Annotated, Literal
 
@@ -18,29 +18,25 @@ Address = Annotated[str, AfterValidator(_address)]
 
 
 class RuntimeConfig(StrictModel):
-    """The machine."""
+    """Devices, precision and processes."""
 
     strategy: Literal["auto", "single", "mirrored", "multi_worker"] = "auto"
     """single: one device; mirrored: MirroredStrategy over all GPUs of the machine; multi_worker:
-    MultiWorkerMirroredStrategy over the GPUs of all processes that TF_CONFIG names; auto: what there is, TF_CONFIG
-    before several GPUs before one device.
-    """
+    MultiWorkerMirroredStrategy over the GPUs of all processes in TF_CONFIG; auto: multi_worker if TF_CONFIG is set,
+    else mirrored if there are several GPUs, else single."""
     sync_batch_norm: bool = True
-    """Over several replicas, normalise by the statistics of the whole micro-batch. false: each replica by its own share
-    of it, which spares the replicas waiting for each other in every layer; the moving statistics are then the replicas'
-    mean.
-    """
+    """true: normalize by the statistics of the micro-batch of all replicas. false: each replica uses its own images,
+    which avoids a synchronization in every layer; the moving statistics are then the mean of the replicas."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPUs that have it (compute capability 8.0), else float32. Weights are float32 either way."""
+    """auto: bfloat16 on GPUs that support it (compute capability 8.0), else float32. Weights are always float32."""
     xla: Literal["auto", True, False] = "auto"
-    """auto: on one GPU where the run is long enough to repay the compilation, by what both took there before or by
-    estimate; off on the CPU, which it slows down, and above one replica, as it fails on several logical CPU devices
-    (for several GPUs say true). A run's config.yaml has the choice, and a resume keeps to it."""
+    """auto: on if the run has one GPU and enough steps to repay the compilation, by an estimate; off on the CPU, which
+    XLA slows down, and for several replicas, since it fails on several logical CPU devices (set true for several GPUs).
+    The run's config.yaml holds the choice, and a resume keeps it."""
     num_workers: PositiveInt | None = None
-    """Images prepared in parallel; null takes the number of CPU cores. The result does not depend on it."""
+    """Images prepared in parallel; null: the number of CPU cores. The results do not depend on it."""
     data_service: Annotated[tuple[Address, ...], Field(min_length=1)] | None = None
-    """Servers that prepare the training pictures, [host1:5050, host2:5050], each started by python -m pipeline serve,
-    for machines whose processors cannot feed their GPUs; null prepares them here. The batches are the same. They come
-    by TensorFlow's own operations alone, from files that the servers see under the same path: augment.backend native,
-    data.source folder, csv or digits.
-    """
+    """Servers that prepare the training images, [host1:5050, host2:5050], each started by `python -m pipeline
+    data-server`, for machines whose CPUs cannot feed their GPUs; null: this machine prepares them. The batches are the
+    same. It needs augment.backend native and data.source folder, csv or digits, with files under the same path on every
+    server."""

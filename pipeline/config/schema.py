@@ -1,6 +1,6 @@
-"""The schema of a config: its sections put together, and what must hold between them.
+"""The schema of a config: all sections, and the checks that involve several of them.
 
-`load_config` makes one from YAML.
+`load_config` creates a `Config` from YAML.
 """
 
 from typing import Annotated, Literal
@@ -22,13 +22,11 @@ from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, from_
 
 
 class Config(StrictModel):
-    """Everything that a run is made from."""
+    """All settings of a run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     recipe: Literal["auto"] | None = None
-    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null.
-
-    As they are written.
+    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as configured.
     """
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -47,17 +45,18 @@ class Config(StrictModel):
         published = ", ".join(IMAGENET_VARIANTS)
         if name and name not in IMAGENET_VARIANTS:
             raise ValueError(
-                f"model.weights: imagenet is to be had for {published}, not for {name!r}{suggest(name, IMAGENET_VARIANTS)}"
+                f"model.weights: imagenet is available for {published}, not for {name!r}"
+                f"{suggest(name, IMAGENET_VARIANTS)}"
             )
         if not name and self.model.variant not in IMAGENET_VARIANTS:
             raise ValueError(
-                f"model.weights: imagenet is to be had for {published}, not for {self.variant.name}; name one of them to start from what "
-                "fits of it, as in imagenet:b2, or give a file or null"
+                f"model.weights: imagenet is available for {published}, not for {self.variant.name}; name one of them "
+                "to start from its layers that fit, as in imagenet:b2, or name a file or null"
             )
         if name and VARIANTS[name].family_name != self.variant.family_name:
             raise ValueError(
-                f"model.weights: {self.model.weights} and {self.variant.name} do not go together: the lite variants have other activations "
-                "and another normalisation"
+                f"model.weights: {self.model.weights} does not fit {self.variant.name}: the lite variants have other "
+                "activations and another normalization"
             )
         return self
 
@@ -84,13 +83,13 @@ class Config(StrictModel):
         if self.runtime.data_service is not None:
             if self.augment.backend != "native":
                 raise ValueError(
-                    f"runtime.data_service: {self.augment.backend} are Python functions, which do not travel to servers; set "
-                    "augment.backend to native, or data_service to null"
+                    f"runtime.data_service: {self.augment.backend} runs Python functions, which servers cannot run; "
+                    "set augment.backend to native, or data_service to null"
                 )
             if self.data.source not in ("folder", "csv", "digits"):
                 raise ValueError(
-                    f"runtime.data_service: source {self.data.source} is read by Python functions, which do not travel to servers; take a "
-                    "folder or csv, or set data_service to null"
+                    f"runtime.data_service: source {self.data.source} runs Python functions, which servers cannot run; "
+                    "use folder or csv, or set data_service to null"
                 )
         return self
 
@@ -108,7 +107,7 @@ class Config(StrictModel):
 
     @property
     def variant(self) -> Variant:
-        """The numbers behind `model.variant`, with `model.resolution` and `model.dropout` applied."""
+        """The variant with `model.resolution` and `model.dropout` applied."""
         chosen = self.model.variant
         if isinstance(chosen, PhiConfig):
             base = from_phi(chosen.phi)
@@ -126,9 +125,9 @@ class Config(StrictModel):
         )
 
     def cross_process_fingerprint(self) -> str:
-        """JSON of what has to be the same in every process of a run.
+        """Return JSON of all settings that must be equal in every process of a run.
 
-        All but where things are, and this machine's own business.
+        Paths, tracking and the settings of one machine are left out.
         """
         runtime = {"num_workers", "data_service"}
         return self.model_dump_json(
@@ -136,9 +135,9 @@ class Config(StrictModel):
         )
 
     def to_yaml(self) -> str:
-        """The whole config, defaults included, as a YAML that loads back equal.
+        """Return the whole config, defaults included, as YAML that loads back equal.
 
-        What auto is still to choose is left out.
+        Keys that an unresolved auto will set are left out.
         """
         values = self.model_dump(mode="json")
         if self.recipe is not None:

@@ -1,4 +1,4 @@
-"""The section `tracking`: MLflow."""
+"""The section `tracking`: experiment, server and model registry of MLflow."""
 
 import re
 from typing import Annotated
@@ -11,15 +11,15 @@ MlflowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", max_
 
 
 class TrackingConfig(StrictModel):
-    """MLflow."""
+    """Experiment, server and model registry of MLflow."""
 
     experiment: MlflowName = "default"
     """Name of the experiment in MLflow and of the folder under runs/."""
     uri: str | None = None
-    """null takes MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
+    """Tracking URI; null: MLFLOW_TRACKING_URI, else the file mlflow.db in the current folder."""
     registered_model_name: MlflowName | None = None
-    """Name in MLflow's model registry for the final model; null registers nothing. The model takes the alias champion
-    if none has it, or if the paired test on the same images says that it beats the one that has it."""
+    """Name of the final model in the model registry; null registers nothing. The model takes the alias champion if
+    there is none, or if a paired test on the same images shows that it is better than the current champion."""
 
     @field_validator("uri", mode="after")
     @classmethod

@@ -1,4 +1,4 @@
-"""The section `train`: how long a run trains, on which layers, and in what batches."""
+"""The section `train`: stages, batch size, loss, checkpoints."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -13,69 +13,57 @@ Metric = Literal["accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "
 
 
 class StageConfig(StrictModel):
-    """A stretch of training with one set of trainable weights. Its schedule starts anew."""
+    """A stage of training with one set of trainable layers. Its schedule starts anew."""
 
     epochs: PositiveInt
     trainable: Trainable = "all"
-    """head; blockN: the blocks from N on and everything behind them; all."""
+    """head: the classifier; blockN: block N and everything after it; all."""
     base_lr: PositiveFloat | None = None
-    """null takes the optimizer's."""
+    """null: that of the optimizer."""
     schedule: Schedule | None = None
-    """null takes the optimizer's."""
+    """null: that of the optimizer."""
     warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """null takes the optimizer's."""
+    """null: that of the optimizer."""
     freeze_batch_norm: bool = False
-    """Freeze batch normalisation, its scales and shifts included, where its block is trained, too.
-
-    In frozen blocks it always is.
-    """
+    """Freeze batch normalization, scales and shifts included, in trained blocks too. In frozen blocks it is always
+    frozen."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discriminative learning rates (arXiv 1801.06146): each block moves by this factor of the one behind it.
-
-    The classifier by 1.
-    """
+    """Discriminative learning rates (arXiv 1801.06146): the factor of the learning rate of a block relative to the
+    block after it; the classifier has factor 1."""
     use_augmentation: bool = True
-    """false prepares the pictures as in evaluation.
-
-    From its start on, a run that trains the head so computes the backbone once.
-    """
+    """false prepares the images as in evaluation. A run that starts by training the head then computes the features of
+    the backbone once."""
 
 
 class EarlyStoppingConfig(StrictModel):
-    """Leaves a stage that no longer helps; the run goes on with the next one."""
+    """The end of a stage that no longer improves; the run continues with the next stage."""
 
     patience: PositiveInt
-    """Epochs of the stage, one after the other, in which best_metric may fail to improve."""
+    """Consecutive epochs of the stage without an improvement of best_metric."""
     min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """What best_metric must improve by to count."""
+    """Smallest change of best_metric that counts as an improvement."""
 
 
 class SkipNanConfig(StrictModel):
-    """What `train.on_nan` may be beside a word."""
+    """The value {skip: N} of `train.on_nan`."""
 
     skip: PositiveInt
-    """Steps that may be passed over in the whole run."""
+    """Steps that may be skipped in the whole run."""
 
 
 class TrainConfig(StrictModel):
-    """How long and in what portions."""
+    """Stages, batch size, loss, checkpoints."""
 
     global_batch_size: Annotated[
         Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
         Discriminator(lambda value: "word" if isinstance(value, str) and not value.isdigit() else "number"),
     ] = 32
-    """Images per step over all replicas.
-
-    auto: about 256, in as many micro-batches as the devices' memory asks for by estimate.
-    """
+    """Images per step over all replicas. auto: about 256, in as many micro-batches as the estimated memory requires."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches that a replica's share of the batch is cut into, to save memory.
-
-    Their gradients are averaged and applied once.
-    """
+    """Micro-batches of a replica per step, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
-    """One stage with trainable: all is plain training."""
+    """Stages in their order. One stage with trainable: all is plain training."""
     class_weights: (
         Annotated[
             Annotated[Literal["balanced"], Tag("word")] | Annotated[dict[str, PositiveFloat], Tag("weights")],
@@ -83,31 +71,25 @@ class TrainConfig(StrictModel):
         ]
         | None
     ) = None
-    """What an image of a class counts in the loss beside the others: by name, 1 where none is given; balanced.
-
-    Every class the same.
-    """
+    """Weight of a class in the loss, by name; 1 for other classes. balanced: every class has the same total weight."""
     best_metric: Metric = "accuracy"
-    """Of the validation split; decides which epoch is kept in best/, and early stopping.
-
-    The test split decides nothing.
-    """
+    """Metric of the validation split that selects the epoch in best/ and drives early stopping. The test split selects
+    nothing."""
     early_stopping: EarlyStoppingConfig | None = None
     """null trains every stage to its end."""
     restore_best_weights: bool = False
-    """Make the best epoch's network the run's result, model.keras, in place of the last one's."""
+    """Make the model of the best epoch the run's result, model.keras, instead of the last one."""
     max_checkpoints: PositiveInt = 2
-    """Newest ones; the best epoch's and the last epoch's are kept besides."""
+    """Newest checkpoints that are kept; those of the best and the last epoch are kept in addition."""
     checkpoint_every_steps: PositiveInt | None = None
     """A checkpoint is written after each epoch and, if this is set, whenever the step is a multiple of it."""
     on_nan: Annotated[
         Annotated[Literal["stop", "rollback"], Tag("word")] | Annotated[SkipNanConfig, Tag("skip")],
         Discriminator(lambda value: "skip" if isinstance(value, Mapping | SkipNanConfig) else "word"),
     ] = "stop"
-    """When a step's loss or gradient is not finite (nothing of it is applied, its batch is saved): stop; {skip: 3}
-    passes over that many such steps in the whole run; rollback goes back to the start of the epoch with the learning
-    rate halved, three times at most.
-    """
+    """Reaction to a loss or gradient that is not finite; the step is not applied and its batch is saved. stop; {skip:
+    3}: skip up to 3 such steps in the whole run; rollback: return to the start of the epoch with half the learning
+    rate, at most three times."""
 
     @model_validator(mode="after")
     def _check_batch_is_divisible(self) -> "TrainConfig":
@@ -116,15 +98,16 @@ class TrainConfig(StrictModel):
                 raise ValueError("global_batch_size: auto chooses gradient_accumulation_steps; leave it out")
         elif self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps})"
             )
         return self
 
     def stage(self, number: int | None) -> StageConfig:
-        """The stage of a number that counts from 1; the last one for None.
+        """Return a stage by its number, which counts from 1; the last stage for None.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is no such stage.
         """
         if number is not None and not 1 <= number <= len(self.stages):
             raise ConfigError(f"stage {number}: train.stages has the stages 1 to {len(self.stages)}")
@@ -132,11 +115,11 @@ class TrainConfig(StrictModel):
 
     @property
     def batch_size(self) -> int:
-        """`global_batch_size`, once it is a number."""
-        assert self.global_batch_size != "auto", "fit_batch settles it"
+        """`global_batch_size` as a number, once auto is resolved."""
+        assert self.global_batch_size != "auto", "resolve_batch replaces auto"
         return self.global_batch_size
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that go through the network at once, over all replicas."""
+        """Images per forward pass over all replicas."""
         return self.batch_size // self.gradient_accumulation_steps

@@ -1,1 +1,1 @@
-"""Run directories and where a run came from."""
+"""Run directories and the provenance of runs."""

@@ -121,7 +121,7 @@ class RunDirectory:
 
     @contextmanager
     def exclusive_lock(self) -> Iterator[None]:
-        """Keep other processes from working on the run during the block. The lock is released however this process ends.
+        """Keep other processes from working on the run during the block. The lock is released however the process ends.
 
         Raises:
             RunError: Another process holds the lock.

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.loader import load_config
+from pipeline.config.loader import RENAMED, load_config
 from pipeline.config.schema import Config
-from pipeline.config.train import SkipNanConfig
+from pipeline.config.train import SkipNanConfig, StageConfig
 from pipeline.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -100,14 +100,14 @@ train:
         ("data: {source: folder}\n", "source folder needs path"),
         ("data: {source: tfds}\n", "source tfds needs name"),
         ("data: {source: digits, name: x}\n", "name belongs to source tfds"),
-        ("data: {source: digits}\nmodel: {variant: b8}\n", "model.weights: imagenet is to be had for b0"),
+        ("data: {source: digits}\nmodel: {variant: b8}\n", "model.weights: imagenet is available for b0"),
         (
             "data: {source: digits}\nmodel: {variant: {phi: 1}}\n",
-            "name one of them to start from what fits of it, as in imagenet:b2",
+            "name one of them to start from its layers that fit, as in imagenet:b2",
         ),
         ("data: {source: digits}\nmodel: {variant: {phi: 1}, weights: 'imagenet:b'}\n", "not for 'b'; did you mean 'b"),
         ("data: {source: digits}\nmodel: {weights: 'imagenet:b8'}\n", "not for 'b8'"),
-        ("data: {source: digits}\nmodel: {weights: 'imagenet:lite0'}\n", "imagenet:lite0 and b0 do not go together"),
+        ("data: {source: digits}\nmodel: {weights: 'imagenet:lite0'}\n", "imagenet:lite0 does not fit b0: the lite variants"),
         (
             "data: {source: digits}\ntrain: {global_batch_size: 10, gradient_accumulation_steps: 4}\n",
             "must be a multiple of gradient_accumulation_steps",
@@ -139,11 +139,14 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
     write(
         tmp_path / "base.yaml",
         MINIMAL
-        + "model: {variant: {phi: 1}, drop_path_rate: 0.1, weights: null}\ntrain: {stages: [{epochs: 3}, {epochs: 4}]}\n",
+        + "model: {variant: {phi: 1}, drop_path_rate: 0.1, weights: null}\n"
+        + "train: {stages: [{epochs: 3}, {epochs: 4}]}\n",
     )
     child = write(
         tmp_path / "child.yaml",
-        "extends: base.yaml\nmodel:\n  variant: {width: 1, depth: 1, resolution: 64}\ntrain:\n  stages: [{epochs: 5}]\n",
+        "extends: base.yaml\n"
+        "model:\n  variant: {width: 1, depth: 1, resolution: 64}\n"
+        "train:\n  stages: [{epochs: 5}]\n",
     )
     config = load_config(child)
     assert (
@@ -323,6 +326,28 @@ def test_a_config_with_changed_characters_loads_or_is_refused_in_words(tmp_path,
         text = text[:start] + data.draw(noise) + text[stop:]
     (tmp_path / "mutated.yaml").write_bytes(text)
     loads_or_is_refused_in_words(tmp_path / "mutated.yaml")
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_answered_with_its_new_name(tmp_path: Path, old: str) -> None:
+    *sections, key = old.split(".")
+    new = RENAMED[old].partition(" ")[0]
+    values = {"data": {"source": "digits"}}
+    if sections == ["train", "stages"]:
+        values["train"] = {"stages": [{"epochs": 1, key: 1}]}
+        written = f"train.stages.0.{key}"
+    else:
+        values.setdefault(sections[0], {})[key] = 1
+        written = old
+    [line] = mistakes(write(tmp_path / "old.yaml", yaml.safe_dump(values)))
+    assert line.endswith(f": {written}: is now {RENAMED[old]}")
+    [line] = mistakes(write(tmp_path / "new.yaml", MINIMAL + "train: {stages: [{epochs: 1}]}\n"), (f"{written}=1",))
+    assert line.endswith(f": {written}: is now {RENAMED[old]}")
+    assert old.rpartition(".")[0] == new.rpartition(".")[0]
+    section = {**Config.model_fields, "train.stages": None}[".".join(sections)]
+    fields = StageConfig.model_fields if section is None else section.annotation.model_fields
+    assert new.rpartition(".")[2] in fields
+    assert key not in fields
 
 
 @pytest.mark.parametrize(
