@@ -1,6 +1,6 @@
-"""A bench against plain Keras.
+"""The comparison with plain Keras, which trains the same network in another process, round by round in turns.
 
-The same network, batch, precision and data, in a process of its own, round by round in turns.
+Batch size, precision and data are the same.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, Literal
@@ -30,48 +31,46 @@ def run_keras_baseline(
     pairs: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
-    """Time training and Keras in turns.
+    """Time this project's training and Keras's in turns.
 
     Args:
-        bench: What to train.
-        rival: keras-fit: from files to weights, by `fit`; keras-step: Keras's `train_step` and the project's, each on
-            one batch.
-        seconds: About what a round takes here; Keras gets the same number of images.
-        pairs: Rounds of each.
-        progress: Called behind each pair with the number of them and of all.
+        bench: The benchmark of this project.
+        baseline: keras-fit: from files to weights, by `fit`; keras-step: Keras's `train_step` and the project's, each
+            on one batch.
+        seconds: Approximate duration of a round of this project; Keras gets the same number of images.
+        pairs: Number of rounds of each.
+        progress: Called after each pair of rounds with the number of pairs so far and of all pairs.
 
     Returns:
-        Images per second here and of Keras, for each pair.
+        Images per second of this project and of Keras, for each pair.
 
     Raises:
-        ConfigError: Keras cannot be given the same data.
+        ConfigError: Keras cannot train on the same data.
         RunError: Keras failed.
     """
-    alone = baseline == "keras-step"
+    one_batch = baseline == "keras-step"
     _, rate = bench.time_step(min(seconds, 10.0))
-    spec = _spec(bench, alone) | {"steps": max(3, round(seconds * rate / bench.batch_size))}
-    theirs: list[float] = []
-    with _started(spec) as ask:
-        ask()  # compiles it
+    spec = _spec(bench, one_batch=one_batch) | {"steps": max(3, round(seconds * rate / bench.batch_size))}
+    keras_rates: list[float] = []
+    with _keras_process(spec) as run_round:
+        run_round()  # compiles it
 
-        def their_turn() -> None:
-            theirs.append(ask())
+        def run_keras() -> None:
+            keras_rates.append(run_round())
             if progress is not None:
-                progress(len(theirs), pairs)
+                progress(len(keras_rates), pairs)
 
-        bench.train_for(seconds, pause=their_turn, rounds=pairs, one_batch=alone)
-    return list(zip(bench.clock.rates, theirs, strict=True))
+        bench.train_for(seconds, pause=run_keras, rounds=pairs, one_batch=one_batch)
+    return list(zip(bench.clock.rates, keras_rates, strict=True))
 
 
-def _spec(bench: ThroughputBenchmark, alone: bool) -> dict[str, Any]:
-    """What to train, for `pipeline.benchmark.keras_fit`."""
+def _spec(bench: ThroughputBenchmark, *, one_batch: bool) -> dict[str, Any]:
+    """Return the description of the training for `pipeline.benchmark.keras_fit`."""
     config, variant = bench.config, bench.config.variant
     stage = config.train.stages[0]
     return {
         "variant": variant.name,
-        "multipliers": {
-            name: getattr(variant, name) for name in ("name", "width", "depth", "resolution", "dropout", "lite")
-        },
+        "multipliers": asdict(variant),
         "resolution": variant.resolution,
         "classes": len(bench.manifest.class_names),
         "batch_size": bench.batch_size,
@@ -82,14 +81,15 @@ def _spec(bench: ThroughputBenchmark, alone: bool) -> dict[str, Any]:
         "learning_rate": (stage.base_lr or config.optimizer.base_lr) * bench.batch_size / 256,
         "weight_decay": config.optimizer.weight_decay,
         "label_smoothing": config.train.label_smoothing,
-    } | ({"files": None} if alone else _files(bench))
+    } | ({"files": None} if one_batch else _files(bench))
 
 
 def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
+    """Return files, labels and augmentation for Keras's input pipeline."""
     source, settings = bench.source, bench.config.augment
     if not isinstance(source, FileSource):
         raise ConfigError(
-            "--baseline keras-fit reads pictures from files: take a config whose data.source is folder or csv"
+            "--baseline keras-fit reads images from files: take a config whose data.source is folder or csv"
         )
     transforms = {transform.name: transform.args for transform in settings.transforms}
     plain = (
@@ -99,8 +99,9 @@ def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
     even = transforms.get("HorizontalFlip", {}).get("p", 0.5) == 0.5
     if not (plain and even) or not {"RandomResizedCrop"} <= set(transforms) <= {"RandomResizedCrop", "HorizontalFlip"}:
         raise ConfigError(
-            "--baseline keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip at p = 0.5, and nothing else; "
-            "choose a --stage that augments, and add 'augment.transforms=[{RandomResizedCrop: {}}, {HorizontalFlip: {}}]' "
+            "--baseline keras-fit compares equal work: RandomResizedCrop, with or without HorizontalFlip at p = 0.5, "
+            "and nothing else; choose a --stage that augments, and add "
+            "'augment.transforms=[{RandomResizedCrop: {}}, {HorizontalFlip: {}}]' "
             "augment.randaugment=null augment.mixup=0 augment.cutmix=0"
         )
     crop, table = transforms["RandomResizedCrop"], bench.manifest.table.iloc[bench.manifest.indices("train")]
@@ -114,36 +115,36 @@ def _files(bench: ThroughputBenchmark) -> dict[str, Any]:
 
 
 @contextmanager
-def _started(spec: dict[str, Any]) -> Iterator[Callable[[], float]]:
-    """Keras in a process of its own; the block is given what has it do a round and answer with images per second."""
+def _keras_process(spec: dict[str, Any]) -> Iterator[Callable[[], float]]:
+    """Start Keras in a process; the block gets a function that runs a round there and returns images per second."""
     program, environment = (
         [sys.executable, "-P", str(Path(keras_fit.__file__))],
         ORIGINAL_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "2"},
     )
     with (
-        tempfile.TemporaryFile("w+") as words,
-        subprocess.Popen(program, stdin=PIPE, stdout=PIPE, stderr=words, text=True, env=environment) as process,
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(program, stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment) as process,
     ):
-        to, answers = process.stdin, process.stdout
-        assert to is not None
-        assert answers is not None
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
 
-        def tell(line: str) -> None:
-            to.write(line + "\n")
-            to.flush()
+        def send(line: str) -> None:
+            stdin.write(line + "\n")
+            stdin.flush()
 
-        def ask() -> float:
+        def run_round() -> float:
             try:
-                tell("go")
-                return float(answers.readline())
+                send("go")
+                return float(stdout.readline())
             except (OSError, ValueError):
                 process.wait()
-                words.seek(0)
-                last = (words.read().strip().splitlines() or ["it said nothing"])[-1]
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["it printed nothing"])[-1]
                 raise RunError(f"Keras ended with exit code {process.returncode}: {last}") from None
 
         try:
-            tell(json.dumps(spec))
-            yield ask
+            send(json.dumps(spec))
+            yield run_round
         finally:
             process.kill()

@@ -1,8 +1,8 @@
-"""Plain Keras, to be compared with: keras.applications, `fit`, and a tf.data input as Keras's guides write it.
+"""Training with plain Keras: keras.applications, `fit`, and a tf.data input pipeline as in Keras's guides.
 
-`pipeline.benchmark.keras_baseline` starts this file as a program: it runs in the environment that the user gave and
-with none of the project's settings. It takes a JSON of what to train, waits for a line on standard input before each
-round, and answers it with images per second.
+`pipeline.benchmark.keras_baseline` starts this file as a program. It runs in the user's environment, without any of
+this project's settings. It reads a JSON that describes the training from standard input, waits for a line before each
+round, and answers with images per second.
 """
 
 import json
@@ -17,7 +17,7 @@ Spec = dict[str, Any]
 
 
 def network(spec: Spec) -> keras.Model:
-    """Keras's own EfficientNet; for variants that it has not, the same of Keras's layers."""
+    """Return Keras's own EfficientNet, compiled; for variants that Keras lacks, the same network from Keras layers."""
     keras.mixed_precision.set_global_policy(spec["dtype"])
     size = spec["resolution"]
     if spec["variant"] in [f"b{i}" for i in range(8)]:
@@ -42,16 +42,17 @@ def network(spec: Spec) -> keras.Model:
 
 
 def dataset(spec: Spec) -> tf.data.Dataset:
-    """Random crops of the files, mirrored half of the time: float32 (B, R, R, 3) in [0, 255], labels float32 (B, K).
+    """Return an infinite dataset of random crops of the files, mirrored half of the time.
 
-    Endless.
+    Returns:
+        Images float32 (B, R, R, 3) in [0, 255], labels float32 (B, K).
     """
-    size, whole = spec["resolution"], tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+    size, full_image = spec["resolution"], tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
 
     def load(path: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
-            tf.shape(image), whole, area_range=spec["scale"], aspect_ratio_range=spec["ratio"], max_attempts=10
+            tf.shape(image), full_image, area_range=spec["scale"], aspect_ratio_range=spec["ratio"], max_attempts=10
         )
         image = tf.image.resize(tf.slice(image, begin, extent), (size, size))
         if spec["flip"]:
@@ -67,26 +68,30 @@ def dataset(spec: Spec) -> tf.data.Dataset:
 
 
 class Rounds(keras.callbacks.Callback):
-    """An epoch for every line on standard input."""
+    """A callback that runs one epoch for every line on standard input."""
 
     def __init__(self, images: int) -> None:
-        """Take the images of an epoch."""
+        """Create the callback.
+
+        Args:
+            images: Number of images of an epoch.
+        """
         super().__init__()
         self._images = images
 
     def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
-        """Wait; an empty line or none ends the program."""
+        """Wait for a line; an empty line or the end of the input ends the program."""
         if not sys.stdin.readline().strip():
             sys.exit(0)
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: object = None) -> None:
-        """Answers."""
+        """Print the images per second."""
         print(json.dumps(self._images / (time.perf_counter() - self._start)), flush=True)
 
 
 def run_steps(model: keras.Model, spec: Spec, rounds: Rounds) -> None:
-    """Keras's train_step on one batch that lies on the device, again and again."""
+    """Run Keras's train_step again and again on one batch that is on the device."""
     shape = (spec["batch_size"], spec["resolution"], spec["resolution"], 3)
     images = tf.random.uniform(shape, 0, 255)
     labels = tf.one_hot(tf.range(spec["batch_size"]) % spec["classes"], spec["classes"])
@@ -100,7 +105,7 @@ def run_steps(model: keras.Model, spec: Spec, rounds: Rounds) -> None:
 
 
 def main(spec: Spec) -> None:
-    """Train in rounds until it is told to end."""
+    """Train in rounds until standard input ends."""
     model, rounds = network(spec), Rounds(spec["steps"] * spec["batch_size"])
     if spec["files"] is None:
         run_steps(model, spec, rounds)

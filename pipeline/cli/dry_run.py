@@ -5,7 +5,6 @@ from rich.syntax import Syntax
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
 from pipeline.data.augmentation import image_augmentation
-from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
 from pipeline.data.sources.catalog import open_source
@@ -13,10 +12,9 @@ from pipeline.data.validation import class_table, scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
-from pipeline.training.memory import check_batch, resolve_batch_size, step_memory
-from pipeline.training.recipe import class_weights, resolve_recipe
-from pipeline.training.schedule import build_schedule
-from pipeline.training.xla import resolve_xla
+from pipeline.training.memory import step_memory
+from pipeline.training.recipe import class_weights
+from pipeline.training.resolve import ResolvedConfig, resolve, resolve_batch
 
 
 def print_dry_run(config: Config, console: Console) -> None:
@@ -26,25 +24,24 @@ def print_dry_run(config: Config, console: Console) -> None:
         UserError: The run itself would raise it. The weights are not checked.
     """
     runtime = setup_devices(config.runtime, config.seed)
-    image_augmentation(config)
+    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
     missing: DatasetNotDownloadedError | None = None
     try:
-        source = open_source(config.data, fetch=False)
+        source = open_source(config.data, download=False)
         class_names = source.class_names
     except DatasetNotDownloadedError as error:
         missing, class_names = error, error.class_names
     model = efficientnet(config.variant, num_classes=len(class_names), dtype=runtime.dtype)
-    config = resolve_batch_size(config, runtime, model)
-    check_batch(config, runtime)
+    config = resolve_batch(config, runtime, model)
 
     manifest: Manifest | None = None
+    resolved: ResolvedConfig | None = None
     if missing is None:
         with console.progress("reading the data") as progress:
             manifest = scan(source, config.data, seed=config.seed, progress=progress)
-        config = resolve_recipe(config, manifest)
-        steps = steps_per_epoch(len(manifest.indices("train")), config.train.batch_size)
-        config, runtime, reason = resolve_xla(config, runtime, model, build_schedule(config, steps))
-        class_weights(config, class_names, manifest.class_counts()["train"].tolist())
+        resolved = resolve(config, runtime, model, manifest)
+        config, runtime = resolved.config, resolved.runtime
+        class_weights(config.train, class_names, manifest.class_counts()["train"].tolist())
     console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
         console.print(
@@ -52,34 +49,46 @@ def print_dry_run(config: Config, console: Console) -> None:
             "the number of images is known then."
         )
     else:
-        console.print(class_table(manifest))
-        for note in manifest.notes:
-            console.print(f"note: {note}")
-        if manifest.left_out:
-            console.print(
-                f"left out: {len(manifest.left_out):,} images that cannot be used; "
-                f"{python_executable()} -m pipeline check lists them"
-            )
+        print_data(manifest, console)
 
-    variant, profile = config.variant, profile_model(model)
-    local_batch_size = config.train.batch_size // runtime.replicas // config.train.gradient_accumulation_steps
+    variant, profile, batch_size = config.variant, profile_model(model), config.train.batch_size
+    local_batch_size = batch_size // runtime.replicas // config.train.gradient_accumulation_steps
     memory = step_memory(config, model, local_batch_size, accumulation=config.train.gradient_accumulation_steps > 1)
     console.print(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
     console.print(f"  parameters            {profile.parameters:,} ({profile.trainable_parameters:,} trainable)")
     console.print(f"  multiply-adds         {profile.flops / 1e9:.2f} G per image")
     console.print(
-        f"  memory for training   about {memory / 2**30:.1f} GiB per device, at {local_batch_size} images per step and device"
+        f"  memory for training   about {memory / 2**30:.1f} GiB per device, "
+        f"at {local_batch_size} images per step and device"
     )
-    if manifest is not None:
-        images = len(manifest.indices("train"))
-        if reason:
-            console.print(f"  {reason}")
+    if manifest is not None and resolved is not None:
+        print_schedule(resolved, len(manifest.indices("train")), console)
+
+
+def print_data(manifest: Manifest, console: Console) -> None:
+    """Print the images of each class and split, the notes, and the number of images that cannot be used."""
+    console.print(class_table(manifest))
+    for note in manifest.notes:
+        console.print(f"note: {note}")
+    if manifest.left_out:
         console.print(
-            f"  steps per epoch       {steps:,} of {config.train.batch_size} images ({images:,} training images)"
+            f"left out: {len(manifest.left_out):,} images that cannot be used; "
+            f"{python_executable()} -m pipeline check lists them"
         )
-        for number, stage in enumerate(build_schedule(config, steps), 1):
-            rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
-            console.print(
-                f"  stage {number}               {stage.config.epochs} epochs, "
-                f"steps {stage.first + 1:,} to {stage.stop:,}, trains {stage.config.trainable}, learning rate {max(rates):.2g} to {rates[-1]:.2g}"
-            )
+
+
+def print_schedule(resolved: ResolvedConfig, num_images: int, console: Console) -> None:
+    """Print the choice about XLA, the steps per epoch, and the steps and learning rates of each stage."""
+    if resolved.xla_reason:
+        console.print(f"  {resolved.xla_reason}")
+    console.print(
+        f"  steps per epoch       {resolved.schedule.steps_per_epoch:,} of {resolved.batch_size} images "
+        f"({num_images:,} training images)"
+    )
+    for number, stage in enumerate(resolved.schedule.stages, 1):
+        rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
+        console.print(
+            f"  stage {number}               {stage.config.epochs} epochs, "
+            f"steps {stage.first + 1:,} to {stage.stop:,}, trains {stage.config.trainable}, "
+            f"learning rate {max(rates):.2g} to {rates[-1]:.2g}"
+        )

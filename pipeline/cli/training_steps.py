@@ -13,9 +13,8 @@ from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.data_service import check_servers
-from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
-from pipeline.data.sampler import ORDER
+from pipeline.data.sampler import SHUFFLE_ALGORITHM
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.cluster import ProcessInfo
 from pipeline.distributed.devices import Runtime, setup_devices
@@ -27,17 +26,17 @@ from pipeline.files import atomic_write
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.tracking.mlflow_logger import MLflowLogger
 from pipeline.training import checkpoint
-from pipeline.training.assembly import create_model, create_train_state
 from pipeline.training.callbacks import Callback
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
 from pipeline.training.recipe import class_weights
-from pipeline.training.resolve import open_data, resolve_config
+from pipeline.training.resolve import ResolvedConfig, open_data, resolve_on_chief
 from pipeline.training.resume import restore_latest
+from pipeline.training.setup import create_model, create_train_state
 from pipeline.training.stage_data import StageData
 from pipeline.training.state import TrainState
-from pipeline.training.trainer import Trainer, build_schedule
+from pipeline.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class TrainingRun:
     """A run that is ready to train: everything is resolved, and a resumed state is restored.
 
     Attributes:
-        config: The resolved config.
+        resolved: The resolved config, with its schedule and the devices.
         directory: Directory of the run; only the chief writes it.
-        runtime: Devices, precision and compilation.
         source: Source of the image files.
         manifest: All images, with label and split.
         state: Model, optimizer, moving average and counters.
@@ -57,9 +55,8 @@ class TrainingRun:
         console: Console for progress and results.
     """
 
-    config: Config
+    resolved: ResolvedConfig
     directory: RunDirectory
-    runtime: Runtime
     source: DataSource
     manifest: Manifest
     state: TrainState
@@ -67,6 +64,16 @@ class TrainingRun:
     identity: Mapping[str, Any]
     resumed: bool
     console: Console
+
+    @property
+    def config(self) -> Config:
+        """The config with a value in the place of every auto."""
+        return self.resolved.config
+
+    @property
+    def runtime(self) -> Runtime:
+        """Devices, precision and compilation."""
+        return self.resolved.runtime
 
     @property
     def is_chief(self) -> bool:
@@ -105,7 +112,7 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    image_augmentation(config)  # reports a wrong argument of a transform before the scan, which may take an hour
+    image_augmentation(config.augment, config.variant.resolution, config.data.resize)  # reports a wrong argument of a transform before the scan, which may take an hour
     check_servers(config.runtime.data_service or ())  # likewise
     variant = config.variant
     console.print(
@@ -150,25 +157,25 @@ def prepare_run(
     resume = processes.any_process(resume)
     weights = None if resume else config.model.weights
     model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
-    config, runtime, manifest = resolve_config(
+    resolved, manifest = resolve_on_chief(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume
     )
-    weight_per_class = class_weights(config, manifest.class_names, manifest.class_counts()["train"].tolist())
-    state = create_train_state(config, runtime, model)
+    config, runtime = resolved.config, resolved.runtime
+    weight_per_class = class_weights(config.train, manifest.class_names, manifest.class_counts()["train"].tolist())
+    state = create_train_state(config.optimizer, runtime, model)
     identity = {
         "config": config.model_dump(mode="json"),
         "classes": list(manifest.class_names),
         "data": manifest.digest(),
-        "order": ORDER,
+        "order": SHUFFLE_ALGORITHM,
         "replicas": runtime.replicas,
     }
     if resume:
         restore_latest(state, directory, identity, manifest, console.print, allowed_changes, processes)
     processes.assert_same_on_all(lambda: {"weights": state.digest()})
     return TrainingRun(
-        config=config,
+        resolved=resolved,
         directory=directory,
-        runtime=runtime,
         source=source,
         manifest=manifest,
         state=state,
@@ -195,9 +202,9 @@ def save_run_inputs(run: TrainingRun) -> None:
 def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
     """Create the trainer with its data and callbacks. The chief starts the run in MLflow, which `stack` ends."""
     config, directory, state, console = run.config, run.directory, run.state, run.console
-    num_steps = steps_per_epoch(len(run.manifest.indices("train")), config.train.batch_size)
+    schedule = run.resolved.schedule
     stop_signal = StopSignal(console.print)
-    stage_data = StageData(config, run.runtime, run.manifest, run.source, state, console, stop_signal)
+    stage_data = StageData(config, run.runtime, schedule, run.manifest, run.source, state, console, stop_signal)
     nan_policy = NanPolicy(
         config,
         directory.nan_batches,
@@ -214,9 +221,9 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
         progress_bar = ProgressBar(
             console,
             first_step=state.step,
-            total_steps=build_schedule(config, num_steps)[-1].stop,
-            steps_per_epoch=num_steps,
-            global_batch_size=config.train.batch_size,
+            total_steps=schedule.total_steps,
+            steps_per_epoch=schedule.steps_per_epoch,
+            global_batch_size=run.resolved.batch_size,
         )
         checkpoints = checkpoint.CheckpointCallback(
             directory.checkpoints, run.identity, keep=config.train.max_checkpoints
@@ -224,7 +231,7 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
         # The logger precedes the checkpoints: what is in a checkpoint is in MLflow, too.
         callbacks = [mlflow_logger, checkpoints, progress_bar]
     trainer = Trainer(
-        config, run.runtime, num_steps, callbacks, stop_signal, nan_policy, class_weights=run.class_weights
+        config, run.runtime, schedule, callbacks, stop_signal, nan_policy, class_weights=run.class_weights
     )
     return Training(trainer, stage_data, nan_policy, stop_signal, mlflow_logger, progress_bar)
 

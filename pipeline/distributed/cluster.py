@@ -1,7 +1,4 @@
-"""Which of a run's processes this one is.
-
-TensorFlow's own variable TF_CONFIG says so on every machine that takes part.
-"""
+"""The cluster of a run, read from TensorFlow's environment variable TF_CONFIG on every machine."""
 
 import json
 import os
@@ -21,12 +18,12 @@ EXAMPLE_TF_CONFIG = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """The place of this process among those of a run.
+    """The position of this process among the processes of a run.
 
     Attributes:
-        addresses: host:port of every process, the chief's first.
-        number: Of this process among them.
-        has_chief: Whether the first one goes by that name in TF_CONFIG; else it is worker 0.
+        addresses: host:port of every process, the chief first.
+        rank: Index of this process among them.
+        has_chief: True if TF_CONFIG names the first process chief; otherwise it is worker 0.
     """
 
     addresses: tuple[str, ...]
@@ -35,72 +32,73 @@ class ProcessInfo:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the process that writes what there is to write."""
+        """True in the process that writes the run."""
         return self.rank == 0
 
     def name(self, rank: int | None = None) -> str:
-        """What a process is called on the screen; this one for None."""
+        """Return the name of a process for the console; None stands for this process."""
         rank = self.rank if rank is None else rank
         return f"process {rank + 1} of {len(self.addresses)} ({self.addresses[rank]})"
 
     def others(self) -> str:
-        """The addresses of the other processes, the first few."""
-        others = [address for number, address in enumerate(self.addresses) if number != self.rank]
+        """Return the addresses of the other processes, at most eight of them."""
+        others = [address for rank, address in enumerate(self.addresses) if rank != self.rank]
         return ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
 
     def rank_of(self, job: str, task: int) -> int:
-        """The number of the process that TensorFlow calls so."""
+        """Return the rank of the process that TensorFlow names by a job and a task."""
         return task + (self.has_chief and job == "worker")
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """A block in which TensorFlow connects the processes.
+        """Let SIGTERM and Ctrl-C end the process at once inside the block, where TensorFlow connects the processes.
 
-        SIGTERM and Ctrl-C end the process at once: it would not hear of them.
+        Python's own handlers do not run while TensorFlow waits.
         """
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def wait_for_chief(self, report: Callable[[str], None], timeout: float = 600.0) -> None:
         """Wait until the first process listens at its address.
 
         Args:
-            say: Told that there is something to wait for, where there is.
-            timeout: Seconds.
+            report: Called once with a line for the user if the process has to wait.
+            timeout: Seconds to wait at most.
 
         Raises:
-            RunError: It does not come.
+            RunError: The first process does not listen in time.
         """
-        start, told = time.monotonic(), False
+        start, reported = time.monotonic(), False
         while time.monotonic() - start < timeout:
             try:
                 socket.create_connection(parse_address(self.addresses[0]), timeout=5).close()
                 return
             except OSError:
-                if not told:
+                if not reported:
                     report(f"{self.name()} waits for the first one at {self.addresses[0]}")
-                told = True
+                reported = True
                 time.sleep(0.5)
         raise RunError(
-            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, has ended (see what it said), or is shut off"
+            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, has ended (see its output), "
+            "or is behind a firewall"
         )
 
 
 def cluster_from_tf_config(strategy: str) -> ProcessInfo | None:
-    """Read TF_CONFIG.
+    """Return the position of this process in the cluster of TF_CONFIG.
 
     Args:
-        strategy: As `runtime.strategy`; one and mirrored are for a single process whatever TF_CONFIG says.
+        strategy: As `runtime.strategy`; single and mirrored ignore TF_CONFIG.
 
     Returns:
-        None for a run of this process alone.
+        The position, or None for a run of a single process.
 
     Raises:
-        ConfigError: TF_CONFIG is missing where it is needed, or is not what TensorFlow wants.
+        ConfigError: TF_CONFIG is missing where it is needed, or is malformed.
     """
     text = os.environ.get("TF_CONFIG", "")
     if strategy not in ("auto", "multi_worker") or (strategy == "auto" and not text):

@@ -1,6 +1,6 @@
-"""How many images a device takes in one step, by estimate: for `global_batch_size.
+"""The number of images that a device can take in one step, by estimate.
 
-Auto`, and for advice where memory runs out.
+It serves `global_batch_size: auto`, and the advice that is given when memory runs out.
 """
 
 import math
@@ -15,27 +15,27 @@ from tensorflow.python.client import device_lib
 
 from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
-from pipeline.data.mixup import mixing_group
+from pipeline.data.mixup import mixing_group_size
 from pipeline.distributed.devices import Runtime
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.profile import estimated_memory
 
 CONTAINER_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)  # of version 2, of version 1
-AUTO_BATCH_SIZE = 256  # images per step; learning rates are given for so many
-# of a device's memory that is planned with: the estimate is right to about 20 % and leaves out what convolutions work
-# in
+    Path("/sys/fs/cgroup/memory.max"),  # cgroup version 2
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # cgroup version 1
+)
+AUTO_BATCH_SIZE = 256  # images per step; base learning rates are given for this number
+# Share of a device's memory that is planned with: the estimate is right to about 20 % and leaves out the workspace of
+# convolutions.
 MEMORY_FRACTION = 0.7
 
 
 def device_memory() -> int:
-    """Bytes that TensorFlow may take on the smallest device that trains.
+    """Return the bytes that TensorFlow may use on the smallest device that trains.
 
-    A GPU's, or where there is none the machine's or container's.
+    The device is a GPU; without GPUs it is the machine, or the container if that has a limit.
     """
-    gpus = [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
+    gpus = _gpu_memory_limits()
     if gpus:
         return min(gpus)
     limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
@@ -44,29 +44,37 @@ def device_memory() -> int:
     )
 
 
+def _gpu_memory_limits() -> list[int]:
+    """Return the bytes that TensorFlow may allocate on each GPU.
+
+    `device_lib` is a private module. TensorFlow's public API tells the current and the peak use, but not this limit.
+    """
+    return [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
+
+
 def step_memory(config: Config, model: keras.Model, images: int, *, accumulation: bool) -> int:
-    """Estimated bytes of a step on one device, see `estimated_memory`.
+    """Return the estimated bytes of a step on one device, see `estimated_memory`.
 
     Args:
-        config: Optimizer and moving average are looked at.
-        model: Built by `efficientnet`, in the dtype that it trains in.
-        images: Per micro-batch and device.
-        accumulation: Whether there is more than one micro-batch.
+        config: The optimizer and its moving average are used.
+        model: A network built by `efficientnet`, in the dtype that it trains in.
+        images: Images per micro-batch and device.
+        accumulation: True if a step has several micro-batches.
     """
     slots, average = 1 if config.optimizer.name == "sgd" else 2, config.optimizer.ema_decay is not None
     return estimated_memory(model, images, optimizer_slots=slots, ema=average, accumulation=accumulation)
 
 
 def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
-    """Images per micro-batch and device that are estimated to fit.
+    """Return the number of images per micro-batch and device that are estimated to fit.
 
     Args:
-        config: As of `step_memory`.
-        model: As of `step_memory`.
+        config: As in `step_memory`.
+        model: As in `step_memory`.
         memory: Bytes of a device.
 
     Returns:
-        At least 0.
+        A number of at least 0.
     """
     without, with_one = (step_memory(config, model, images, accumulation=True) for images in (0, 1))
     return max(0, int((MEMORY_FRACTION * memory - without) / (with_one - without)))
@@ -75,19 +83,19 @@ def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
 def resolve_batch_size(
     config: Config, runtime: Runtime, model: keras.Model, *, previous: TrainConfig | None = None
 ) -> Config:
-    """Replace `global_batch_size: auto` by 256 images and as many micro-batches as the devices' memory asks for.
+    """Replace `global_batch_size: auto` by 256 images, in as few micro-batches as the devices' memory allows.
 
-    Micro-batches are of a power of two, which fits MixUp's groups. Where the number of replicas is none, the images of
-    a step are the multiple of the micro-batches of all replicas that is nearest to 256.
+    The size of a micro-batch is a power of two, which fits MixUp's groups. If the number of replicas is not a power of
+    two, the batch size is the multiple of the micro-batches of all replicas that is nearest to 256.
 
     Args:
-        config: Comes back as it is where the batch size is a number.
+        config: The config; it is returned unchanged if the batch size is a number.
         runtime: Its replicas share the batch.
-        model: What is to be trained.
-        before: What a run that is resumed settled on; it stays with that, whatever memory there is now.
+        model: The network to train.
+        previous: The resolved section `train` of the run that is resumed, if any; its values stay, whatever the memory.
 
     Raises:
-        TrainingError: If not even one image is estimated to fit.
+        TrainingError: Not even one image is estimated to fit.
     """
     if config.train.global_batch_size != "auto":
         return config
@@ -98,23 +106,51 @@ def resolve_batch_size(
         fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH_SIZE // runtime.replicas))
         if not fitting:
             raise TrainingError(
-                f"{_network(config)} does not fit into {_gib(memory)} with a single image; take a smaller variant or resolution"
+                f"{_model_name(config)} does not fit into {_gib(memory)} with a single image; "
+                "take a smaller variant or resolution"
             )
-        together = 2 ** int(math.log2(fitting)) * runtime.replicas
-        accumulation = max(1, round(AUTO_BATCH_SIZE / together))
-        batch_size = together * accumulation
+        images_at_once = 2 ** int(math.log2(fitting)) * runtime.replicas
+        accumulation = max(1, round(AUTO_BATCH_SIZE / images_at_once))
+        batch_size = images_at_once * accumulation
     train = config.train.model_copy(
         update={"global_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     )
     return config.model_copy(update={"train": train})
 
 
-@contextmanager
-def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
-    """Turns TensorFlow's word that memory ran out into one that says what to do.
+def check_batch(config: Config, runtime: Runtime) -> None:
+    """Check that the replicas can share a batch.
 
     Raises:
-        TrainingError: In its place.
+        ConfigError: The global batch cannot be shared evenly among the replicas and their micro-batches, or a
+            micro-batch would divide a group of images that are mixed with each other.
+    """
+    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.gradient_accumulation_steps
+    if batch % (replicas * accumulation):
+        raise ConfigError(
+            f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with "
+            f"{accumulation} micro-batches each; take a multiple of {replicas * accumulation}"
+        )
+    if config.augment.mixup or config.augment.cutmix:
+        group, micro_batch = mixing_group_size(batch, accumulation), batch // accumulation // replicas
+        if micro_batch % group:
+            raise ConfigError(
+                f"train.global_batch_size: mixup and cutmix mix groups of {group} images, which {micro_batch} images "
+                f"per replica and micro-batch would cut apart; take a multiple of {group * replicas * accumulation}"
+            )
+
+
+@contextmanager
+def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
+    """Translate TensorFlow's out-of-memory error inside the block into one that says what to do.
+
+    Args:
+        config: The resolved config.
+        runtime: Its replicas share the batch.
+        model: The network that is trained.
+
+    Raises:
+        TrainingError: Memory ran out.
     """
     try:
         yield
@@ -122,38 +158,17 @@ def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) ->
         memory = device_memory()
         size = config.train.batch_size // config.train.gradient_accumulation_steps // runtime.replicas
         raise TrainingError(
-            f"out of memory with {size} images per device and micro-batch of {_network(config)}; "
+            f"out of memory with {size} images per device and micro-batch of {_model_name(config)}; "
             f"{min(largest_micro_batch(config, model, memory), size - 1)} are estimated to fit into {_gib(memory)}.\n"
-            f"Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch normalisation), set "
-            f"train.global_batch_size=auto, or take a smaller variant or resolution. TensorFlow says: {error.message.splitlines()[0][:200]}"
+            "Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch "
+            "normalization), set train.global_batch_size=auto, or take a smaller variant or resolution. "
+            f"TensorFlow says: {error.message.splitlines()[0][:200]}"
         ) from None
 
 
-def _network(config: Config) -> str:
+def _model_name(config: Config) -> str:
     return f"EfficientNet-{config.variant.name} at {config.variant.resolution} px"
 
 
 def _gib(memory: int) -> str:
     return f"{memory / 2**30:.1f} GiB"
-
-
-def check_batch(config: Config, runtime: Runtime) -> None:
-    """Make sure that training batches can be cut up.
-
-    Raises:
-        ConfigError: If the global batch cannot be shared evenly among the replicas and their micro-batches, or a cut
-            would go through a group of images that are mixed with each other.
-    """
-    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.gradient_accumulation_steps
-    if batch % (replicas * accumulation):
-        raise ConfigError(
-            f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with {accumulation} "
-            f"micro-batches each; take a multiple of {replicas * accumulation}"
-        )
-    if config.augment.mixup or config.augment.cutmix:
-        group, micro_batch = mixing_group(batch, accumulation), batch // accumulation // replicas
-        if micro_batch % group:
-            raise ConfigError(
-                f"train.global_batch_size: mixup and cutmix mix groups of {group} images, which {micro_batch} images per replica and "
-                f"micro-batch would cut apart; take a multiple of {group * replicas * accumulation}"
-            )

@@ -1,10 +1,11 @@
-"""What a run settles before its first step: the size of its batches, its data, what its recipe comes to, and whether XLA compiles it.
+"""Resolution of a config: a value in the place of every `auto`, once, for training, dry run and benchmark.
 
-Of several processes the chief does so and tells the others: it alone reads all of the data.
+In a run of several processes, the chief resolves and sends the result to the others: it alone scans the images.
 """
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import keras
 
@@ -22,16 +23,82 @@ from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training.memory import check_batch, resolve_batch_size
-from pipeline.training.recipe import resolve_recipe as settle_recipe
-from pipeline.training.schedule import build_schedule
+from pipeline.training.recipe import resolve_recipe
+from pipeline.training.schedule import TrainSchedule, build_schedule
 from pipeline.training.xla import resolve_xla
 
 
-def open_data(config: Config, processes: ProcessGroup) -> DataSource:
-    """Open the data set that the config names on every process, behind the chief, which fetches it where it is to be fetched.
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A config with a value in the place of every `auto`, and what follows from it.
+
+    Attributes:
+        config: The config: no recipe, and numbers and booleans for `auto`.
+        runtime: Devices and precision, with `jit_compile` decided.
+        batch_size: Images per step over all replicas.
+        schedule: Steps and learning rates of all stages.
+        xla_reason: Sentence with the reason for compiling or not; empty if there was nothing to decide.
+    """
+
+    config: Config
+    runtime: Runtime
+    batch_size: int
+    schedule: TrainSchedule
+    xla_reason: str = ""
+
+
+def resolve_batch(config: Config, runtime: Runtime, model: keras.Model, *, previous: Config | None = None) -> Config:
+    """Resolve the batch size and check that the replicas can share it. This needs no data.
+
+    Args:
+        config: The config as written.
+        runtime: Its replicas share the batch.
+        model: The network to train.
+        previous: The resolved config of the run that is resumed, if any; its batch size stays.
 
     Raises:
-        DataError: The data cannot be had, or their layout is not understood.
+        UserError: Not even one image fits into memory, or the batch cannot be shared.
+    """
+    config = resolve_batch_size(config, runtime, model, previous=previous.train if previous else None)
+    check_batch(config, runtime)
+    return config
+
+
+def resolve(
+    config: Config,
+    runtime: Runtime,
+    model: keras.Model,
+    manifest: Manifest,
+    uninitialized_layers: Collection[str] = (),
+    *,
+    previous: Config | None = None,
+) -> ResolvedConfig:
+    """Resolve the batch size, the recipe, the schedule and the compilation, in this order.
+
+    Args:
+        config: The config as written, or what `resolve_batch` returned for it.
+        runtime: Devices and precision, from `setup_devices`.
+        model: The network to train. If XLA is to compile it, its fused layers are disabled.
+        manifest: All images; the number of training images decides.
+        uninitialized_layers: Names of the layers that the weights do not fit.
+        previous: The resolved config of the run that is resumed, if any; its values stay.
+
+    Raises:
+        UserError: The batch does not suit the devices, or the data do not suit the config.
+    """
+    config = resolve_batch(config, runtime, model, previous=previous)
+    config = resolve_recipe(config, manifest, uninitialized_layers, previous=previous)
+    batch_size = config.train.batch_size
+    schedule = build_schedule(config, steps_per_epoch(len(manifest.indices("train")), batch_size))
+    config, runtime, reason = resolve_xla(config, runtime, model, schedule.stages, previous=previous)
+    return ResolvedConfig(config, runtime, batch_size, schedule, reason)
+
+
+def open_data(config: Config, processes: ProcessGroup) -> DataSource:
+    """Open the data set of a config on every process, after the chief, which downloads it if necessary.
+
+    Raises:
+        DataError: The data are not available, or their layout is not understood.
     """
     opened: list[DataSource] = []
 
@@ -43,83 +110,87 @@ def open_data(config: Config, processes: ProcessGroup) -> DataSource:
     return opened[0] if opened else open_source(config.data)
 
 
-def resolve_config(
+def resolve_on_chief(
     config: Config,
     run: RunDirectory,
     runtime: Runtime,
     source: DataSource,
     model: keras.Model,
-    new: Collection[str],
-    screen: Console,
+    uninitialized_layers: Collection[str],
+    console: Console,
     *,
     resume: bool,
-) -> tuple[Config, Runtime, Manifest]:
-    """Settles it.
+) -> tuple[ResolvedConfig, Manifest]:
+    """Scan the images and resolve the config on the chief; return the result on every process.
 
     Args:
-        config: As it is written.
-        run: Its directory, which the chief reads and writes.
-        runtime: Where the run takes place.
-        source: Its data.
-        model: What is to be trained.
-        new: Its layers that no weights fit, by name.
-        screen: Told of it.
-        resume: Whether the run stays with what it settled before.
-
-    Returns:
-        The config with a decision in the place of auto, the runtime that it says, and the table of samples.
+        config: The config as written.
+        run: Directory of the run, which the chief reads and writes.
+        runtime: Devices and precision, from `setup_devices`.
+        source: The data set.
+        model: The network to train.
+        uninitialized_layers: Names of the layers that the weights do not fit.
+        console: Console for the summary of the data and the choices.
+        resume: Keep the values that the run was started with.
 
     Raises:
         UserError: The batch cannot be shared, or the data cannot be trained on.
     """
-    settled: tuple[Config, Runtime, Manifest] | None = None
+    result: tuple[ResolvedConfig, Manifest] | None = None
 
     def on_the_chief() -> dict[str, bytes]:
-        nonlocal settled
-        before = run.load_config() if resume else None
-        fitted = resolve_batch_size(config, runtime, model, previous=before.train if before else None)
-        check_batch(fitted, runtime)
-        manifest = read_data(source, fitted, run, screen)
-        fitted = settle_recipe(fitted, manifest, new, previous=before)
-        if fitted != config and config.recipe is not None:
-            words = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in fitted.train.stages)
-            screen.print(f"recipe: {words}, moving average {fitted.optimizer.ema_decay}")
-        stages = build_schedule(fitted, steps_per_epoch(len(manifest.indices("train")), fitted.train.batch_size))
-        fitted, compiled, reason = resolve_xla(fitted, runtime, model, stages, previous=before)
-        if reason:
-            screen.print(reason)
-        settled = fitted, compiled, manifest
+        nonlocal result
+        previous = run.load_config() if resume else None
+        # The batch comes first: a scan may take an hour.
+        with_batch_size = resolve_batch(config, runtime, model, previous=previous)
+        manifest = scan_images(source, with_batch_size, run, console)
+        resolved = resolve(with_batch_size, runtime, model, manifest, uninitialized_layers, previous=previous)
+        train, optimizer = resolved.config.train, resolved.config.optimizer
+        if config.recipe is not None:
+            stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in train.stages)
+            console.print(f"recipe: {stages}, moving average {optimizer.ema_decay}")
+        if resolved.xla_reason:
+            console.print(resolved.xla_reason)
+        result = resolved, manifest
         if runtime.processes.world_size == 1:
             return {}
-        sections = {name: getattr(fitted, name).model_dump(mode="json") for name in ("train", "optimizer", "runtime")}
-        return {"sections": json.dumps(sections).encode(), "manifest": manifest.to_bytes()}
+        sections = {"train": train, "optimizer": optimizer, "runtime": resolved.config.runtime}
+        values = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        return {"sections": json.dumps(values).encode(), "manifest": manifest.to_bytes()}
 
-    told = runtime.processes.broadcast_from_chief(on_the_chief)
-    if settled is None:
-        sections = json.loads(told["sections"])
-        train, optimizer = (
-            TrainConfig.model_validate(sections["train"]),
-            OptimizerConfig.model_validate(sections["optimizer"]),
-        )
+    received = runtime.processes.broadcast_from_chief(on_the_chief)
+    if result is None:
+        sections, manifest = json.loads(received["sections"]), Manifest.from_bytes(received["manifest"])
+        train = TrainConfig.model_validate(sections["train"])
+        optimizer = OptimizerConfig.model_validate(sections["optimizer"])
         config = config.model_copy(update={"recipe": None, "train": train, "optimizer": optimizer})
         of_the_chief = config.model_copy(update={"runtime": RuntimeConfig.model_validate(sections["runtime"])})
-        config, runtime, _ = resolve_xla(config, runtime, model, (), previous=of_the_chief)
-        settled = config, runtime, Manifest.from_bytes(told["manifest"])
-    return settled
+        result = resolve(config, runtime, model, manifest, previous=of_the_chief), manifest
+    return result
 
 
-def read_data(source: DataSource, config: Config, run: RunDirectory, screen: Console) -> Manifest:
-    """Scan the data: every sample is decoded before any training, by this scan or an earlier one of the same files."""
-    with screen.progress("reading the data") as count:
-        manifest = scan(source, config.data, seed=config.seed, progress=count)
+def scan_images(source: DataSource, config: Config, run: RunDirectory, console: Console) -> Manifest:
+    """Scan the data: every image is decoded before any training, by this scan or an earlier one of the same files.
+
+    Args:
+        source: The data set.
+        config: The section `data` and the seed are used.
+        run: Directory of the run; the images that cannot be used are listed in it.
+        console: Console for the progress and the summary.
+
+    Raises:
+        DataError: The data cannot be trained on.
+    """
+    with console.progress("reading the data") as progress:
+        manifest = scan(source, config.data, seed=config.seed, progress=progress)
     if manifest.left_out:
         manifest.write_left_out(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
-    screen.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    console.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     for note in manifest.notes:
-        screen.print(f"note: {note}")
+        console.print(f"note: {note}")
     if manifest.left_out:
-        screen.print(
-            f"left out: {len(manifest.left_out):,} pictures that cannot be used, listed in {run.skipped_images}"
+        console.print(
+            f"left out: {len(manifest.left_out):,} images that cannot be used, listed in {run.skipped_images}"
         )
     return manifest

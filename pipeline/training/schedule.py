@@ -1,4 +1,4 @@
-"""The schedule of a run: the steps of its stages, their learning rates, and the layers that each of them trains."""
+"""The schedule of a run: the steps of its stages, their learning rates, and the layers that each stage trains."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from pipeline.training.optimizers import learning_rate
 
 @dataclass(frozen=True)
 class TrainStage:
-    """A stretch of steps with one set of trainable weights.
+    """A range of steps with one set of trainable weights.
 
     Attributes:
-        number: Its place among the stages, from 0.
-        config: As the YAML has it.
-        first: Its first step, counted from the start of the run.
-        stop: The step behind its last.
-        learning_rate: Of the step counted from the start of the stage.
+        number: Index of the stage, from 0.
+        config: The stage as the config has it.
+        first: First step, counted from the start of the run.
+        stop: The step after the last one.
+        learning_rate: Maps a step, counted from the start of the stage, to its learning rate.
     """
 
     number: int
@@ -31,8 +31,35 @@ class TrainStage:
     learning_rate: Callable[[int], float]
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> tuple[TrainStage, ...]:
-    """Turns epochs into steps, once."""
+@dataclass(frozen=True)
+class TrainSchedule:
+    """All stages of a run.
+
+    Attributes:
+        steps_per_epoch: Steps between two validations.
+        stages: The stages in their order, at least one.
+    """
+
+    steps_per_epoch: int
+    stages: tuple[TrainStage, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the run."""
+        return self.stages[-1].stop
+
+    def stage_at(self, step: int) -> TrainStage:
+        """Return the stage that a step, counted from the start of the run, belongs to."""
+        return next(stage for stage in self.stages if step < stage.stop)
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> TrainSchedule:
+    """Convert the epochs of `train.stages` to steps.
+
+    Args:
+        config: A config whose batch size is a number.
+        steps_per_epoch: Steps between two validations.
+    """
     stages: list[TrainStage] = []
     for stage in config.train.stages:
         first = stages[-1].stop if stages else 0
@@ -40,11 +67,11 @@ def build_schedule(config: Config, steps_per_epoch: int) -> tuple[TrainStage, ..
             config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch
         )
         stages.append(TrainStage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
-    return tuple(stages)
+    return TrainSchedule(steps_per_epoch, tuple(stages))
 
 
 def is_layer_trainable(stage: StageConfig, layer: keras.layers.Layer) -> bool:
-    """Whether a stage moves the weights of a layer, and the statistics of batch normalisation."""
+    """Return True if a stage changes the weights of a layer; for batch normalization also its statistics."""
     lowest = (
         {"head": CLASSIFIER_BLOCK, "all": 0}[stage.trainable]
         if stage.trainable in ("head", "all")
@@ -55,29 +82,36 @@ def is_layer_trainable(stage: StageConfig, layer: keras.layers.Layer) -> bool:
 
 
 def set_trainable(model: keras.Model, stage: StageConfig) -> None:
-    """Freezes and thaws whole blocks as a stage says.
+    """Freeze and unfreeze the blocks of a network as a stage says.
 
-    A frozen block runs as in inference: its statistics do not move.
+    A frozen block runs as in inference: its statistics do not change.
     """
     for layer in model.layers:
         layer.trainable = is_layer_trainable(stage, layer)
 
 
-def check_new_layers(model: keras.Model, new: Iterable[str], stages: Sequence[StageConfig]) -> None:
-    """Make sure that no layer that starts from random values stays as it is.
+def check_uninitialized_layers(
+    model: keras.Model, uninitialized_layers: Iterable[str], stages: Sequence[StageConfig]
+) -> None:
+    """Check that some stage trains every layer that starts from random values.
 
     Args:
         model: The network.
-        new: Names of its layers that no weights were loaded into.
-        stages: Of the whole run.
+        uninitialized_layers: Names of its layers that no weights were loaded into.
+        stages: All stages of the run.
 
     Raises:
         ConfigError: No stage trains such a layer.
     """
-    stuck = [name for name in new if not any(is_layer_trainable(stage, model.get_layer(name)) for stage in stages)]
+    stuck = [
+        name
+        for name in uninitialized_layers
+        if not any(is_layer_trainable(stage, model.get_layer(name)) for stage in stages)
+    ]
     if stuck:
-        named = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
+        names = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
         raise ConfigError(
-            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so far: {named}; let a "
-            "stage train all, and one with freeze_batch_norm: false if some are batch normalisation (_bn)"
+            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so "
+            f"far: {names}; let a stage train all, and one with freeze_batch_norm: false if some are batch "
+            "normalization (_bn)"
         )

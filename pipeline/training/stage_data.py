@@ -1,4 +1,4 @@
-"""What the stages of a run train on, and how the network is measured between their epochs and at the end."""
+"""The data of a run's stages: batches to train on, and the evaluation of the network between epochs and at the end."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import tensorflow as tf
 from pipeline.config.schema import Config
 from pipeline.console import Console
 from pipeline.data.data_service import check_servers, from_data_service
-from pipeline.data.input_pipeline import evaluation_stream, feature_stream, steps_per_epoch, training_stream
+from pipeline.data.input_pipeline import evaluation_stream, feature_stream, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.devices import Runtime
@@ -18,91 +18,118 @@ from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
 from pipeline.evaluation.predictor import Predictions, Predictor
 from pipeline.training.feature_cache import FeatureCache, are_constant, backbone_and_head
-from pipeline.training.schedule import TrainStage, build_schedule
+from pipeline.training.schedule import TrainSchedule, TrainStage
 from pipeline.training.state import TrainState
 from pipeline.training.trainer import StageInputs
 
 
 class StageData:
-    """Give the training loop its batches and its validation.
-
-    Of pictures, or of a frozen backbone's features, computed once.
-    """
+    """The batches and the validation of every stage: of images, or of a frozen backbone's features, computed once."""
 
     def __init__(
         self,
         config: Config,
         runtime: Runtime,
+        schedule: TrainSchedule,
         manifest: Manifest,
         source: DataSource,
         state: TrainState,
         console: Console,
         stop_requested: Callable[[], bool],
     ) -> None:
-        """Take all that a run is made from; reads nothing yet."""
+        """Prepare the data of a run; nothing is read yet.
+
+        Args:
+            config: The resolved config.
+            runtime: Devices and processes.
+            schedule: Stages and steps of the run.
+            manifest: All images, with label and split.
+            source: Source of the image files.
+            state: State of the run; its network is evaluated.
+            console: Console for the progress of computing features.
+            stop_requested: Called while features are computed; True interrupts that.
+        """
         self._config, self._manifest, self._source, self._state = config, manifest, source, state
-        self._screen, self._stop_requested = console, stop_requested
-        self._processes, self._share = runtime.processes, runtime.shard
-        self._plan = build_schedule(config, steps_per_epoch(len(manifest.indices("train")), config.train.batch_size))
+        self._console, self._stop_requested = console, stop_requested
+        self._processes, self._shard, self._schedule = runtime.processes, runtime.shard, schedule
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (
-            Predictor(each, runtime.strategy) for each in (state.model, self._backbone)
+            Predictor(model, runtime.strategy) for model in (state.model, self._backbone)
         )
         self._features = FeatureCache(head, self._compute_features)
 
     def for_stage(self, stage: TrainStage) -> StageInputs:
-        """What a stage trains on. Features take the pictures' place where they are the same in every epoch."""
+        """Return the inputs of a stage: features in place of images where these are the same in every epoch."""
         config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
         constant = are_constant(config, so_far, len(manifest.indices("train")), self._features.width)
         average = self._state.average
         if constant and (average is None or not average.tracks_any(self._backbone.weights)):
-            rows = self._features.of("train")
+            features = self._features.of("train")
             return StageInputs(
                 self._features.head,
-                lambda step: feature_stream(manifest, config, rows, start_step=step, share=self._share),
+                lambda step: feature_stream(manifest, config, features, start_step=step, shard=self._shard),
                 self._validate_head,
             )
         self._features.forget()
         return StageInputs(self._state.model, self.stream, self._validate)
 
     def stream(self, step: int) -> tf.data.Dataset:
-        """This process's share of the stream from a step on, prepared here or by the servers that the config names."""
+        """Return this process's shard of the training stream, prepared here or by the servers that the config names.
+
+        Args:
+            step: First step.
+        """
         addresses = self._config.runtime.data_service
         if addresses is None:
-            return self.local_stream(step, share=self._share)
+            return self.local_stream(step, shard=self._shard)
         check_servers(addresses)
         return from_data_service(
-            lambda server, of: self.local_stream(
-                step, first=step + server, stride=of, share=self._share, workers=tf.data.AUTOTUNE
+            lambda server, num_servers: self.local_stream(
+                step, first=step + server, stride=num_servers, shard=self._shard, num_workers=tf.data.AUTOTUNE
             ),
             addresses,
         )
 
-    def local_stream(self, step: int, *, first: int | None = None, **how: Any) -> tf.data.Dataset:
-        """The stream from a step on, or from a later `first` one, as the step's stage sees it, prepared here.
+    def local_stream(self, step: int, *, first: int | None = None, **stream_kwargs: Any) -> tf.data.Dataset:
+        """Return the training stream as the stage of a step sees it, prepared in this process.
 
-        `how` goes to the stream.
+        Args:
+            step: First step; its stage decides about augmentation.
+            first: A later step to start from instead.
+            **stream_kwargs: Further arguments of `training_stream`.
         """
-        stage = next(stage for stage in self._plan if step < stage.stop)
-        start = step if first is None else first
         return training_stream(
-            self._manifest, self._source, self._config, start_step=start, augmented=stage.config.use_augmentation, **how
+            self._manifest,
+            self._source,
+            self._config,
+            start_step=step if first is None else first,
+            augmented=self._schedule.stage_at(step).config.use_augmentation,
+            **stream_kwargs,
         )
 
-    def predict(self, split: str, **how: Any) -> Predictions:
-        """What the network as it is now says of every image of a split; `how` goes to the stream."""
-        return self._predictor(self._evaluated(split, **how))
+    def predict(self, split: str, **stream_kwargs: Any) -> Predictions:
+        """Return the current network's predictions for every image of a split.
+
+        Args:
+            split: Name of the split.
+            **stream_kwargs: Further arguments of `evaluation_stream`.
+        """
+        return self._predictor(self._evaluation_stream(split, **stream_kwargs))
 
     def evaluate(self, split: str) -> tuple[Predictions, Evaluation]:
-        """Measure the network as it is now on every image of a split."""
-        predictions = self.predict(split)
-        return predictions, self._figures(predictions, split)
+        """Evaluate the current network on every image of a split.
 
-    def _figures(self, predictions: Predictions, split: str) -> Evaluation:
+        Raises:
+            TrainingError: Outputs of the network are not finite.
+        """
+        predictions = self.predict(split)
+        return predictions, self._evaluate_predictions(predictions, split)
+
+    def _evaluate_predictions(self, predictions: Predictions, split: str) -> Evaluation:
         try:
             return evaluate_predictions(predictions, self._manifest.class_names, split)
-        except RunError as error:  # of a network in training it is no mistake in the input
+        except RunError as error:  # for a network in training, this is not an error in the user's input
             raise TrainingError(str(error)) from None
 
     def _validate(self) -> dict[str, float]:
@@ -113,22 +140,26 @@ class StageData:
         if not len(rows):
             return {}
         predictions = Predictions(rows, self._manifest.table["label"].to_numpy()[rows], self._features.logits("val"))
-        return self._figures(predictions, "val").headline()
+        return self._evaluate_predictions(predictions, "val").headline()
 
-    def _evaluated(self, split: str, **how: Any) -> tf.data.Dataset:
-        size = self._config.train.micro_batch_size
+    def _evaluation_stream(self, split: str, **stream_kwargs: Any) -> tf.data.Dataset:
         return evaluation_stream(
-            self._manifest, self._source, self._config, split, batch_size=size, share=self._share, **how
+            self._manifest,
+            self._source,
+            self._config,
+            split,
+            batch_size=self._config.train.micro_batch_size,
+            shard=self._shard,
+            **stream_kwargs,
         )
 
     def _compute_features(self, split: str) -> np.ndarray:
-        with self._screen.progress(f"computing the features of {split}, once") as count:
+        with self._console.progress(f"computing the features of {split}, once") as show_progress:
 
-            def progress(done: int, of: int) -> None:
-                count(done, of)
-                if self._processes.any_process(
-                    self._stop_requested()
-                ):  # nothing is lost: a resume computes them anew in any case
+            def progress(done: int, total: int) -> None:
+                show_progress(done, total)
+                # An interruption costs nothing: a resume computes the features again in any case.
+                if self._processes.any_process(self._stop_requested()):
                     raise TrainingInterrupted
 
-            return self._feature_extractor(self._evaluated(split), progress=progress).logits
+            return self._feature_extractor(self._evaluation_stream(split), progress=progress).logits

@@ -20,7 +20,7 @@ from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.evaluation.metrics import METRICS
 from pipeline.training.callbacks import Callback
 from pipeline.training.nan_policy import learning_rate_factor, raise_nan_error
-from pipeline.training.schedule import TrainStage, build_schedule, set_trainable
+from pipeline.training.schedule import TrainSchedule, TrainStage, set_trainable
 from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
 
@@ -53,19 +53,19 @@ class Trainer:
         self,
         config: Config,
         runtime: Runtime,
-        steps_per_epoch: int,
+        schedule: TrainSchedule,
         hooks: Sequence[Callback],
         stop_requested: Callable[[], bool],
         on_not_finite: Callable[[TrainState], None] = raise_nan_error,
         *,
         class_weights: np.ndarray | None = None,
     ) -> None:
-        """Plans the run.
+        """Prepare the run.
 
         Args:
-            config: What to train and for how long.
+            config: What to train.
             runtime: Where.
-            steps_per_epoch: Steps between two validations.
+            schedule: Stages and steps of the run.
             hooks: Told of progress, epochs and checkpoints.
             stop_requested: Asked after every step, by several processes after every tenth; True ends the run there.
             on_not_finite: Given the state in front of a step whose loss or gradient is not finite; raises, or leaves
@@ -74,14 +74,9 @@ class Trainer:
                 each.
         """
         self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
-        self._on_not_finite, self._steps_per_epoch, self._class_weights = on_not_finite, steps_per_epoch, class_weights
-        self._report_every = max(1, steps_per_epoch // REPORTS_PER_EPOCH)
-        self.stages = build_schedule(config, steps_per_epoch)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.stages[-1].stop
+        self._on_not_finite, self._schedule, self._class_weights = on_not_finite, schedule, class_weights
+        self._steps_per_epoch = schedule.steps_per_epoch
+        self._report_every = max(1, schedule.steps_per_epoch // REPORTS_PER_EPOCH)
 
     def run(self, state: TrainState, work: Callable[[TrainStage], StageInputs]) -> list[dict[str, float]]:
         """Train from `state.step` to the end of the last stage.
@@ -98,8 +93,8 @@ class Trainer:
             TrainingError: If the loss or its gradient is not finite. Nothing of that step was applied.
             TrainingInterrupted: If a stop was requested.
         """
-        while state.step < self.total_steps:
-            stage = next(stage for stage in self.stages if state.step < stage.stop)
+        while state.step < self._schedule.total_steps:
+            stage = self._schedule.stage_at(state.step)
             if self._should_stop_early(stage, state.history):
                 for hook in self._hooks:
                     hook.on_early_stop((stage.stop - state.step) // self._steps_per_epoch)

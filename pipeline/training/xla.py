@@ -1,8 +1,8 @@
-"""The choice whether XLA compiles the steps of a run: where that saves more time than compiling takes.
+"""The choice whether XLA compiles the steps of a run: it does where that saves more time than compiling takes.
 
-`runtime.xla: auto` is resolved once, before the first step, and kept by a resume: compiled steps round differently, so
-a decision in the middle would make the result depend on the clock. On one GPU it goes by an estimate; where that is
-wrong, the config says true or false.
+`runtime.xla: auto` is resolved once, before the first step, and a resume keeps the choice: compiled steps round
+differently, so a decision in the middle would make the result depend on the clock. On one GPU the choice follows an
+estimate; where that is wrong, set true or false in the config.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,21 @@ from pipeline.training.feature_cache import is_augmented
 from pipeline.training.progress import duration
 from pipeline.training.schedule import TrainStage
 
-# Estimates are scaled from B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores; without XLA,
-# batch normalisation alone was fused.
+# Measured for B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores. Without XLA, only batch
+# normalization was fused.
 MULTIPLY_ADDS_PER_SECOND = 1_468 * 0.39e9  # without XLA
-XLA_SPEEDUP = 7_446 / 1_468  # of XLA, in images per second
-COMPILE_SECONDS_PER_BLOCK = 180 / 16  # of compilation; micro-batches are compiled one by one
+XLA_SPEEDUP = 7_446 / 1_468  # in images per second
+COMPILE_SECONDS_PER_BLOCK = 180 / 16  # micro-batches are compiled one by one
 
 
 def seconds_saved(steps: int, *, plain: float, compiled: float, compilation: float) -> float:
-    """What compiling gains over so many steps of `plain` or `compiled` seconds.
+    """Return the seconds that compiling saves over a number of steps; below 0, compiling is not worth it.
 
-    Above 0 it is worth the seconds of `compilation`.
+    Args:
+        steps: Number of steps.
+        plain: Seconds of a step without XLA.
+        compiled: Seconds of a step with XLA.
+        compilation: Seconds of the compilation.
     """
     return steps * (plain - compiled) - compilation
 
@@ -42,34 +46,37 @@ def resolve_xla(
     *,
     previous: Config | None = None,
 ) -> tuple[Config, Runtime, str]:
-    """Replace `runtime.xla: auto` by a decision. Where that is to compile, `model` leaves to XLA what it else fuses itself.
+    """Replace `runtime.xla: auto` by a decision.
 
     Args:
-        config: Of the run, all else being settled. Comes back as it is where it says true or false.
-        runtime: Of the run, by `set_up`.
-        model: What is to be trained, in the dtype that it trains in.
-        stages: Of the whole run.
-        before: What a run that is resumed had settled on; it stays with that.
+        config: The config, resolved but for XLA. It is returned unchanged if it says true or false.
+        runtime: Devices and precision, from `setup_devices`.
+        model: The network to train, in the dtype that it trains in. If XLA is to compile it, its fused layers are
+            disabled, because XLA fuses them itself.
+        stages: All stages of the run.
+        previous: The resolved config of the run that is resumed, if any; its choice stays.
 
     Returns:
-        A config and a runtime that say so, and a sentence with the reason; empty where there was nothing to weigh.
+        The config and the runtime with the decision, and a sentence with the reason; empty if there was nothing to
+        decide.
     """
     if config.runtime.xla != "auto":
         return config, runtime, ""
-    chosen, reason = bool(runtime.jit_compile), ""
+    jit_compile, reason = bool(runtime.jit_compile), ""
     if previous is not None and previous.runtime.xla != "auto":
-        chosen = previous.runtime.xla
-        reason = f"XLA {'on' if chosen else 'off'}, as the run began" if chosen != runtime.jit_compile else ""
+        jit_compile = previous.runtime.xla
+        if jit_compile != runtime.jit_compile:
+            reason = f"XLA {'on' if jit_compile else 'off'}, as the run began"
     elif runtime.jit_compile is None:
-        chosen, reason = _weigh(config, runtime, model, stages)
-    if chosen:
+        jit_compile, reason = _estimate(config, model, stages)
+    if jit_compile:
         disable_fused_layers(model)
-    settled = config.model_copy(update={"runtime": config.runtime.model_copy(update={"xla": chosen})})
-    return settled, replace(runtime, jit_compile=chosen), reason
+    resolved = config.model_copy(update={"runtime": config.runtime.model_copy(update={"xla": jit_compile})})
+    return resolved, replace(runtime, jit_compile=jit_compile), reason
 
 
-def _weigh(config: Config, runtime: Runtime, model: keras.Model, stages: Sequence[TrainStage]) -> tuple[bool, str]:
-    """Weigh XLA over the steps that go through the backbone, and say why."""
+def _estimate(config: Config, model: keras.Model, stages: Sequence[TrainStage]) -> tuple[bool, str]:
+    """Decide by an estimate over the steps that run the backbone; return the decision and its reason."""
     blocks = sum(isinstance(layer, keras.layers.DepthwiseConv2D) for layer in model.layers)
     plain = config.train.batch_size * profile_model(model).flops / MULTIPLY_ADDS_PER_SECOND
     compilation = COMPILE_SECONDS_PER_BLOCK * blocks * config.train.gradient_accumulation_steps
@@ -81,10 +88,11 @@ def _weigh(config: Config, runtime: Runtime, model: keras.Model, stages: Sequenc
     )
     on, word, than = (True, "on", "more") if saved > 0 else (False, "off", "less")
     return on, (
-        f"XLA {word}: over {sum(steps):,} steps it saves {duration(abs(saved))} {than} than compiling takes, by estimate"
+        f"XLA {word}: over {sum(steps):,} steps it saves {duration(abs(saved))} {than} than compiling takes, "
+        "by estimate"
     )
 
 
 def _runs_backbone(config: Config, stage: StageConfig) -> bool:
-    """Return whether the steps of a stage go through the whole network, rather than start from cached features."""
+    """Return True if the steps of a stage run the whole network, False if they start from cached features."""
     return stage.trainable != "head" or is_augmented(config, stage)

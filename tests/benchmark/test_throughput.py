@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.benchmark import keras_baseline as rival
-from pipeline.benchmark import keras_fit
+from pipeline.benchmark import keras_baseline, keras_fit
 from pipeline.benchmark import throughput as bench
 from pipeline.benchmark.throughput import BenchmarkResult, ThroughputBenchmark, ThroughputTimer
 from pipeline.config.schema import Config
@@ -28,7 +27,7 @@ CROP_FLIP = ({"RandomResizedCrop": {"scale": [0.5, 1.0]}}, {"HorizontalFlip": {}
 class Quiet(Console):
     """Leaves the test's own output alone."""
 
-    def say(self, text: object = "", *, details: str | None = None) -> None:
+    def print(self, text: object = "", *, details: str | None = None) -> None:
         """Nothing."""
 
 
@@ -106,7 +105,9 @@ def test_the_command_times_step_stream_and_both_and_writes_them_down(photos: Pat
 
 @pytest.mark.slow
 def test_training_and_keras_are_timed_in_turns(photos: Path) -> None:
-    pairs = rival.run_keras_baseline(ThroughputBenchmark(config(photos), Quiet()), "keras-fit", seconds=0.3, pairs=2)
+    pairs = keras_baseline.run_keras_baseline(
+        ThroughputBenchmark(config(photos), Quiet()), "keras-fit", seconds=0.3, pairs=2
+    )
     assert len(pairs) == 2
     assert all(here > 0 and there > 0 for here, there in pairs)
 
@@ -122,10 +123,11 @@ def test_keras_steps_are_timed_without_files() -> None:
     )
     measured = ThroughputBenchmark(digits, Quiet())
     with pytest.raises(ConfigError, match=r"take a config whose data\.source is folder or csv"):
-        rival.run_keras_baseline(measured, "keras-fit", seconds=0.1, pairs=1)
+        keras_baseline.run_keras_baseline(measured, "keras-fit", seconds=0.1, pairs=1)
     assert (
         statistics.median(
-            here / there for here, there in rival.run_keras_baseline(measured, "keras-step", seconds=0.3, pairs=1)
+            here / there
+            for here, there in keras_baseline.run_keras_baseline(measured, "keras-step", seconds=0.3, pairs=1)
         )
         > 0
     )
@@ -145,13 +147,13 @@ def test_unequal_work_is_not_compared(photos: Path, changed: dict[str, object]) 
     wanted = config(photos, **changed)
     stand_in = SimpleNamespace(source=bench.open_source(wanted.data), config=wanted)
     with pytest.raises(ConfigError, match="compares equal work"):
-        rival._files(stand_in)  # type: ignore[arg-type]
+        keras_baseline._files(stand_in)  # type: ignore[arg-type]
 
 
 def test_what_keras_says_last_is_told_when_it_fails() -> None:
     with (
         pytest.raises(RunError, match=r"Keras ended with exit code 1: KeyError: 'dtype'"),
-        rival._started({"files": None}) as ask,
+        keras_baseline._keras_process({"files": None}) as ask,
     ):
         ask()
 
@@ -173,7 +175,14 @@ def test_kerass_own_network_trains_the_same_layers() -> None:
     model = keras_fit.network(SPEC | {"variant": "b0", "trainable": names})
     assert {layer.name for layer in model.layers if layer.trainable and layer.trainable_variables} == set(names)
     assert model.count_params() == keras.applications.EfficientNetB0(weights=None, classes=3).count_params()
-    other = {"name": "x", "width": 0.25, "depth": 0.3, "resolution": 32, "dropout": 0.2, "lite": True}
+    other = {
+        "name": "x",
+        "width": 0.25,
+        "depth": 0.3,
+        "resolution": 32,
+        "dropout": 0.2,
+        "family_name": "efficientnet_lite",
+    }
     tiny = keras_fit.network(SPEC | {"variant": "x", "multipliers": other, "trainable": names})
     assert {type(layer).__module__.split(".")[0] for layer in tiny.layers} == {"keras"}
 
@@ -189,7 +198,7 @@ def test_keras_is_fed_crops_of_the_files(photos: Path) -> None:
 
 def test_rates_are_medians_and_the_share_is_one_of_neighbours(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = ThroughputBenchmark.__new__(ThroughputBenchmark)
-    measured._screen = Quiet()
+    measured._console = Quiet()
     steps, streams = iter([(9.0, 10.0), (0.1, 20.0), (0.1, 30.0)]), iter([(1.0, 90.0), (0.1, 15.0), (0.1, 90.0)])
     both = iter([9.9, 14.7, 29.1])
     monkeypatch.setattr(ThroughputBenchmark, "time_step", lambda self, seconds: next(steps))

@@ -114,7 +114,7 @@ def test_several_processes_need_the_name_of_the_run(tmp_path):
     command = [sys.executable, str(PROJECT / "train.py"), "--config", "config.yaml"]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "error: a run of several processes needs one name: give each of them the same --run-dir\n"
+    assert ran.stderr == "error: a run of several processes needs one directory: give each of them the same --run-dir\n"
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ CONFIG = Config.model_validate(
 
 def digits() -> tuple[Manifest, DigitsSource]:
     source = DigitsSource()
-    samples = source.samples()[:IMAGES]
+    samples = source.list_images()[:IMAGES]
     table = pd.DataFrame(
         {
             "key": [sample.key for sample in samples],
@@ -65,8 +65,9 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    stages = StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: False)
-    trainer = Trainer(CONFIG, runtime, steps_per_epoch(len(manifest.indices("train")), 16), [], lambda: False)
+    schedule = build_schedule(CONFIG, steps_per_epoch(len(manifest.indices("train")), 16))
+    stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: False)
+    trainer = Trainer(CONFIG, runtime, schedule, [], lambda: False)
     return state, trainer.run(state, stages.for_stage)
 
 
@@ -143,8 +144,9 @@ def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_h
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    stage = build_schedule(CONFIG, 4)[0]
-    stages = StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: True)
+    schedule = build_schedule(CONFIG, 4)
+    [stage, *_] = schedule.stages
+    stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: True)
     with pytest.raises(TrainingInterrupted):
         stages.for_stage(stage)
     state.average.track(model.get_layer("stem_conv").weights)
@@ -162,4 +164,4 @@ def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_
     with pytest.raises(
         TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"
     ):
-        StageData(CONFIG, runtime, manifest, source, state, Console(), lambda: False).evaluate("val")
+        StageData(CONFIG, runtime, build_schedule(CONFIG, 4), manifest, source, state, Console(), bool).evaluate("val")

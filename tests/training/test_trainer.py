@@ -20,7 +20,7 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.checkpoint import CheckpointCallback
 from pipeline.training.nan_policy import MAX_ROLLBACKS, NanPolicy, raise_nan_error
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.schedule import build_schedule, check_new_layers, set_trainable
+from pipeline.training.schedule import build_schedule, check_uninitialized_layers, set_trainable
 from pipeline.training.state import MetricAccumulator, TrainState
 from pipeline.training.train_step import TrainStep
 from pipeline.training.trainer import StageInputs, Trainer
@@ -115,7 +115,12 @@ def run(
     poisoned: int | None = None,
 ) -> list[dict]:
     trainer = Trainer(
-        config, setup_devices(config.runtime, config.seed), STEPS, hooks, lambda: state.step == stop_at, not_finite
+        config,
+        setup_devices(config.runtime, config.seed),
+        build_schedule(config, STEPS),
+        hooks,
+        lambda: state.step == stop_at,
+        not_finite,
     )
 
     def validate() -> dict[str, float]:
@@ -135,7 +140,7 @@ def contents(state: TrainState) -> dict[str, bytes]:
 
 
 def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
-    stages = build_schedule(CONFIG, STEPS)
+    stages = build_schedule(CONFIG, STEPS).stages
     assert [(stage.first, stage.stop) for stage in stages] == [(0, 10), (10, 20)]
     assert stages[0].learning_rate(0) == pytest.approx(4 / 256)
     assert stages[1].learning_rate(0) == pytest.approx(0.5 * 4 / 256)
@@ -218,7 +223,7 @@ def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
     trainer = Trainer(
         CONFIG,
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        100,
+        build_schedule(CONFIG, 100),
         [CheckpointCallback(tmp_path, {}, keep=1)],
         lambda: state.step == 4,
     )  # reports every 5 steps
@@ -240,7 +245,7 @@ def test_validation_sees_the_moving_average():
         )
         return {}
 
-    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), STEPS, [], lambda: False).run(
+    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), build_schedule(CONFIG, STEPS), [], lambda: False).run(
         state, lambda stage: StageInputs(state.model, stream, validate)
     )
     assert seen == [True] * 4
@@ -375,13 +380,13 @@ def test_no_layer_stays_random_through_all_stages(stages: list[dict], stuck: lis
     new = [layer.name for layer in model.layers if layer.weights]
     configs = [StageConfig(epochs=1, **stage) for stage in stages]
     if not stuck:
-        check_new_layers(model, new, configs)
+        check_uninitialized_layers(model, new, configs)
         return
     with pytest.raises(ConfigError, match=f"no stage trains {len(stuck)} layers") as caught:
-        check_new_layers(model, new, configs)
+        check_uninitialized_layers(model, new, configs)
     assert all(name in str(caught.value) for name in stuck)
     assert "predictions" not in str(caught.value)
-    check_new_layers(model, [name for name in new if name not in stuck], configs)
+    check_uninitialized_layers(model, [name for name in new if name not in stuck], configs)
 
 
 def with_train(**changes: object) -> Config:
@@ -450,7 +455,9 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
     policy._training_stream = lambda start: stream(start).map(
         lambda images, labels, weights, index: (images, labels, weights * np.nan, index)
     )
-    trainer = Trainer(config, setup_devices(config.runtime, config.seed), STEPS, [], lambda: False, policy)
+    trainer = Trainer(
+        config, setup_devices(config.runtime, config.seed), build_schedule(config, STEPS), [], lambda: False, policy
+    )
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
         trainer.run(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]
@@ -476,7 +483,7 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     config = with_train(on_nan="rollback", checkpoint_every_steps=1)
     rates = [
         stage.learning_rate(step - stage.first)
-        for stage in build_schedule(config, STEPS)
+        for stage in build_schedule(config, STEPS).stages
         for step in range(stage.first, stage.stop)
     ]
     diverging(monkeypatch, bad, above=0.6 * rates[bad])
@@ -531,7 +538,7 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
         "stages": stages,
     }
     config = Config.model_validate({"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": train})
-    rate = build_schedule(config, STEPS)[1].learning_rate(2)
+    rate = build_schedule(config, STEPS).stages[1].learning_rate(2)
     diverging(monkeypatch, 12, above=0.6 * rate)  # the third step of the second stage, ten of the first being left out
     state = fresh_state()
     policy, recorder = Policy(config, tmp_path), Recorder()

@@ -1,9 +1,10 @@
-"""What a run trains, put together: the network with the weights that it starts from, and the state around it."""
+"""The objects that a run trains: the network with its initial weights, and the state around it."""
 
 from collections.abc import Collection, Sequence
 
 import keras
 
+from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.schema import Config
 from pipeline.console import Console
 from pipeline.distributed.devices import Runtime
@@ -11,30 +12,30 @@ from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
 from pipeline.models.weights.pretrained import load_pretrained
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.schedule import check_new_layers
+from pipeline.training.schedule import check_uninitialized_layers
 from pipeline.training.state import MetricAccumulator, TrainState
 
 
 def create_model(
     config: Config, runtime: Runtime, class_names: Sequence[str], console: Console, *, weights: str | None
 ) -> tuple[keras.Model, Collection[str]]:
-    """Build the network under the strategy that will run it.
+    """Build the network under the strategy that will run it, and load its initial weights.
 
     Args:
-        config: Variant, drop_path_rate, seed and what belongs to the weights are taken from it.
+        config: The variant, `model`, the seed and the stages are used.
         runtime: Strategy, precision and compilation.
         class_names: K names, in the order of the outputs.
-        screen: Told what the weights gave.
+        console: Console for the report on the weights.
         weights: As `model.weights`; None leaves random values.
 
     Returns:
-        The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the layers that the weights
-        do not fit, by name.
+        The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the names of the layers that
+        the weights do not fit.
 
     Raises:
         UserError: The weights cannot be read, or no stage trains a layer that they do not fit.
     """
-    new: Collection[str] = ()
+    uninitialized_layers: Collection[str] = ()
     with runtime.strategy.scope():
         model = efficientnet(
             config.variant,
@@ -51,18 +52,14 @@ def create_model(
                 model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map
             )
             console.print(f"weights: {report}", details=report.details())
-            if config.recipe is None:  # which sees to that by itself
-                check_new_layers(model, report.new, config.train.stages)
-            new = report.new
-    return model, new
+            uninitialized_layers = report.new
+            if config.recipe is None:  # the recipe chooses stages that train these layers
+                check_uninitialized_layers(model, uninitialized_layers, config.train.stages)
+    return model, uninitialized_layers
 
 
-def create_train_state(config: Config, runtime: Runtime, model: keras.Model) -> TrainState:
-    """The network with the optimizer's slots, its moving average and the sums of the metrics."""
+def create_train_state(config: OptimizerConfig, runtime: Runtime, model: keras.Model) -> TrainState:
+    """Create the state of a run at its first step: optimizer, moving average and metrics around the network."""
     with runtime.strategy.scope():
-        average = (
-            ModelEMA(model.weights, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None
-        )
-        return TrainState(
-            model, build_optimizer(config.optimizer, model.trainable_variables), average, MetricAccumulator()
-        )
+        average = ModelEMA(model.weights, config.ema_decay) if config.ema_decay is not None else None
+        return TrainState(model, build_optimizer(config, model.trainable_variables), average, MetricAccumulator())
