@@ -1,4 +1,4 @@
-"""Augmentation of one picture: crop, flip and whatever albumentations has, drawn from the picture's own seed and nothing else.
+"""Augmentation of one image: crop, flip and albumentations' transforms, drawn from the image's own seed alone.
 
 An augmentation is a function of (encoded file, its height and width as stored, EXIF orientation, seed). The same
 arguments give the same pixels on any thread, in any order.
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.augment import TransformConfig
-from pipeline.config.schema import Config
+from pipeline.config.augment import AugmentConfig, TransformConfig
 from pipeline.data.preprocessing import (
     JPEG_METHOD,
+    Resize,
     apply_exif_orientation,
     decode,
     orientation_steps,
@@ -31,14 +31,14 @@ CROP_ATTEMPTS = 10  # as torchvision's and albumentations' RandomResizedCrop
 
 @dataclass(frozen=True)
 class Augmentation:
-    """From an encoded picture to the network's square, in two parts that can be timed.
+    """An augmentation from an encoded image to the network's input, in two parts that can be timed.
 
     Attributes:
-        draw: int64 (2,), the picture's seed -> all that is left to chance, for both parts.
+        draw: int64 (2,), the image's seed -> all random draws of both parts.
         decode: (encoded: scalar string, height: scalar int32, width: scalar int32, orientation: scalar integer 1 to 8,
-            what was drawn) -> uint8 (H, W, 3), upright: the picture, or no more of it than `transform` needs. The
-            height and width given are those of the stored picture, before it is turned upright.
-        transform: (that, what was drawn) -> uint8 (R, R, 3).
+            the draws) -> uint8 (H, W, 3), upright: the image, or only the part of it that `transform` needs. The
+            height and width given are those of the stored image, before it is turned upright.
+        transform: (that image, the draws) -> uint8 (R, R, 3).
     """
 
     draw: Callable[[tf.Tensor], tf.Tensor]
@@ -48,46 +48,47 @@ class Augmentation:
     def __call__(
         self, encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, seed: tf.Tensor
     ) -> tf.Tensor:
-        """Both, one after the other."""
+        """Decode and transform one image."""
         drawn = self.draw(seed)
         return self.transform(self.decode(encoded, height, width, orientation, drawn), drawn)
 
 
-def image_augmentation(config: Config) -> Augmentation:
-    """The transforms of `config.augment` for one picture.
+def image_augmentation(augment: AugmentConfig, resolution: int, resize: Resize) -> Augmentation:
+    """Return the configured augmentation of one image.
 
     Args:
-        config: Its `augment.backend`, `augment.transforms`, `data.resize` and resolution R are used.
+        augment: Its `backend` and `transforms` are used.
+        resolution: Side R of the network's input, in pixels.
+        resize: How an image that no transform crops becomes a square, see `resize_to_square`.
 
     Returns:
         A function for a tf.data map.
 
     Raises:
-        ConfigError: If a transform is given impossible values, does not end in a picture of R x R, or does not belong
-            in front of the network.
+        ConfigError: A transform has invalid values, does not end in an image of R x R, or does not belong in front
+            of the network.
     """
-    build = _native if config.augment.backend == "native" else _albumentations
-    return build(config)
+    build = _native if augment.backend == "native" else _albumentations
+    return build(augment.transforms, resolution, resize)
 
 
 # --- native ------------------------------------------------------------------------------------------------------------------------
 
 
-def decode_whole(
+def decode_full_image(
     encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, drawn: tf.Tensor
 ) -> tf.Tensor:
-    """The first part of an augmentation that needs the whole picture."""
+    """Decode the full image, for an augmentation that needs all of it."""
     del height, width, drawn
     return decode(encoded, orientation)
 
 
-def _native(config: Config) -> Augmentation:
-    transforms = {transform.name: transform.args for transform in config.augment.transforms}
-    if len(transforms) < len(config.augment.transforms):
+def _native(configs: Sequence[TransformConfig], resolution: int, resize: Resize) -> Augmentation:
+    transforms = {transform.name: transform.args for transform in configs}
+    if len(transforms) < len(configs):
         raise ConfigError(
             "augment.transforms: the native backend takes each transform once; for more, set augment.backend: albumentations"
         )
-    resolution, resize = config.variant.resolution, config.data.resize
     crop, flip = transforms.get("RandomResizedCrop"), transforms.get("HorizontalFlip")
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
@@ -97,7 +98,7 @@ def _native(config: Config) -> Augmentation:
         encoded: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor, drawn: tf.Tensor
     ) -> tf.Tensor:
         if crop is None:
-            return decode_whole(encoded, height, width, orientation, drawn)
+            return decode_full_image(encoded, height, width, orientation, drawn)
         scale, ratio = crop.get("scale", (0.08, 1.0)), crop.get("ratio", (3 / 4, 4 / 3))
         transpose, _, _ = orientation_steps(orientation)
         upright = tf.where(transpose, tf.stack([width, height]), tf.stack([height, width]))
@@ -114,14 +115,14 @@ def _native(config: Config) -> Augmentation:
 
 
 def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[float], draws: tf.Tensor) -> tf.Tensor:
-    """The window of a random resized crop (Szegedy et al. 2015, arXiv 1409.4842).
+    """Return the window of a random resized crop (Szegedy et al. 2015, arXiv 1409.4842).
 
-    The area is uniform in `scale`, the aspect log-uniform in `ratio`, the place uniform. The first attempt that fits
-    into the picture is taken; if none does, the largest centred window within `ratio`.
+    The area is uniform in `scale`, the aspect log-uniform in `ratio`, the position uniform. The first attempt that fits
+    into the image is taken; if none does, the largest centerd window within `ratio`.
 
     Args:
-        upright: int32 (2,): height and width of the picture.
-        scale: Least and greatest share of the picture's area, in (0, 1].
+        upright: int32 (2,): height and width of the image.
+        scale: Least and greatest share of the image's area, in (0, 1].
         ratio: Least and greatest width / height.
         draws: float32 (4, attempts) uniform in [0, 1): area, aspect, top, left.
 
@@ -139,18 +140,18 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
         size = sizes[attempt]
         return tf.concat([tf.floor(draws[2:, attempt] * (sides - size + 1)), size], 0)
 
-    def centred() -> tf.Tensor:
+    def centerd() -> tf.Tensor:
         limits = tf.round(tf.stack([sides[1] / ratio[0], sides[0] * ratio[1]]))
         size = tf.maximum(tf.minimum(sides, limits), 1)
         return tf.concat([(sides - size) // 2, size], 0)
 
-    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centred), tf.int32)
+    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centerd), tf.int32)
 
 
 def decode_window(
     encoded: tf.Tensor, window: tf.Tensor, upright: tf.Tensor, orientation: tf.Tensor, resolution: int
 ) -> tf.Tensor:
-    """Decode a window of the upright picture; of a JPEG nothing but the window, and no finer than needed.
+    """Decode a window of the upright image; a JPEG decodes only the window, no finer than needed.
 
     A JPEG decodes at a half, a quarter or an eighth of its size directly. Where that leaves at least the resolution it
     replaces the antialiasing filter: 1.8 instead of 3.9 ms for a window of 470 pixels, 12 instead of 44 ms for one of
@@ -158,8 +159,8 @@ def decode_window(
 
     Args:
         encoded: Scalar string with an image file.
-        window: int32 (4,): top, left, height, width in the upright picture.
-        upright: int32 (2,): height and width of the upright picture.
+        window: int32 (4,): top, left, height, width in the upright image.
+        upright: int32 (2,): height and width of the upright image.
         orientation: Scalar integer, EXIF orientation 1 to 8.
         resolution: Pixels that either side should have left, if it has them.
 
@@ -211,7 +212,7 @@ PIXEL_ARGUMENTS = frozenset(
     | {"src_radius", "drop_length", "drop_width"}
 )
 # Sizes that are the resolution when they are not given, each with the argument that can stand in for it.
-SQUARE_ARGUMENTS: Mapping[str, Mapping[str, str | None]] = {
+SIZE_ARGUMENTS: Mapping[str, Mapping[str, str | None]] = {
     "RandomResizedCrop": {"size": None},
     "RandomSizedCrop": {"size": None},
     "RandomCrop": {"height": None, "width": None},
@@ -221,40 +222,38 @@ SQUARE_ARGUMENTS: Mapping[str, Mapping[str, str | None]] = {
     "SmallestMaxSize": {"max_size": "max_size_hw"},
     "LongestMaxSize": {"max_size": "max_size_hw"},
 }
-# As the first transform these see the whole picture and decide themselves what becomes of it; any other finds a square
-# of the resolution.
-TAKES_WHOLE_PICTURE = ("RandomResizedCrop", "Resize", "SmallestMaxSize", "LongestMaxSize")
-REFUSED = {
-    "Normalize": "normalisation is inside the model, and doing it twice ruins the accuracy without a message",
-    "ToFloat": "pictures stay uint8 up to the model, which casts them",
-    "FromFloat": "pictures are uint8 throughout",
+# As the first transform these take the full image; any other first transform takes a square of the resolution.
+FULL_IMAGE_TRANSFORMS = ("RandomResizedCrop", "Resize", "SmallestMaxSize", "LongestMaxSize")
+REJECTED_TRANSFORMS = {
+    "Normalize": "normalization is inside the model, and doing it twice ruins the accuracy without a message",
+    "ToFloat": "images stay uint8 up to the model, which casts them",
+    "FromFloat": "images are uint8 throughout",
 }
-TRIAL_SHAPES = ((97, 151), (151, 97), (20, 30), (601, 799))  # landscape, portrait, tiny, large
-TRIALS = 6  # of each shape, since a transform may be drawn or not
+DUMMY_SHAPES = ((97, 151), (151, 97), (20, 30), (601, 799))  # landscape, portrait, tiny, large
+DUMMY_RUNS = 6  # of each shape, since a transform may be drawn or not
 
 
-def _albumentations(config: Config) -> Augmentation:
-    transforms, resolution, resize = config.augment.transforms, config.variant.resolution, config.data.resize
-    whole = bool(transforms) and transforms[0].name in TAKES_WHOLE_PICTURE
+def _albumentations(transforms: Sequence[TransformConfig], resolution: int, resize: Resize) -> Augmentation:
+    takes_full_image = bool(transforms) and transforms[0].name in FULL_IMAGE_TRANSFORMS
     apply = AlbumentationsTransforms(transforms, resolution)
-    apply.validate_on_dummy_images(whole)
+    apply.validate_on_dummy_images(takes_full_image)
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
         return tf.random.stateless_uniform((), seed, minval=0, maxval=tf.int64.max, dtype=tf.int64)
 
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
-        if not whole:
+        if not takes_full_image:
             image = resize_to_square(image, resolution, resize)
         image = tf.numpy_function(apply, [image, drawn], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (resolution, resolution, 3))
 
-    return Augmentation(draw, decode_whole, transform)
+    return Augmentation(draw, decode_full_image, transform)
 
 
 class AlbumentationsTransforms:
-    """A row of albumentations transforms as a pure function of (image, seed), for any number of threads.
+    """A sequence of albumentations transforms as a pure function of (image, seed), for any number of threads.
 
-    Each thread has its own `Compose`, because one shared by several mixes up their draws. For each picture all its
+    Each thread has its own `Compose`, because one shared by several mixes up their draws. For each image all its
     transforms are handed one pair of generators. `Compose.set_random_seed` would give each its own with the same seed,
     so that two transforms of one p always coincide.
 
@@ -276,7 +275,7 @@ class AlbumentationsTransforms:
         self._composes: dict[int, Any] = {}
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
-        """Transforms a picture.
+        """Transform an image.
 
         Args:
             image: uint8 (H, W, 3).
@@ -285,7 +284,7 @@ class AlbumentationsTransforms:
         Returns:
             uint8 of the shape that the transforms leave, contiguous.
         """
-        # By the thread's number: what threading.local keeps for a thread of TensorFlow's is gone with each call.
+        # Keyed by the thread's number: threading.local would lose its value with each call from a TensorFlow thread.
         thread = threading.get_ident()
         compose = self._composes.get(thread)
         if compose is None:
@@ -298,9 +297,9 @@ class AlbumentationsTransforms:
 
         built = []
         for transform in self._transforms:
-            if transform.name in REFUSED:
+            if transform.name in REJECTED_TRANSFORMS:
                 raise ConfigError(
-                    f"augment.transforms: {transform.name} is refused: {REFUSED[transform.name]}; leave it out"
+                    f"augment.transforms: {transform.name} is refused: {REJECTED_TRANSFORMS[transform.name]}; leave it out"
                 )
             args = sized_arguments(transform, self._resolution)
             try:
@@ -311,38 +310,38 @@ class AlbumentationsTransforms:
                 ) from None
         return albumentations.Compose(built)
 
-    def validate_on_dummy_images(self, whole: bool) -> None:
-        """Run the transforms on made-up pictures, so that what would fail hours later fails now.
+    def validate_on_dummy_images(self, takes_full_image: bool) -> None:
+        """Run the transforms on dummy images, so that a mistake fails now instead of hours later.
 
         Args:
-            whole: Whether the transforms see whole pictures, or only squares of the resolution.
+            takes_full_image: Whether the transforms see full images, or only squares of the resolution.
 
         Raises:
             ConfigError: Naming the transforms, if they fail or do not end in uint8 (resolution, resolution, 3).
         """
         side = self._resolution
         names = ", ".join(transform.name for transform in self._transforms)
-        for height, width in TRIAL_SHAPES if whole else ((side, side),):
-            picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-            for seed in range(TRIALS):
+        for height, width in DUMMY_SHAPES if takes_full_image else ((side, side),):
+            image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+            for seed in range(DUMMY_RUNS):
                 try:
-                    result = self(picture, seed)
+                    result = self(image, seed)
                 except ConfigError:
                     raise
                 except Exception as error:
                     raise ConfigError(
-                        f"augment.transforms: {names} fail on a picture of {height} x {width}: {_first_problem(error)}"
+                        f"augment.transforms: {names} fail on an image of {height} x {width}: {_first_problem(error)}"
                     ) from None
                 if result.dtype != np.uint8 or result.shape != (side, side, 3):
                     raise ConfigError(
-                        f"augment.transforms: {names} turn a uint8 picture of {height} x {width} x 3 into {result.dtype} of "
+                        f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into {result.dtype} of "
                         f"{' x '.join(map(str, result.shape))}; the network takes uint8 of {side} x {side} x 3. "
                         "Begin with RandomResizedCrop or end with Resize or a crop"
                     )
 
 
 def sized_arguments(transform: TransformConfig, resolution: int) -> dict[str, Any]:
-    """The arguments of a transform with fractions turned into pixels and left-out sizes filled in.
+    """Return the arguments of a transform with fractions turned into pixels and missing sizes filled in.
 
     Args:
         transform: Name and arguments as in the config.
@@ -355,7 +354,7 @@ def sized_arguments(transform: TransformConfig, resolution: int) -> dict[str, An
         key: _pixels(value, resolution) if key in PIXEL_ARGUMENTS else _tuples(value)
         for key, value in transform.args.items()
     }
-    for key, stand_in in SQUARE_ARGUMENTS.get(transform.name, {}).items():
+    for key, stand_in in SIZE_ARGUMENTS.get(transform.name, {}).items():
         if key not in args and stand_in not in args:
             args[key] = (resolution, resolution) if key == "size" else resolution
     return args
@@ -374,7 +373,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _first_problem(error: Exception) -> str:
-    """The message without the addresses and headings that pydantic adds."""
+    """Return the message without the addresses and headings that pydantic adds."""
     errors = getattr(error, "errors", None)
     if callable(errors):
         return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors())

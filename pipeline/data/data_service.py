@@ -1,8 +1,8 @@
-"""Batches that other machines prepare: for GPUs that the processors beside them cannot feed.
+"""Batches prepared by other machines, for GPUs that the local CPUs cannot keep busy.
 
-Each server is a dispatcher of tf.data's service with a worker of its own. The client gives them the steps in turn and
-takes the batches in turn, so that they are those of a run without servers, in the same order. One dispatcher with all
-the workers behind it would hand the batches out in the order in which they get done.
+Each server is a dispatcher of tf.data's service with a worker of its own. The client assigns the steps and
+takes the batches in turn, so the batches and their order equal those of a run without servers. One dispatcher with all
+workers would return the batches in the order in which they are completed.
 """
 
 import queue
@@ -17,20 +17,22 @@ import tensorflow as tf
 from pipeline.config.address import parse_address
 from pipeline.errors import RunError, TrainingError
 
-PREFETCH = 2  # batches that wait ready on a server's way to here
-PATIENCE = 15.0  # seconds without a batch, after which it is asked whether the servers are there
+PREFETCH = 2  # batches prefetched from a server
+PATIENCE = 15.0  # seconds without a batch, after which the servers are checked
 
 
 def start_server(
     address: str,
 ) -> tuple[tf.data.experimental.service.DispatchServer, tf.data.experimental.service.WorkerServer]:
-    """Start a server in this process; it ends with what is returned. It runs whatever graph it is sent: for trusted networks only.
+    """Start a server in this process; it stops when the returned objects are deleted.
+
+    It runs any graph that it receives: use it in trusted networks only.
 
     Args:
         address: host:port under which others reach this machine. The worker takes the port above.
 
     Raises:
-        RunError: One of the ports is taken, or none.
+        RunError: A port is in use or not valid.
     """
     (_, port), service = parse_address(address), tf.data.experimental.service
     own = address.removesuffix(f":{port}") + f":{port + 1}"
@@ -50,10 +52,10 @@ def start_server(
 
 
 def check_servers(addresses: Sequence[str]) -> None:
-    """Make sure that every server is there.
+    """Check that every server can be reached.
 
     Raises:
-        RunError: One is not.
+        RunError: A server cannot be reached.
     """
     for address in addresses:
         host, port = parse_address(address)
@@ -62,17 +64,17 @@ def check_servers(addresses: Sequence[str]) -> None:
                 socket.create_connection((host, number), timeout=10).close()
             except (OSError, OverflowError) as error:
                 raise RunError(
-                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python -m pipeline serve "
+                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python -m pipeline data-server "
                     f"--address {address}"
                 ) from None
 
 
 def from_data_service(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:
-    """The batches of a stream, prepared by servers.
+    """Return the batches of a stream, prepared by servers.
 
     Args:
-        stream: From the number of a server and of all of them to the batches that it prepares: the steps from its
-            number on, as far apart as there are servers.
+        stream: Maps the index of a server and the number of servers to the batches that it prepares: the steps from
+            its index on, at intervals of the number of servers.
         addresses: host:port of each.
 
     Returns:
@@ -85,14 +87,14 @@ def from_data_service(stream: Callable[[int, int], tf.data.Dataset], addresses: 
         )
         for i, address in enumerate(addresses)
     ]
-    whole = (
+    merged = (
         parts[0] if number == 1 else tf.data.Dataset.choose_from_datasets(parts, tf.data.Dataset.range(number).repeat())
     )
-    return whole.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(PREFETCH)
+    return merged.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).prefetch(PREFETCH)
 
 
 def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: float = PATIENCE) -> Iterator[Any]:
-    """The same batches, and an end where a server is gone: TensorFlow alone would wait for it for ever.
+    """Yield the batches, and raise if a server is gone: TensorFlow alone would wait for it forever.
 
     Raises:
         TrainingError: A server cannot be reached, or it failed.
@@ -106,7 +108,7 @@ def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: fl
                 ready.put(item, timeout=0.1)
                 return
 
-    def fetch() -> None:
+    def produce() -> None:
         try:
             for batch in batches:
                 put(batch)
@@ -116,7 +118,7 @@ def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: fl
         except Exception as error:
             put(error)
 
-    threading.Thread(target=fetch, daemon=True).start()
+    threading.Thread(target=produce, daemon=True).start()
     try:
         while True:
             try:
@@ -125,12 +127,12 @@ def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: fl
                 try:
                     check_servers(addresses)
                 except RunError as error:
-                    raise TrainingError(f"{error}; then go on with --resume") from None
+                    raise TrainingError(f"{error}; then continue with --resume") from None
                 continue
             if isinstance(item, tf.errors.OpError):
                 raise TrainingError(
-                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the servers again and go on "
-                    "with --resume"
+                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the servers again and "
+                    "continue with --resume"
                 )
             if isinstance(item, StopIteration):
                 return

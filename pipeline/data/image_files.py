@@ -1,10 +1,10 @@
-"""Which files of a folder are pictures. Loads no library, so that a wrong path is answered at once."""
+"""Image files in folders. The module loads no library, so that a wrong path is reported at once."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# All that is meant as a picture, also what cannot be decoded: that is reported, not passed over.
+# All image formats, also those that cannot be decoded: they are reported, not skipped.
 IMAGE_SUFFIXES = tuple(
     f".{name}"
     for names in (
@@ -15,11 +15,11 @@ IMAGE_SUFFIXES = tuple(
 )
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
-    """Pictures in a folder and below it, in the order of their names, one folder's names in memory at a time. Links are followed.
+def iter_image_files(folder: Path) -> Iterator[Path]:
+    """Yield the image files in a folder and its subfolders, in the order of their names. Links are followed.
 
-    Hidden files and files without an image suffix are passed over, and so is a link back to a folder on the way. A
-    folder that cannot be listed is given as if it were a picture: who reads it learns why.
+    The names of one folder at a time are in memory. Hidden files, files without an image suffix and links back to a
+    parent folder are skipped. A folder that cannot be listed is yielded as if it were an image: reading it reports why.
     """
     return _walk(folder, (folder.resolve(),))
 
@@ -37,15 +37,15 @@ def _walk(folder: Path, trail: tuple[Path, ...]) -> Iterator[Path]:
             real = path.resolve() if entry.is_symlink() else path
             if not is_hidden(entry.name) and real not in trail:
                 yield from _walk(path, (*trail, real))
-        elif is_picture(path):
+        elif is_image_file(path):
             yield path
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a path is a visible file with an image suffix."""
+def is_image_file(path: Path) -> bool:
+    """Return whether a path is a visible file with an image suffix."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name) and not path.is_dir()
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is not meant to be seen."""
+    """Return whether a file or folder of this name is hidden."""
     return name.startswith(".") or name == "__MACOSX"

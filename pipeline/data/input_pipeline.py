@@ -1,35 +1,41 @@
-"""The stream of batches: a pure function of (manifest, config, global step).
+"""The input pipeline: streams of batches, each a pure function of (manifest, config, global step).
 
-Position g = step * global_batch_size + place in the batch; pass g // n over the n training images in an order of the
-pass's own; every image draws its augmentation from (config.seed, pass, its index). Nothing depends on threads, and
-starting at a step decodes nothing of what lies before it.
+Position g of the stream is step * global_batch_size + index within the batch. With n training images, position g
+belongs to epoch g // n, and each epoch has its own order of the images. Every image draws its augmentation from
+(config.seed, epoch, index of the image). Nothing depends on threads, and starting at a step decodes no image of the
+steps before it.
 """
 
 import os
+import tempfile
+from collections.abc import Callable
+from typing import IO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 
 from pipeline.config.schema import Config
-from pipeline.data.augmentation import Augmentation, decode_whole, image_augmentation
-from pipeline.data.index_batch import IndexBatch, memory_mapped_table
-from pipeline.data.manifest import Manifest
-from pipeline.data.mixup import group_mixing, mixing_group
-from pipeline.data.preprocessing import PreprocessFn, decode, resize_to_square
+from pipeline.data.augmentation import Augmentation, decode_full_image, image_augmentation
+from pipeline.data.manifest import CHUNK_ROWS, Manifest
+from pipeline.data.mixup import mixing_group_size, mixup_and_cutmix
+from pipeline.data.preprocessing import PreprocessFn, Resize, decode, resize_to_square
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sampler import CHUNK_POSITIONS, positions, shuffled
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.sharding import FULL_SHARD, Shard
 from pipeline.errors import DataError
 
-PREFETCHED = 2  # batches that wait ready; more would only take memory
-PASS_BITS = 40  # an image's index takes so many bits of its seed, the pass the others
+PREFETCH = 2  # batches that wait ready; more would only take memory
+INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch
+NUMBERS = ("label", "height", "width", "orientation")
+BYTES = tuple(bytes([value]) for value in range(256))
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
-    """Steps that count as one epoch: whole batches in the images, at least one.
+    """Return the number of steps that count as one epoch: the full batches in the images, at least one.
 
-    What is left over is not lost: the next epoch begins with it.
+    The images that do not fill a batch are not dropped: the next epoch begins with them.
 
     Args:
         num_images: Training images.
@@ -49,36 +55,39 @@ def training_stream(
     start_step: int = 0,
     stride: int = 1,
     augmented: bool = True,
-    share: Shard = FULL_SHARD,
-    workers: int | None = None,
+    shard: Shard = FULL_SHARD,
+    num_workers: int | None = None,
 ) -> tf.data.Dataset:
-    """Batches for training, without end.
+    """Return the infinite stream of training batches.
 
     Args:
-        manifest: The samples; those of split train are used.
-        source: Where their files come from.
-        config: Everything that decides about the pixels, and `runtime.num_workers`, which does not.
-        start_step: Steps to leave out, without decoding them.
-        stride: 2 gives every second step from there on, 3 every third, without decoding the others.
-        augmented: False prepares the pictures as for evaluation, in the same order.
-        share: Of each global batch, without reading the rest.
-        workers: Images prepared in parallel; None for `runtime.num_workers`. The result does not depend on it.
+        manifest: All images; those of the split train are used.
+        source: Source of the image files.
+        config: Determines the pixels, and with `runtime.num_workers`, which does not affect them, the threads.
+        start_step: Steps to skip, without decoding their images.
+        stride: 2 yields every second step from `start_step` on, 3 every third, without decoding the others.
+        augmented: False prepares the images as for evaluation, in the same order.
+        shard: Shard of each global batch; the rest of the batch is not read.
+        num_workers: Images prepared in parallel; None for `runtime.num_workers`. The result does not depend on it.
 
     Returns:
-        An infinite dataset of global batches, or of the share of each: images uint8 (B, R, R, 3) in [0, 255], labels
+        An infinite dataset of global batches, or of the shard of each: images uint8 (B, R, R, 3) in [0, 255], labels
         float32 (B, K) adding up to 1, weights float32 (B,) of ones, index int64 (B,) into the manifest (under MixUp and
-        CutMix, of the image mixed into).
+        CutMix, the index of the image that keeps its place and is mixed with a partner).
 
     Raises:
-        ConfigError: If the augmentation cannot be built.
-        DataError: If the split is empty, or its table cannot be written.
+        ConfigError: The augmentation cannot be built.
+        DataError: The split is empty, or its table cannot be written.
     """
-    rows = _rows(manifest, "train")
-    batch_size, workers = config.train.batch_size, workers or _workers(config)
-    part, count = batch_size // share.count, len(rows)
-    look_up, classes, settings = memory_mapped_table(manifest, rows), len(manifest.class_names), config.augment
-    augment = image_augmentation(config) if augmented else _unchanged(config)
-    randomly = (
+    indices = _split_indices(manifest, "train")
+    batch_size, num_workers = config.train.batch_size, num_workers or _num_workers(config)
+    local_batch_size, count = batch_size // shard.count, len(indices)
+    lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
+    settings, resolution, resize = config.augment, config.variant.resolution, config.data.resize
+    augment = (
+        image_augmentation(settings, resolution, resize) if augmented else _evaluation_transform(resolution, resize)
+    )
+    apply_randaugment = (
         randaugment(settings.randaugment.num_ops, settings.randaugment.magnitude)
         if augmented and settings.randaugment
         else None
@@ -86,81 +95,83 @@ def training_stream(
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tuple[tf.Tensor, IndexBatch]:
-        passes, place = shuffled(position, count, config.seed)
-        return passes, look_up(place)
+        epoch, shuffled_position = shuffled(position, count, config.seed)
+        return epoch, lookup(shuffled_position)
 
-    @tf.autograph.experimental.do_not_convert  # it has nothing to convert, and looking for it costs seconds
-    def load(passes: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
-        seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(passes, PASS_BITS) + row.index])
+    @tf.autograph.experimental.do_not_convert  # there is nothing to convert, and searching for it takes seconds
+    def load(epoch: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
+        seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(epoch, INDEX_BITS) + row.index])
         image = augment(source.read_tf(row.key), row.height, row.width, row.orientation, seed)
-        if randomly is not None:
-            image = randomly(image, seed)
-        return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
+        if apply_randaugment is not None:
+            image = apply_randaugment(image, seed)
+        return image, tf.one_hot(row.label, num_classes), tf.ones(()), row.index
 
     dataset = (
-        positions(batch_size, share, start_step=start_step, stride=stride)
+        positions(batch_size, shard, start_step=start_step, stride=stride)
         .map(find)
         .unbatch()
-        .map(load, num_parallel_calls=workers)
+        .map(load, num_parallel_calls=num_workers)
     )
     if augmented and (settings.mixup or settings.cutmix):
-        size, mix = mixing_group(batch_size, config.train.gradient_accumulation_steps), group_mixing(config)
+        group_size = mixing_group_size(batch_size, config.train.gradient_accumulation_steps)
+        local_groups = local_batch_size // group_size
+        mix = mixup_and_cutmix(group_size, resolution, settings.mixup, settings.cutmix, config.seed)
 
         def mix_group(number: tf.Tensor, group: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
             images, labels, weights, index = group
-            step, place = number // (part // size), number % (part // size)
-            before = (start_step + step * stride) * (batch_size // size)  # groups of the steps before, over all shares
-            number = before + share.index * (part // size) + place
+            step, position = number // local_groups, number % local_groups
+            previous_groups = (start_step + step * stride) * (batch_size // group_size)  # of all shards
+            number = previous_groups + shard.index * local_groups + position
             return *mix(images, labels, number), weights, index
 
-        dataset = dataset.batch(size, drop_remainder=True).enumerate()
-        dataset = dataset.map(mix_group, num_parallel_calls=workers).rebatch(part, drop_remainder=True)
+        dataset = dataset.batch(group_size, drop_remainder=True).enumerate()
+        dataset = dataset.map(mix_group, num_parallel_calls=num_workers).rebatch(local_batch_size, drop_remainder=True)
     else:
-        dataset = dataset.batch(part, drop_remainder=True)
+        dataset = dataset.batch(local_batch_size, drop_remainder=True)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-    return _finish(dataset, workers)
+    return _with_options(dataset, num_workers)
 
 
 def feature_stream(
-    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, share: Shard = FULL_SHARD
+    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, shard: Shard = FULL_SHARD
 ) -> tf.data.Dataset:
-    """The batches of `training_stream` without augmentation, with what a frozen backbone makes of each image in place of the image.
+    """Return the batches of `training_stream` without augmentation, with a frozen backbone's features as the images.
 
     Args:
-        manifest: The samples; those of split train are used.
-        config: As of `training_stream`.
-        features: float32 (n, C), of the n training images in the manifest's order.
-        start_step: Steps to leave out.
-        share: Of each global batch.
+        manifest: All images; those of the split train are used.
+        config: See `training_stream`.
+        features: float32 (n, C), features of the n training images in the manifest's order.
+        start_step: Steps to skip.
+        shard: Shard of each global batch.
 
     Returns:
-        An infinite dataset of global batches, or of the share of each: features float32 (B, C), labels float32 (B, K),
+        An infinite dataset of global batches, or of the shard of each: features float32 (B, C), labels float32 (B, K),
         weights float32 (B,), index int64 (B,).
     """
-    rows, batch_size = _rows(manifest, "train"), config.train.batch_size
-    part, count = batch_size // share.count, len(rows)
+    rows, batch_size = _split_indices(manifest, "train"), config.train.batch_size
+    local_batch_size, count = batch_size // shard.count, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
         labels = tf.constant(manifest.table["label"].to_numpy(np.int32)[rows])
-    classes = len(manifest.class_names)
+    num_classes = len(manifest.class_names)
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tf.Tensor:
         return shuffled(position, count, config.seed)[1]
 
     @tf.autograph.experimental.do_not_convert
-    def load(place: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def load(position: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return (
-            tf.gather(table, place),
-            tf.one_hot(tf.gather(labels, place), classes),
-            tf.ones((part,)),
-            tf.gather(indices, place),
+            tf.gather(table, position),
+            tf.one_hot(tf.gather(labels, position), num_classes),
+            tf.ones((local_batch_size,)),
+            tf.gather(indices, position),
         )
 
-    places = positions(batch_size, share, start_step=start_step).map(find).unbatch()
-    dataset = places.batch(part, drop_remainder=True).map(load)
-    return _finish(
-        dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _workers(config)
+    shuffled_positions = positions(batch_size, shard, start_step=start_step).map(find).unbatch()
+    dataset = shuffled_positions.batch(local_batch_size, drop_remainder=True).map(load)
+    return _with_options(
+        dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _num_workers(config)
     )
 
 
@@ -173,98 +184,185 @@ def evaluation_stream(
     batch_size: int,
     rows: np.ndarray | None = None,
     preprocess_fn: PreprocessFn | None = None,
-    share: Shard = FULL_SHARD,
+    shard: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
-    """Batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
+    """Return batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
 
     Args:
-        manifest: The samples.
-        source: Where their files come from.
+        manifest: All images.
+        source: Source of the image files.
         config: Its resolution R, `data.resize` and `runtime.num_workers` are used.
         split: train, val or test.
         batch_size: Images per batch, B.
-        rows: Only these images of the manifest, int64 (N,), in this order.
-        preprocess_fn: Makes of an upright picture, uint8 (H, W, 3), and its index the network's uint8 (R, R, 3); None
-            for `fit_square`.
-        share: Of each batch, without reading the rest.
+        rows: Use only these images of the manifest, int64 (N,), in this order.
+        preprocess_fn: Maps an upright image, uint8 (H, W, 3), and its index to the network's input, uint8 (R, R, 3);
+            None for `resize_to_square`.
+        shard: Shard of each batch; the rest of the batch is not read.
 
     Returns:
-        A finite dataset of batches as those of `training_stream`, all of B, or of the share of each. The last is filled
-        up with black images of weight 0, index -1 and labels of zeros.
+        A finite dataset of batches like those of `training_stream`, all of size B, or of the shard of each. The last
+        batch is padded with black images of weight 0, index -1 and labels of zeros.
 
     Raises:
-        DataError: If the split is empty, or its table cannot be written.
+        DataError: The split is empty, or its table cannot be written.
     """
-    rows = _rows(manifest, split) if rows is None else rows
-    look_up, classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
-    resolution, resize, workers = config.variant.resolution, config.data.resize, _workers(config)
-    part, count, batches = batch_size // share.count, len(rows), -(-len(rows) // batch_size)
+    rows = _split_indices(manifest, split) if rows is None else rows
+    lookup, num_classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
+    resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config)
+    local_batch_size, count, batches = batch_size // shard.count, len(rows), -(-len(rows) // batch_size)
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tuple[tf.Tensor, IndexBatch]:
-        return position < count, look_up(tf.minimum(position, count - 1))
+        return position < count, lookup(tf.minimum(position, count - 1))
 
-    def picture(row: IndexBatch) -> tuple[tf.Tensor, ...]:
+    def load_image(row: IndexBatch) -> tuple[tf.Tensor, ...]:
         image = decode(source.read_tf(row.key), row.orientation)
         image = (
             resize_to_square(image, resolution, resize) if preprocess_fn is None else preprocess_fn(image, row.index)
         )
-        return image, tf.one_hot(row.label, classes), tf.ones(()), row.index
+        return image, tf.one_hot(row.label, num_classes), tf.ones(()), row.index
 
-    def nothing() -> tuple[tf.Tensor, ...]:
+    def padding() -> tuple[tf.Tensor, ...]:
         return (
             tf.zeros((resolution, resolution, 3), tf.uint8),
-            tf.zeros((classes,)),
+            tf.zeros((num_classes,)),
             tf.zeros(()),
             tf.constant(-1, tf.int64),
         )
 
-    def load(there: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
-        image, label, weight, index = tf.cond(there, lambda: picture(row), nothing)
-        return tf.ensure_shape(image, (resolution, resolution, 3)), tf.ensure_shape(label, (classes,)), weight, index
+    def load(exists: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
+        image, label, weight, index = tf.cond(exists, lambda: load_image(row), padding)
+        return (
+            tf.ensure_shape(image, (resolution, resolution, 3)),
+            tf.ensure_shape(label, (num_classes,)),
+            weight,
+            index,
+        )
 
-    some = positions(batch_size, share).take(-(-batches * part // CHUNK_POSITIONS))
+    chunks = positions(batch_size, shard).take(-(-batches * local_batch_size // CHUNK_POSITIONS))
     dataset = (
-        some.map(find)
+        chunks.map(find)
         .unbatch()
-        .take(batches * part)
-        .map(load, num_parallel_calls=workers)
-        .batch(part, drop_remainder=True)
+        .take(batches * local_batch_size)
+        .map(load, num_parallel_calls=num_workers)
+        .batch(local_batch_size, drop_remainder=True)
     )
-    return _finish(dataset.apply(tf.data.experimental.assert_cardinality(batches)), workers)
+    return _with_options(dataset.apply(tf.data.experimental.assert_cardinality(batches)), num_workers)
 
 
-def _unchanged(config: Config) -> Augmentation:
-    """What evaluation does to a picture, in the form of an augmentation."""
+class IndexBatch(NamedTuple):
+    """Some rows of a manifest; scalars, or (N,) each."""
+
+    index: tf.Tensor
+    """int64, the row's number in the manifest."""
+    key: tf.Tensor
+    """string"""
+    label: tf.Tensor
+    """int32"""
+    height: tf.Tensor
+    """int32, pixels as stored"""
+    width: tf.Tensor
+    """int32"""
+    orientation: tf.Tensor
+    """int32, EXIF 1 to 8"""
+
+
+def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor], IndexBatch]:
+    """Write rows of a manifest to a memory-mapped file, so that looking them up takes no memory of the process.
+
+    The temporary file has no name. It is deleted together with the last tensor that maps it.
+
+    Args:
+        manifest: All images.
+        indices: Indices of the rows, int64 (n,), n at least 1.
+
+    Returns:
+        A function that tf.data can call, from positions in `indices`, int64 (N,), to their rows.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile() as text, tempfile.TemporaryFile() as numbers:
+            _write_table(manifest, indices, text, numbers)
+            letters, table = (
+                _memory_mapped(text, np.uint8, (-1,)),
+                _memory_mapped(numbers, np.int64, (len(indices), 3 + len(NUMBERS))),
+            )
+    except OSError as error:
+        raise DataError(
+            f"{tempfile.gettempdir()}: the table of {len(indices):,} images cannot be written ({error.strerror}); "
+            "set TMPDIR to a folder on a disk with room"
+        ) from error
+
+    @tf.autograph.experimental.do_not_convert  # there is nothing to convert
+    def lookup(positions: tf.Tensor) -> IndexBatch:
+        index, start, end, *others = tf.unstack(tf.gather(table, positions), axis=1)
+        spans = tf.ragged.range(start, end)
+        characters = tf.gather(BYTES, tf.cast(tf.gather(letters, spans.values), tf.int32))
+        keys = tf.strings.unsorted_segment_join(characters, spans.value_rowids(), spans.nrows())
+        return IndexBatch(index, keys, *(tf.cast(number, tf.int32) for number in others))
+
+    return lookup
+
+
+def _write_table(manifest: Manifest, indices: np.ndarray, text: IO[bytes], numbers: IO[bytes]) -> None:
+    """Write the concatenated keys, UTF-8, to `text`, and a row of int64 per image to `numbers`.
+
+    A row holds the image's index, the bytes at which its key begins and ends, and the columns NUMBERS.
+    """
+    written = 0
+    for first in range(0, len(indices), CHUNK_ROWS):
+        chunk = indices[first : first + CHUNK_ROWS]
+        keys = pa.table({"key": manifest.table["key"].iloc[chunk]})["key"].cast(pa.large_string()).combine_chunks()
+        _, offsets, characters = keys.buffers()
+        ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]
+        text.write(characters[int(ends[0]) : int(ends[-1])])
+        ends = ends - ends[0] + written
+        written = int(ends[-1])
+        rows = np.empty((len(chunk), 3 + len(NUMBERS)), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = chunk, ends[:-1], ends[1:]
+        for column, name in enumerate(NUMBERS, 3):
+            rows[:, column] = manifest.table[name].to_numpy()[chunk]
+        numbers.write(rows.data)
+
+
+def _memory_mapped(file: IO[bytes], dtype: type[np.generic], shape: tuple[int, ...]) -> tf.Tensor:
+    """Return the file's contents as a tensor, without a copy."""
+    file.flush()
+    contents = np.memmap(file, dtype, "c").reshape(shape)
+    return tf.experimental.dlpack.from_dlpack(contents.__dlpack__())
+
+
+def _evaluation_transform(resolution: int, resize: Resize) -> Augmentation:
+    """Return the evaluation preprocessing in the form of an augmentation."""
 
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         del drawn
-        return resize_to_square(image, config.variant.resolution, config.data.resize)
+        return resize_to_square(image, resolution, resize)
 
-    return Augmentation(lambda seed: seed, decode_whole, transform)
+    return Augmentation(lambda seed: seed, decode_full_image, transform)
 
 
-def _rows(manifest: Manifest, split: str) -> np.ndarray:
-    rows = manifest.indices(split)
-    if not len(rows):
+def _split_indices(manifest: Manifest, split: str) -> np.ndarray:
+    indices = manifest.indices(split)
+    if not len(indices):
         raise DataError(f"split {split} holds no images; give it a share in data.splits, or images of its own")
-    return rows
+    return indices
 
 
-def _workers(config: Config) -> int:
+def _num_workers(config: Config) -> int:
     return config.runtime.num_workers or os.cpu_count() or 1
 
 
-def _finish(dataset: tf.data.Dataset, workers: int) -> tf.data.Dataset:
+def _with_options(dataset: tf.data.Dataset, num_workers: int) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
-    if workers != tf.data.AUTOTUNE:
-        options.threading.private_threadpool_size = workers
-    options.threading.max_intra_op_parallelism = (
-        1  # pictures are prepared side by side; one more level of threads only gets in the way
-    )
-    # What tf.data rewrites by itself gains nothing here, and to do so it makes a copy of every tensor that a map looks
-    # things up in.
+    if num_workers != tf.data.AUTOTUNE:
+        options.threading.private_threadpool_size = num_workers
+    # Images are prepared in parallel; more threads within an operation would only compete with them.
+    options.threading.max_intra_op_parallelism = 1
+    # tf.data's own graph rewrites gain nothing here, and they copy every tensor that a map captures.
     options.experimental_optimization.apply_default_optimizations = False
-    options.autotune.enabled = workers == tf.data.AUTOTUNE
-    return dataset.prefetch(PREFETCHED).with_options(options)
+    options.autotune.enabled = num_workers == tf.data.AUTOTUNE
+    return dataset.prefetch(PREFETCH).with_options(options)

@@ -1,7 +1,4 @@
-"""What a picture file is, whatever its name says.
-
-Its header, its colours, and whether it decodes as training will decode it.
-"""
+"""Inspection of image files: format, header, colors, and whether training can decode them."""
 
 import hashlib
 import io
@@ -19,11 +16,11 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.preprocessing import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
-from pipeline.data.sources.base import CorruptImageError, DataSource, Sample
+from pipeline.data.sources.base import CorruptImageError, DataSource, LabeledImage
 from pipeline.data.splits import signature
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
-MAX_BYTES = 2**30  # of a file; a picture of the most pixels takes half of it uncompressed, with 16 bits a channel
+MAX_BYTES = 2**30  # of a file; an image of the most pixels takes half of it uncompressed, with 16 bits a channel
 FORMATS = (
     "JPEG",
     "MPO",
@@ -33,41 +30,43 @@ FORMATS = (
     "WEBP",
 )  # PIL's names of what tf.io decodes; never change the order without SCAN
 ORIENTATION = 0x0112  # EXIF tag
-ENOUGH = 128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to
+SIGNATURE_MIN_SIDE = (
+    128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to
+)
 CHUNK = 16  # files that a thread takes at a time
 
 
 class ImageFlag(IntFlag):
-    """What training does not see as it is stored."""
+    """A property of a file that training does not see as it is stored."""
 
-    GREY = 1
+    GRAY = 1
     """One channel, which is repeated."""
     CMYK = 2
-    """Converted to RGB, without a colour profile."""
-    DEEP = 4
-    """16 bits a channel, of which the upper 8 are kept."""
+    """Converted to RGB, without a color profile."""
+    HIGH_BIT_DEPTH = 4
+    """16 bits a channel, of which the upper 8 are used."""
     PALETTE = 8
-    """Looked up."""
+    """Converted to RGB by the palette."""
     TRANSPARENT = 16
-    """An alpha channel or a transparent colour, which is dropped: what lies under it is seen."""
+    """An alpha channel or a transparent color, which is dropped: the colors beneath it are visible."""
     ANIMATED = 32
-    """The first picture is taken."""
+    """Only the first frame is used."""
 
 
 class ImageHeader(NamedTuple):
-    """What an image file says of itself."""
+    """The properties that an image file's header states."""
 
     kind: str
     """PIL's name of its format."""
     height: int
     width: int
     orientation: int
-    """EXIF, 1 to 8: how to turn what is stored."""
-    traits: ImageFlag
+    """EXIF, 1 to 8: how to turn the stored image."""
+    flags: ImageFlag
 
 
 def read_header(data: bytes) -> ImageHeader | str:
-    """Read an image file's header, or says why the file cannot be used; decodes nothing.
+    """Read an image file's header without decoding, or return the reason why the file cannot be used.
 
     Args:
         data: The encoded file.
@@ -83,7 +82,7 @@ def read_header(data: bytes) -> ImageHeader | str:
             transparent = mode in ("LA", "PA", "RGBA") or "transparency" in header.info
             animated = kind in ("GIF", "PNG") and bool(getattr(header, "is_animated", False))
     except UnidentifiedImageError:
-        return "is not a picture, or of a format that is not read here"
+        return "is not an image, or its format is not supported"
     except Image.DecompressionBombError as error:
         return f"would decode to too many pixels: {error}"
     except Exception as error:  # PIL's parsers raise all sorts on damaged headers
@@ -96,11 +95,11 @@ def read_header(data: bytes) -> ImageHeader | str:
         return "is a BMP with a palette, which TensorFlow does not look up"
     if width * height > MAX_PIXELS:
         return f"has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read, shrink it"
-    depth, colour = data[24:26] if kind == "PNG" else (8, None)  # of its IHDR, which PIL does not tell apart
+    depth, color = data[24:26] if kind == "PNG" else (8, None)  # of its IHDR, which PIL does not tell apart
     traits = (
-        ImageFlag.GREY * (mode in ("1", "L", "LA") or colour in (0, 4))
+        ImageFlag.GRAY * (mode in ("1", "L", "LA") or color in (0, 4))
         | ImageFlag.CMYK * (mode == "CMYK")
-        | ImageFlag.DEEP * (depth == 16)
+        | ImageFlag.HIGH_BIT_DEPTH * (depth == 16)
         | ImageFlag.PALETTE * (mode in ("P", "PA"))
         | ImageFlag.TRANSPARENT * transparent
         | ImageFlag.ANIMATED * animated
@@ -108,45 +107,47 @@ def read_header(data: bytes) -> ImageHeader | str:
     return ImageHeader(kind, height, width, orientation if orientation in range(1, 9) else 1, ImageFlag(traits))
 
 
-def too_large(size: int) -> str | None:
-    """Why a file of this size in bytes is not read at all, or None."""
+def size_problem(size: int) -> str | None:
+    """Return why a file of this size in bytes is too large to read, or None."""
     return f"has {size / 2**30:.1f} GiB; at most {MAX_BYTES / 2**30:.0f} are read" if size > MAX_BYTES else None
 
 
 def inspect(data: bytes) -> np.ndarray | str:
-    """Decode a picture, and says what it is or why it cannot be used.
+    """Decode an image and return its properties, or the reason why it cannot be used.
 
     Args:
         data: The encoded file.
 
     Returns:
-        FACTS (), with name, size and modified left 0; or the reason, to be read behind the file's name.
+        FACTS (), with name, size and modified left 0; or the reason, a clause that continues the file's name.
     """
     header = read_header(data)
     if isinstance(header, str):
         return header
-    ratio = next(ratio for ratio in (8, 4, 2, 1) if ratio == 1 or min(header.height, header.width) >= ratio * ENOUGH)
+    ratio = next(
+        ratio for ratio in (8, 4, 2, 1) if ratio == 1 or min(header.height, header.width) >= ratio * SIGNATURE_MIN_SIDE
+    )
     try:
-        picture = _decode(data, header.kind, ratio)
-        found = signature(picture, header.orientation)
-        if not found.perceptual and picture.shape[:2] != (header.height, header.width):
+        image = _decode(data, header.kind, ratio)
+        found = signature(image, header.orientation)
+        if not found.perceptual and image.shape[:2] != (header.height, header.width):
             found = signature(_decode(data, header.kind, 1), header.orientation)  # compared by all of its pixels
     except (tf.errors.OpError, ValueError) as error:
         return f"is a damaged {header.kind}: {_reason(error)}"
     facts = np.zeros((), FACTS)
     facts["sha256"] = np.void(hashlib.sha256(data).digest())
-    facts["kind"], facts["orientation"], facts["traits"] = FORMATS.index(header.kind), header.orientation, header.traits
-    # Of a GIF whose first picture does not fill its canvas, that picture counts: it is what crops are taken from.
-    facts["height"], facts["width"] = picture.shape[:2] if header.kind == "GIF" else (header.height, header.width)
+    facts["kind"], facts["orientation"], facts["traits"] = FORMATS.index(header.kind), header.orientation, header.flags
+    # Of a GIF whose first image does not fill its canvas, that image counts: it is what crops are taken from.
+    facts["height"], facts["width"] = image.shape[:2] if header.kind == "GIF" else (header.height, header.width)
     for name in ("phash", "thumbnail", "pixels", "perceptual"):
         facts[name] = getattr(found, name)
     return facts
 
 
 def _decode(data: bytes, kind: str, ratio: int) -> np.ndarray:
-    """uint8 (H, W, 3) by the decoders of training, as stored.
+    """Decode with the decoders of training to uint8 (H, W, 3), as stored.
 
-    A JPEG at 1 / `ratio` of its size, anything else whole.
+    A JPEG is decoded at 1 / `ratio` of its size, any other format in full.
     """
     with tf.device("CPU:0"):
         if kind in ("JPEG", "MPO"):
@@ -161,36 +162,36 @@ def _reason(error: Exception) -> str:
 
 def inspect_all(
     source: DataSource,
-    samples: Sequence[Sample],
+    images: Sequence[LabeledImage],
     cache: ScanCache,
     progress: Callable[[int, int], None] | None = None,
     *,
-    whole: bool = True,
+    full_dataset: bool = True,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Inspects every sample, in threads, with a bounded number of files in memory. What the cache knows is not read again.
+    """Inspect every image in threads, with a bounded number of files in memory. Cached files are not read again.
 
     Args:
-        source: Where the samples come from.
-        samples: N of them.
-        cache: Asked for every file before it is read, and given what was found; also what was found when the scan is
+        source: Source of the images.
+        images: N images.
+        cache: Looked up for every file before it is read; the results are saved to it, also when the scan is
             interrupted.
-        progress: Called with the number of pictures done and of all, from the calling thread.
-        whole: Whether these are all samples of the data set; the cache then forgets what it knows of others.
+        progress: Called with the number of images done and of all, from the calling thread.
+        whole: Whether these are all images of the data set; the cache then drops the results of other files.
 
     Returns:
-        FACTS (N,), and for each sample that cannot be used its position and the reason; its facts are zeros.
+        FACTS (N,), and for each image that cannot be used its position and the reason; its facts are zeros.
     """
-    facts, problems, done = np.zeros(len(samples), FACTS), {}, 0
+    facts, problems, done = np.zeros(len(images), FACTS), {}, 0
     workers = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd files; what cannot be used is reported
-            for start in range(0, len(samples), 8 * workers * CHUNK):
-                some = samples[start : start + 8 * workers * CHUNK]
-                chunks = [some[i : i + CHUNK] for i in range(0, len(some), CHUNK)]
+            warnings.simplefilter("ignore")  # PIL warns about unusual files; what cannot be used is reported
+            for start in range(0, len(images), 8 * workers * CHUNK):
+                batch = images[start : start + 8 * workers * CHUNK]
+                chunks = [batch[i : i + CHUNK] for i in range(0, len(batch), CHUNK)]
                 for found in chain.from_iterable(
-                    pool.map(lambda chunk: [_look(source, sample.key, cache) for sample in chunk], chunks)
+                    pool.map(lambda chunk: [_inspect_key(source, image.key, cache) for image in chunk], chunks)
                 ):
                     if isinstance(found, str):
                         problems[done] = found
@@ -198,17 +199,17 @@ def inspect_all(
                         facts[done] = found
                     done += 1
                     if progress is not None:
-                        progress(done, len(samples))
+                        progress(done, len(images))
     finally:
         pool.shutdown(cancel_futures=True)
-        cache.save(facts, whole=whole and done == len(samples))
+        cache.save(facts, full_dataset=full_dataset and done == len(images))
     return facts, problems
 
 
-def _look(source: DataSource, key: str, cache: ScanCache) -> np.ndarray | str:
+def _inspect_key(source: DataSource, key: str, cache: ScanCache) -> np.ndarray | str:
     try:
         status = source.stat(key)
-        if status is not None and (reason := too_large(status.size)):
+        if status is not None and (reason := size_problem(status.size)):
             return reason
         if status is not None and (known := cache.find(key, status)) is not None:
             return known

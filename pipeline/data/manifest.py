@@ -1,4 +1,4 @@
-"""The table of samples: all that training sees of a data set."""
+"""The manifest: the table of all images that training sees."""
 
 import csv
 import hashlib
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.sources.base import SPLITS, format_list
 from pipeline.errors import DataError
+from pipeline.files import atomic_write
 
 COLUMNS = {
     "key": "str",
@@ -27,28 +28,28 @@ COLUMNS = {
     "width": "int32",
     "orientation": "uint8",
 }
-CHUNK_ROWS = 65_536  # rows, of what would take much memory as Python's objects
+CHUNK_ROWS = 65_536  # rows that are converted to Python objects at a time
 
 
 class SkippedImage(NamedTuple):
-    """A sample that cannot be used."""
+    """An image that cannot be used."""
 
     key: str
     problem: str
-    """To be read behind the key."""
+    """A clause that continues the key."""
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """Every sample of a data set.
+    """All usable images of a data set.
 
     Attributes:
         class_names: In the order of the labels.
-        table: One row per sample; the row's number is the sample's index. Columns: key (str), label (int32), split
+        table: One row per image; the row's number is the image's index. Columns: key (str), label (int32), split
             (train, val or test), group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal),
             height, width (int32, pixels as stored), orientation (uint8, EXIF 1 to 8: how to turn what is stored).
-        notes: What is worth knowing of the data, a sentence each.
-        left_out: The samples that have no row, because they cannot be used.
+        notes: Warnings about the data, a sentence each.
+        left_out: The images that have no row, because they cannot be used.
     """
 
     class_names: tuple[str, ...]
@@ -57,11 +58,11 @@ class Manifest:
     left_out: tuple[SkippedImage, ...] = ()
 
     def indices(self, split: str) -> np.ndarray:
-        """The samples of a split, int64 (n,), ascending."""
+        """Return the indices of a split's images, int64 (n,), ascending."""
         return np.flatnonzero(self.table["split"].to_numpy() == split).astype(np.int64)
 
     def class_counts(self) -> pd.DataFrame:
-        """Samples per class (rows, by name) and split (columns train, val, test), int64."""
+        """Return the number of images per class (rows, by name) and split (columns train, val, test), int64."""
         counts = pd.crosstab(self.table["label"], self.table["split"]).reindex(
             index=range(len(self.class_names)), columns=SPLITS, fill_value=0
         )
@@ -72,9 +73,9 @@ class Manifest:
         )
 
     def digest(self) -> str:
-        """SHA-256 of class names, keys, labels, splits and contents, hexadecimal.
+        """Return the SHA-256 of class names, keys, labels, splits and contents, hexadecimal.
 
-        Equal if and only if training sees the same.
+        It is equal if and only if training sees the same data.
         """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for name in ("key", "label", "split", "sha256"):
@@ -83,13 +84,11 @@ class Manifest:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write a Parquet file, whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(self.to_bytes())
-        part.replace(path)
+        """Write a Parquet file atomically."""
+        atomic_write(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The contents of that file."""
+        """Return the contents of the Parquet file."""
         rows = pa.Table.from_pandas(self.table, preserve_index=False)
         metadata = {name: json.dumps(getattr(self, name)) for name in ("class_names", "notes", "left_out")}
         content = io.BytesIO()
@@ -98,7 +97,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Read what `save` wrote.
+        """Read a manifest that `save` wrote.
 
         Raises:
             DataError: The file is missing or is no manifest.
@@ -110,7 +109,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
-        """The manifest that gave these bytes."""
+        """Return the manifest that `to_bytes` serialized."""
         rows = pq.read_table(
             io.BytesIO(content)
         ).combine_chunks()  # of many, each look at some rows would join them all
@@ -120,14 +119,14 @@ class Manifest:
         return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
 
     def write_left_out(self, path: Path) -> None:
-        """Write a CSV file of the samples that are left out: path, problem."""
+        """Write a CSV file of the images that are left out: path, problem."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("path", "problem"), *self.left_out])
 
 
-def differences(before: Manifest, after: Manifest) -> str:
-    """What has become of the data from one scan to another, a line each; empty where training sees the same."""
+def describe_changes(before: Manifest, after: Manifest) -> str:
+    """Return the differences between two manifests, a line each; empty if training sees the same data."""
     if before.digest() == after.digest():
         return ""
     old, new = (
@@ -148,11 +147,11 @@ def differences(before: Manifest, after: Manifest) -> str:
         ]
     found += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
     found += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
-    return format_list(found or ["the pictures come in another order"])
+    return format_list(found or ["the images come in another order"])
 
 
 def _json_list(column: pd.Series) -> Iterator[str]:
-    """The column as json.dumps would write its list, in parts."""
+    """Yield the column as json.dumps would write its list, in parts."""
     yield "["
     for start in range(0, len(column), CHUNK_ROWS):
         yield (", " if start else "") + json.dumps(column.iloc[start : start + CHUNK_ROWS].tolist())[1:-1]

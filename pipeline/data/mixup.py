@@ -1,26 +1,25 @@
 """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) inside groups of a batch, drawn from (seed, step, group).
 
-Partners are sought inside fixed groups of neighbouring images. A group lies whole inside one replica's micro-batch as
-long as that is a multiple of the group, so how the batch is spread over devices does not change what is mixed.
+Partners are chosen within fixed groups of consecutive images. A group lies within one replica's micro-batch as long as
+the micro-batch is a multiple of the group size, so the number of devices does not change the mixed images.
 """
 
 from collections.abc import Callable
 
 import tensorflow as tf
 
-from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
 GROUP_SIZES = (8, 4, 2)
 
-Mixing = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+MixFn = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
-def mixing_group(global_batch_size: int, accumulation: int) -> int:
-    """Number of neighbouring images among which partners are sought: the largest of 8, 4 and 2 that divides a micro-batch.
+def mixing_group_size(global_batch_size: int, accumulation: int) -> int:
+    """Return the number of consecutive images that are mixed with each other: the largest of 8, 4, 2 in a micro-batch.
 
-    It does not depend on the number of replicas, so that the data do not. The trainer has to see to it that a replica's
-    micro-batch, global_batch_size / accumulation / replicas, is a multiple of it.
+    The size divides a micro-batch. It does not depend on the number of replicas, so the data do not either. The trainer
+    must ensure that a replica's micro-batch, global_batch_size / accumulation / replicas, is a multiple of it.
 
     Args:
         global_batch_size: Images per step over all replicas.
@@ -30,7 +29,7 @@ def mixing_group(global_batch_size: int, accumulation: int) -> int:
         8, 4 or 2.
 
     Raises:
-        ConfigError: If a micro-batch is odd, so that somebody would be left without a partner.
+        ConfigError: A micro-batch is odd, so that one image would have no partner.
     """
     micro_batch = global_batch_size // accumulation
     for size in GROUP_SIZES:
@@ -42,39 +41,37 @@ def mixing_group(global_batch_size: int, accumulation: int) -> int:
     )
 
 
-def group_mixing(config: Config) -> Mixing:
-    """MixUp, CutMix, or one of the two by chance for each group.
+def mixup_and_cutmix(group_size: int, resolution: int, mixup_alpha: float, cutmix_alpha: float, seed: int) -> MixFn:
+    """Return a function that applies MixUp, CutMix, or for each group one of the two at random.
 
     Every image is mixed with another one of its group, with its own weight: from Beta(alpha, alpha) in MixUp; in CutMix
-    the share of pixels that it keeps after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came from
+    the share of its pixels that remain after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came from
     the partner.
 
     Args:
-        config: Its seed, resolution R, `augment.mixup`, `augment.cutmix` and batch sizes are used; at least one alpha
-            is above 0.
+        group_size: Images per group, see `mixing_group_size`.
+        resolution: Side R of the images, in pixels.
+        mixup_alpha: Alpha of MixUp's Beta distribution; 0 turns MixUp off. At least one alpha is above 0.
+        cutmix_alpha: Alpha of CutMix's Beta distribution; 0 turns CutMix off.
+        seed: Seed of the run.
 
     Returns:
         A function for a tf.data map: (images: uint8 (group, R, R, 3), labels: float32 (group, K), number: scalar int64,
-        the group's, counted from step 0 on) -> the mixed images, uint8, and labels.
-
-    Raises:
-        ConfigError: If a micro-batch is odd.
+        number of the group, counted from step 0 on) -> the mixed images, uint8, and labels.
     """
-    size = mixing_group(config.train.batch_size, config.train.gradient_accumulation_steps)
-    resolution, alpha, cut_alpha = config.variant.resolution, config.augment.mixup, config.augment.cutmix
 
     def mix(images: tf.Tensor, labels: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        seed = tf.stack([tf.constant(config.seed, tf.int64), number])
-        kind, shift, share, place = (tf.random.fold_in(seed, purpose) for purpose in range(4))
-        partner = partners(size, shift)
+        group_seed = tf.stack([tf.constant(seed, tf.int64), number])
+        method, shift, share, center = (tf.random.fold_in(group_seed, purpose) for purpose in range(4))
+        partner = partners(group_size, shift)
         others = tf.gather(images, partner)
 
         def mixup() -> tuple[tf.Tensor, tf.Tensor]:
-            kept = beta((size,), alpha, share)
-            return blend(images, others, kept), kept
+            lam = beta((group_size,), mixup_alpha, share)
+            return blend(images, others, lam), lam
 
         def cutmix() -> tuple[tf.Tensor, tf.Tensor]:
-            boxes = random_boxes(resolution, tf.sqrt(1 - beta((size,), cut_alpha, share)), place)
+            boxes = random_boxes(resolution, tf.sqrt(1 - beta((group_size,), cutmix_alpha, share)), center)
             pasted = [
                 paste(image, other, box)
                 for image, other, box in zip(*map(tf.unstack, (images, others, boxes)), strict=True)
@@ -82,25 +79,25 @@ def group_mixing(config: Config) -> Mixing:
             area = tf.reduce_prod(boxes[:, 2:] - boxes[:, :2], axis=1)
             return tf.stack(pasted), 1 - tf.cast(area, tf.float32) / resolution**2
 
-        if alpha and cut_alpha:
-            mixed, kept = tf.cond(tf.random.stateless_uniform((), kind) < 0.5, mixup, cutmix)
+        if mixup_alpha and cutmix_alpha:
+            mixed, lam = tf.cond(tf.random.stateless_uniform((), method) < 0.5, mixup, cutmix)
         else:
-            mixed, kept = mixup() if alpha else cutmix()
-        weight = kept[:, tf.newaxis]
+            mixed, lam = mixup() if mixup_alpha else cutmix()
+        weight = lam[:, tf.newaxis]
         return tf.ensure_shape(mixed, images.shape), weight * labels + (1 - weight) * tf.gather(labels, partner)
 
     return mix
 
 
 def partners(size: int, seed: tf.Tensor) -> tf.Tensor:
-    """Whom each image of a group is mixed with: the one a drawn number of places further, never itself.
+    """Return the partner of each image in a group: the image a drawn number of positions further, never itself.
 
     Args:
         size: Images in the group, at least 2.
         seed: int64 (2,).
 
     Returns:
-        int32 (size,): a permutation of the places in the group.
+        int32 (size,): a permutation of the positions in the group.
     """
     shift = tf.random.stateless_uniform((), seed, minval=1, maxval=size, dtype=tf.int32)
     return (tf.range(size) + shift) % size
@@ -123,40 +120,42 @@ def beta(shape: tuple[int, ...], alpha: float, seed: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.math.divide_no_nan(first, first + second), tf.float32)
 
 
-def blend(images: tf.Tensor, others: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-    """Weighted means of pictures, rounded.
+def blend(images: tf.Tensor, others: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """Blend images with weights, rounded.
 
     Args:
         images: uint8 (group, H, W, 3).
         others: uint8 (group, H, W, 3).
-        kept: float32 (group,) in [0, 1], the weight of `images`.
+        lam: float32 (group,) in [0, 1], the weight of `images`.
 
     Returns:
         uint8 (group, H, W, 3).
     """
-    kept = kept[:, tf.newaxis, tf.newaxis, tf.newaxis]
-    mixed = tf.cast(images, tf.float32) * kept + tf.cast(others, tf.float32) * (1 - kept)
+    lam = lam[:, tf.newaxis, tf.newaxis, tf.newaxis]
+    mixed = tf.cast(images, tf.float32) * lam + tf.cast(others, tf.float32) * (1 - lam)
     return tf.cast(mixed + 0.5, tf.uint8)  # between 0 and 255 already, so nothing to clip
 
 
 def random_boxes(resolution: int, sides: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Squares around places anywhere in the picture, cut off at its border.
+    """Draw squares around points anywhere in the image, cut off at its border.
 
     Args:
-        resolution: Side of the picture, in pixels.
-        sides: float32 (group,) in [0, 1], of the squares, as a share of the picture's.
+        resolution: Side of the image, in pixels.
+        sides: float32 (group,) in [0, 1], of the squares, as a share of the image's.
         seed: int64 (2,).
 
     Returns:
         int32 (group, 4): top, left, bottom, right; bottom and right are not inside.
     """
-    centre = tf.random.stateless_uniform((sides.shape[0], 2), seed) * resolution
+    center = tf.random.stateless_uniform((sides.shape[0], 2), seed) * resolution
     half = sides[:, tf.newaxis] * resolution / 2
-    return tf.cast(tf.clip_by_value(tf.round(tf.concat([centre - half, centre + half], 1)), 0, resolution), tf.int32)
+    return tf.cast(tf.clip_by_value(tf.round(tf.concat([center - half, center + half], 1)), 0, resolution), tf.int32)
 
 
 def paste(image: tf.Tensor, other: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    """A picture with a box of another one in the same place. Slices are copied; selecting by a mask takes ten times as long.
+    """Return an image with a box of another image pasted at the same position.
+
+    Slices are copied; selecting by a mask takes ten times as long.
 
     Args:
         image: uint8 (H, W, 3).

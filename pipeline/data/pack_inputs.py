@@ -1,4 +1,4 @@
-"""What can be packed: here the data set of a config, in `tfrecord` what exists as TFRecord."""
+"""Inputs of packing: the data set of a config; TFRecord files are in `tfrecord`."""
 
 import hashlib
 import json
@@ -10,27 +10,27 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.inspection import too_large
-from pipeline.data.sources.base import DataSource, Sample
+from pipeline.data.inspection import size_problem
+from pipeline.data.sources.base import DataSource, LabeledImage
 from pipeline.errors import DataError
 
-# files that are read before they are needed, by as many threads: over a network it is waiting that takes the time
+# files read ahead, by as many threads: over a network, latency dominates
 PREFETCH = 16
 ROWS = pa.schema(
     [
         ("key", pa.string()),
-        ("label", pa.int64()),  # as the origin counts
-        ("class_name", pa.string()),  # null where the origin does not tell it with each picture
-        ("split", pa.string()),  # null where the data bring none
+        ("label", pa.int64()),  # as the input counts them
+        ("class_name", pa.string()),  # null where the input does not store it with each image
+        ("split", pa.string()),  # null where the data have no splits
         ("bytes", pa.int64()),
         ("sha256", pa.binary(32)),
-        ("modified", pa.int64()),  # Status.version; 0 where there is none
+        ("modified", pa.int64()),  # FileStat.version; 0 where there is none
     ]
 )
 
 
 class PackRecord(NamedTuple):
-    """One picture on its way into a pack; see ROWS."""
+    """One image on its way into a pack; see ROWS."""
 
     key: str
     label: int
@@ -46,62 +46,62 @@ class PackInput(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the data set is the same by, for JSON: each thing's name and value.
+        """Names and values, for JSON, that identify the data set.
 
-        Found without reading the pictures.
+        They are computed without reading the images.
         """
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The same of what decides about the finished pack only, and may be changed before it is."""
+        """Names and values that affect the finished pack only; they may change until it is finished."""
 
     @property
     def total(self) -> int | None:
-        """The number of pictures, if it is known."""
+        """Number of images, if it is known."""
 
-    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
-        """The pictures from number `start` on, always in the same order; `last` is the key of the one in front of it.
+    def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
+        """Yield the images from number `start` on, always in the same order; `last` is the key of the image before it.
 
         Raises:
-            DataError: One cannot be read, or is not what a picture in a pack may be.
+            DataError: An image cannot be read, or is not valid in a pack.
         """
 
     def changes(self, rows: pa.Table) -> list[str]:
-        """What has become of packed pictures since, a line each.
+        """Return the changes of packed images since they were packed, a line each.
 
         `rows` have the columns key, label, split, bytes, sha256 and modified.
         """
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
-        """The class names, and of all pictures, ROWS (N,), the labels int32 (N,) that are places among them.
+        """Return the class names, and for all images, ROWS (N,), the labels int32 (N,) that are indices into them.
 
         Raises:
-            DataError: They cannot be told.
+            DataError: The class names cannot be determined.
         """
 
 
-class SourceOrigin:
-    """The data set of a config."""
+class SourceInput:
+    """The data set of a config, as an input of packing."""
 
     def __init__(self, source: DataSource) -> None:
-        self._source, self._samples = source, source.samples()
-        self.total, self.settings = len(self._samples), dict[str, Any]()
+        self._source, self._images = source, source.list_images()
+        self.total, self.settings = len(self._images), dict[str, Any]()
         digest = hashlib.sha256(json.dumps(source.class_names).encode())
-        for sample in self._samples:
-            digest.update(json.dumps(sample).encode())
+        for image in self._images:
+            digest.update(json.dumps(image).encode())
         self.identity = {
             "number of classes": len(source.class_names),
             "number of pictures": self.total,
             "digest of names, labels and splits": digest.hexdigest(),
         }
 
-    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
+    def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
         del last
         ahead: deque[Future[PackRecord]] = deque()
         with ThreadPoolExecutor(PREFETCH) as pool:
             try:
-                for sample in self._samples[start:]:
-                    ahead.append(pool.submit(self._read, sample))
+                for image in self._images[start:]:
+                    ahead.append(pool.submit(self._read, image))
                     if len(ahead) == PREFETCH:
                         yield ahead.popleft().result()
                 while ahead:
@@ -109,33 +109,33 @@ class SourceOrigin:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, sample: Sample) -> PackRecord:
+    def _read(self, image: LabeledImage) -> PackRecord:
         try:
-            status = self._source.stat(sample.key)
-            if status is not None and (reason := too_large(status.size)):
-                raise DataError(f"{sample.key} {reason}; take it out of the data set")
-            data = self._source.read(sample.key)
+            status = self._source.stat(image.key)
+            if status is not None and (reason := size_problem(status.size)):
+                raise DataError(f"{image.key} {reason}; remove it from the data set")
+            data = self._source.read(image.key)
         except OSError as error:
             raise DataError(
-                f"{sample.key} cannot be read: {error.strerror}; put that right, or take it out of the data set"
+                f"{image.key} cannot be read: {error.strerror}; correct that, or remove it from the data set"
             ) from None
-        return PackRecord(sample.key, sample.label, None, sample.split, 0 if status is None else status.version, data)
+        return PackRecord(image.key, image.label, None, image.split, 0 if status is None else status.version, data)
 
     def changes(self, rows: pa.Table) -> list[str]:
-        found = []
-        now = {sample.key: sample for sample in self._samples}
+        changes = []
+        current = {image.key: image for image in self._images}
         columns = (rows[name].to_pylist() for name in ("key", "label", "split", "bytes", "modified", "sha256"))
         for key, label, split, size, modified, sha256 in zip(*columns, strict=True):
-            if key not in now:
-                found.append(f"{key}: is gone")
-            elif now[key] != (key, label, split):
-                found.append(f"{key}: has another {'split' if now[key].label == label else 'label'}")
+            if key not in current:
+                changes.append(f"{key}: is gone")
+            elif current[key] != (key, label, split):
+                changes.append(f"{key}: has another {'split' if current[key].label == label else 'label'}")
             elif self._other_status(key, size, modified) and hashlib.sha256(self._source.read(key)).digest() != sha256:
-                found.append(f"{key}: has other contents")
-        return found
+                changes.append(f"{key}: has other contents")
+        return changes
 
     def _other_status(self, key: str, size: int, modified: int) -> bool:
-        """Whether it may have changed; one that was copied or touched has not."""
+        """Return whether size or version differ; the contents of a copied or touched file have not changed."""
         status = self._source.stat(key)
         return status is not None and status != (size, modified)
 

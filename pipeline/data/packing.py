@@ -1,8 +1,7 @@
-"""Writing packs. Whatever ends the program, run again it goes on from there.
+"""Writing packs. If the program is interrupted at any point, running it again continues from there.
 
-What is not finished lies in FOLDER/.packing: numbered shards, each with its rows in a Parquet file that is written once
-the shard has been read back and found right. When all are there, they are moved up under their names, and pack.json
-last.
+An unfinished pack lies in FOLDER/.packing: numbered shards, each with its rows in a Parquet file that is written after
+the shard has been read back and verified. When all shards exist, they are moved to their final names, pack.json last.
 """
 
 import hashlib
@@ -20,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from filelock import FileLock, Timeout
 
 from pipeline.data.pack_inputs import ROWS, PackInput, PackRecord
 from pipeline.data.sources.base import format_list
@@ -34,41 +32,40 @@ from pipeline.data.sources.pack import (
     find_corruption,
     load,
     read_record,
-    sha256_of,
 )
 from pipeline.errors import DataError
-from pipeline.files import fsync
+from pipeline.files import atomic_path, atomic_write, exclusive_lock, fsync, sha256_of
 
 STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; compressed, 60.8 MB of photos take 0.1 % less
-GO_ON = "put that right and run it again: it goes on from here"
+RESUME_HINT = "correct that and run it again: it continues from here"
 
 Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
 class ShardLimit:
-    """When a shard is full."""
+    """The limit at which a shard is full."""
 
-    size: float
-    """Bytes; the picture that reaches them is the last."""
-    pictures: int | None = None
+    max_bytes: float
+    """Bytes; the image that reaches this limit is the last of its shard."""
+    max_images: int | None = None
 
-    def reached(self, size: int, pictures: int) -> bool:
-        """Whether a shard of so many bytes and pictures is full."""
-        return size >= self.size or pictures == self.pictures
+    def reached(self, num_bytes: int, num_images: int) -> bool:
+        """Return whether a shard of so many bytes and images is full."""
+        return num_bytes >= self.max_bytes or num_images == self.max_images
 
 
 class PackResult(NamedTuple):
-    """What `pack` came to."""
+    """The result of `pack`."""
 
-    description: PackMetadata
+    metadata: PackMetadata
     index: pa.Table
     written: int
-    """Pictures that were written now; the others had been before."""
+    """Number of images written by this call; the others existed already."""
 
 
-class _Part(NamedTuple):
+class _WrittenShard(NamedTuple):
     """A shard that has been written."""
 
     path: Path
@@ -76,101 +73,96 @@ class _Part(NamedTuple):
     sha256: str
 
 
-def pack(origin: PackInput, folder: Path, limit: ShardLimit, progress: Progress) -> PackResult:
-    """Packs a data set, goes on with it, or sees to it that a finished pack is whole and of this data set.
+def pack(pack_input: PackInput, folder: Path, limit: ShardLimit, progress: Progress) -> PackResult:
+    """Pack a data set, continue an interrupted pack, or verify that a finished pack is intact and of this data set.
 
-    Shards that are whole are left as they are, damaged ones are written again. A few pictures are in memory at any
-    time.
+    Intact shards are left as they are, damaged shards are written again. A few images are in memory at any time.
 
     Args:
-        origin: The data set.
-        folder: Where to; made if it is missing.
-        limit: Of a shard.
-        progress: Called with the number of pictures done and of all, None if that is not known.
+        pack_input: The data set.
+        folder: Folder of the pack; created if it is missing.
+        limit: Limit of a shard.
+        progress: Called with the number of images done and of all, None if that is not known.
 
     Raises:
         DataError: The folder holds something else, the data set has changed since its pack was begun, or nothing can be
             written.
     """
     try:
-        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+        if folder.exists() and not (folder.is_dir() and _is_pack_folder(folder)):
             raise DataError(f"{folder} exists and is no pack, and nothing is overwritten; choose another --out")
         staging = folder / STAGING
-        with _alone(staging):
+        with _exclusive_lock(staging):
             if not (folder / DESCRIPTION).exists():
-                written = 0 if (staging / DESCRIPTION).exists() else _fill(origin, staging, limit, progress)
+                written = 0 if (staging / DESCRIPTION).exists() else _write_shards(pack_input, staging, limit, progress)
                 _publish(staging, folder)
                 if written:
                     return PackResult(*load(folder), written)
             description, index = load(folder)
-            _refuse_changes(origin, description.origin, {**origin.identity, **origin.settings}, index, folder)
+            _check_unchanged(
+                pack_input, description.origin, {**pack_input.identity, **pack_input.settings}, index, folder
+            )
             ends = np.cumsum([shard.pictures for shard in description.shards]).tolist()
             parts = [
-                _Part(folder / shard.name, index.slice(end - shard.pictures, shard.pictures), shard.sha256)
+                _WrittenShard(folder / shard.name, index.slice(end - shard.pictures, shard.pictures), shard.sha256)
                 for shard, end in zip(description.shards, ends, strict=True)
             ]
-            return PackResult(description, index, _repair(origin, parts, staging, progress))
+            return PackResult(description, index, _repair(pack_input, parts, staging, progress))
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror or error}; {GO_ON}") from None
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}; {RESUME_HINT}") from None
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_pack_folder(folder: Path) -> bool:
     return (folder / DESCRIPTION).exists() or (folder / STAGING).exists() or not any(folder.iterdir())
 
 
 @contextmanager
-def _alone(staging: Path) -> Iterator[None]:
+def _exclusive_lock(staging: Path) -> Iterator[None]:
     """A block that no other process can be in for the same folder. A finished pack is left without a staging folder."""
     staging.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(staging / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DataError(
-            f"{staging.parent}: another process is packing into it; wait for its end, or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if (staging.parent / DESCRIPTION).exists():
-            shutil.rmtree(staging)
+    busy = f"{staging.parent}: another process is packing into it; wait for its end, or choose another --out"
+    with exclusive_lock(staging / LOCK, DataError(busy)):
+        try:
+            yield
+        finally:
+            if (staging.parent / DESCRIPTION).exists():
+                shutil.rmtree(staging)
 
 
-def _fill(origin: PackInput, staging: Path, limit: ShardLimit, progress: Progress) -> int:
-    """Write what the staging folder still lacks, its description included; returns the number of pictures written."""
+def _write_shards(origin: PackInput, staging: Path, limit: ShardLimit, progress: Progress) -> int:
+    """Write what the staging folder lacks, including its metadata; return the number of images written."""
     identity, parts = staging / IDENTITY, _finished(staging)
     if identity.exists():
         rows = pa.concat_tables([part.rows for part in parts]) if parts else ROWS.empty_table()
-        _refuse_changes(origin, json.loads(identity.read_text(encoding="utf-8")), origin.identity, rows, staging)
+        _check_unchanged(origin, json.loads(identity.read_text(encoding="utf-8")), origin.identity, rows, staging)
     else:
-        _write(identity, json.dumps(origin.identity, ensure_ascii=False))
+        atomic_write(identity, json.dumps(origin.identity, ensure_ascii=False))
     written = _repair(origin, parts, staging, progress)
     done = sum(len(part.rows) for part in parts)
-    pictures = origin.pictures(done, parts[-1].rows["key"][-1].as_py() if parts else None)
+    records = origin.records(done, parts[-1].rows["key"][-1].as_py() if parts else None)
     for number in count(len(parts)):
         path = staging / f"{number:05}.array_record"
-        rows = _write_shard(path, pictures, limit, lambda new, done=done: progress(done + new, origin.total))  # type: ignore[misc]
+        rows = _write_shard(path, records, limit, lambda new, done=done: progress(done + new, origin.total))  # type: ignore[misc]
         if not len(rows):
             break
-        parts.append(_Part(path, rows, sha256_of(path)))
-        _note(parts[-1])
+        parts.append(_WrittenShard(path, rows, sha256_of(path)))
+        _mark_finished(parts[-1])
         done += len(rows)
         written += len(rows)
     if not parts:
-        raise DataError("there are no pictures to pack")
-    _describe(origin, staging, parts)
+        raise DataError("there are no images to pack")
+    _write_metadata(origin, staging, parts)
     return written
 
 
-def _finished(staging: Path) -> list[_Part]:
-    """The shards that have been written, from the first one on. What comes behind a gap is forgotten."""
-    parts: list[_Part] = []
+def _finished(staging: Path) -> list[_WrittenShard]:
+    """Return the shards that have been written, from the first one on. Shards after a gap are discarded."""
+    parts: list[_WrittenShard] = []
     for number in count():
         path = staging / f"{number:05}.array_record"
         try:
             rows = pq.read_table(path.with_suffix(".parquet"), memory_map=False)
-            parts.append(_Part(path, rows.cast(ROWS), rows.schema.metadata[b"sha256"].decode()))
+            parts.append(_WrittenShard(path, rows.cast(ROWS), rows.schema.metadata[b"sha256"].decode()))
         except (
             OSError,
             pa.ArrowException,
@@ -185,18 +177,18 @@ def _finished(staging: Path) -> list[_Part]:
     return parts
 
 
-def _repair(origin: PackInput, parts: Sequence[_Part], staging: Path, progress: Progress) -> int:
-    """Read shards and writes those again that are damaged; returns the number of pictures written."""
+def _repair(origin: PackInput, parts: Sequence[_WrittenShard], staging: Path, progress: Progress) -> int:
+    """Verify shards and rewrite the damaged ones; return the number of images written."""
     written, done, last = 0, 0, None
     for path, rows, sha256 in parts:
         if find_corruption(path, sha256, rows):
             again = staging / f"again-{path.name}"
             new = _write_shard(
-                again, islice(origin.pictures(done, last), len(rows)), ShardLimit(float("inf")), lambda _: None
+                again, islice(origin.records(done, last), len(rows)), ShardLimit(float("inf")), lambda _: None
             )
             if new["sha256"] != rows["sha256"] or sha256_of(again) != sha256:
                 raise DataError(
-                    f"{path} is damaged, and does not come out the same again; delete {path.parent} and pack anew"
+                    f"{path} is damaged, and cannot be reproduced identically; delete {path.parent} and pack again"
                 )
             again.replace(path)
             written += len(rows)
@@ -206,44 +198,40 @@ def _repair(origin: PackInput, parts: Sequence[_Part], staging: Path, progress: 
 
 
 def _write_shard(
-    path: Path, pictures: Iterator[PackRecord], limit: ShardLimit, progress: Callable[[int], None]
+    path: Path, records: Iterator[PackRecord], limit: ShardLimit, progress: Callable[[int], None]
 ) -> pa.Table:
-    """Write pictures until the shard is full or there are no more, and reads them back from the disk.
-
-    Returns their ROWS.
-    """
+    """Write images until the shard is full or there are no more, read them back from the disk, return their ROWS."""
     rows: list[dict[str, Any]] = []
     size = 0
     try:
         writer = ArrayRecordWriter(str(path), OPTIONS)
-        for picture in pictures:
-            writer.write(picture.data)
-            size += len(picture.data)
-            row = picture._asdict()
-            rows.append(row | {"bytes": len(picture.data), "sha256": hashlib.sha256(row.pop("data")).digest()})
+        for record in records:
+            writer.write(record.data)
+            size += len(record.data)
+            row = record._asdict()
+            rows.append(row | {"bytes": len(record.data), "sha256": hashlib.sha256(row.pop("data")).digest()})
             progress(len(rows))
             if limit.reached(size, len(rows)):
                 break
         writer.close()
     except RuntimeError as error:  # the writer's
-        raise DataError(f"{path} cannot be written: {error}; {GO_ON}") from None
+        raise DataError(f"{path} cannot be written: {error}; {RESUME_HINT}") from None
     fsync(path)
     with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is the disk that is read
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the page cache
     reader = ArrayRecordReader(str(path), BY_NUMBER)
     for position, row in enumerate(rows):
         read_record(path, reader, position, row["sha256"], row["key"])
     return pa.Table.from_pylist(rows, ROWS)
 
 
-def _note(part: _Part) -> None:
-    """Make a shard one that is finished."""
-    aside = part.path.with_suffix(".part")
-    pq.write_table(part.rows.replace_schema_metadata({"sha256": part.sha256}), aside)
-    aside.replace(part.path.with_suffix(".parquet"))
+def _mark_finished(part: _WrittenShard) -> None:
+    """Mark a shard as finished."""
+    with atomic_path(part.path.with_suffix(".parquet")) as temporary:
+        pq.write_table(part.rows.replace_schema_metadata({"sha256": part.sha256}), temporary)
 
 
-def _describe(origin: PackInput, staging: Path, parts: Sequence[_Part]) -> None:
+def _write_metadata(origin: PackInput, staging: Path, parts: Sequence[_WrittenShard]) -> None:
     rows, sizes = pa.concat_tables([part.rows for part in parts]), [len(part.rows) for part in parts]
     class_names, labels = origin.classes(rows)
     columns = {name: rows[name] for name in INDEX.names if name in ROWS.names}
@@ -261,40 +249,33 @@ def _describe(origin: PackInput, staging: Path, parts: Sequence[_Part]) -> None:
     description = PackMetadata(
         class_names, shards, sha256_of(staging / INDEX_FILE), {**origin.identity, **origin.settings}
     )
-    _write(staging / DESCRIPTION, description.to_json())
+    atomic_write(staging / DESCRIPTION, description.to_json())
 
 
 def _publish(staging: Path, folder: Path) -> None:
-    """Move a described pack up. What has been moved before is not there any more."""
+    """Move a complete pack from the staging folder to its final place. Files that were moved before are skipped."""
     shards = json.loads((staging / DESCRIPTION).read_text(encoding="utf-8"))["shards"]
     names = {f"{number:05}.array_record": shard["name"] for number, shard in enumerate(shards)}
     for moved in ({**names, INDEX_FILE: INDEX_FILE}, {DESCRIPTION: DESCRIPTION}):
         for name, final in moved.items():
             if (staging / name).exists():
                 (staging / name).replace(folder / final)
-        fsync(folder)  # what makes the pack one is on the disk behind all that it speaks of
+        fsync(folder)  # pack.json reaches the disk after all files that it names
 
 
-def _refuse_changes(
-    origin: PackInput, noted: Mapping[str, Any], now: Mapping[str, Any], rows: pa.Table, where: Path
+def _check_unchanged(
+    origin: PackInput, recorded: Mapping[str, Any], current: Mapping[str, Any], rows: pa.Table, folder: Path
 ) -> None:
-    """Raise DataError if the data set is not the one whose pictures were packed."""
+    """Raise DataError if the data set is not the one whose images were packed."""
     found = origin.changes(rows)
     if not found:
         found = [
-            f"{name}: was {noted.get(name)}, is {now.get(name)}"
-            for name in {**noted, **now}
-            if noted.get(name) != now.get(name)
+            f"{name}: was {recorded.get(name)}, is {current.get(name)}"
+            for name in {**recorded, **current}
+            if recorded.get(name) != current.get(name)
         ]
     if found:
         raise DataError(
-            f"{where} is of another data set, or of this one as it was before:\n{format_list(found)}\n"
+            f"{folder} is of another data set, or of an earlier state of this one:\n{format_list(found)}\n"
             "Choose another --out, or delete that folder."
         )
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    fsync(aside)
-    aside.replace(path)

@@ -1,7 +1,7 @@
-"""From an encoded picture to the network's square: what evaluation, prediction and export do, and where augmentation starts.
+"""Decoding and resizing of images to the network's input, for evaluation, prediction, export and augmentation.
 
-`preprocess` is the only evaluation preprocessing there is, so that training's validation, `evaluate.py`, predictions
-and exports agree. Normalisation is not here: it is in the model.
+`preprocess` is the only evaluation preprocessing, so that training's validation, `evaluate.py`, predictions
+and exports agree. Normalization is in the model, not here.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ Resize = Literal["crop", "squash", "letterbox"]
 # From an upright image, uint8 (H, W, 3), and its index to the network's uint8 (R, R, 3).
 PreprocessFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
-# pixels of the resized picture around the centre crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
+# pixels of the resized image around the center crop (tensorflow/tpu, models/official/efficientnet/preprocessing.py)
 CROP_PADDING = 32
-PADDING_GREY = 128  # close to ImageNet's mean colour, so nearly zero after normalisation
+PADDING_GRAY = 128  # close to ImageNet's mean color, so nearly zero after normalization
 ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
 # the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
@@ -24,9 +24,9 @@ JPEG_METHOD = "INTEGER_ACCURATE"
 
 
 def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Decode a picture and turns it upright.
+    """Decode an image and turn it upright.
 
-    Grey pictures get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF
+    Gray images get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF
     gives its first frame.
 
     Args:
@@ -37,7 +37,7 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
         uint8 (H, W, 3) in [0, 255], upright.
 
     Raises:
-        tf.errors.InvalidArgumentError: When run on something that is not such a picture, or is cut short.
+        tf.errors.InvalidArgumentError: The file is not such an image, or is truncated.
     """
     stored = tf.cond(tf.io.is_jpeg(encoded), lambda: decode_jpeg(encoded), lambda: _decode_other(encoded))
     return apply_exif_orientation(stored, orientation)
@@ -50,7 +50,7 @@ def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
-    """A JPEG as stored, at 1 / `ratio` of its size: uint8 (ceil(H / ratio), ceil(W / ratio), 3), ratio 1, 2, 4 or 8.
+    """Decode a JPEG as stored, at 1 / `ratio` of its size: uint8 (ceil(H / ratio), ceil(W / ratio), 3), ratio 1, 2, 4 or 8.
 
     Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every
     other.
@@ -59,27 +59,27 @@ def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
 
 
 def decode_webp(encoded: tf.Tensor) -> tf.Tensor:
-    """A WebP as stored, uint8 (H, W, 3).
+    """Decode a WebP as stored to uint8 (H, W, 3).
 
-    An animated one makes the decoder overrun its memory (TensorFlow 2.21): never give it any.
+    An animated WebP makes the decoder overrun its memory (TensorFlow 2.21): never pass one.
     """
     return tf.io.decode_webp(encoded, channels=0)[0, :, :, :3]  # it takes only the number of channels that the file has
 
 
 def decode_plain(encoded: tf.Tensor) -> tf.Tensor:
-    """A PNG, GIF or BMP as stored, uint8 (H, W, 3)."""
+    """Decode a PNG, GIF or BMP as stored to uint8 (H, W, 3)."""
     return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
 def apply_exif_orientation(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Undoes the camera's rotation and mirroring.
+    """Undo the camera's rotation and mirroring.
 
     Args:
         stored: (H, W, 3) as in the file.
         orientation: Scalar integer, EXIF orientation 1 to 8.
 
     Returns:
-        The upright picture: (H, W, 3), or (W, H, 3) for orientations 5 to 8.
+        The upright image: (H, W, 3), or (W, H, 3) for orientations 5 to 8.
     """
     transpose, mirror, flip = orientation_steps(orientation)
 
@@ -93,7 +93,7 @@ def apply_exif_orientation(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tens
 
 
 def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What makes a stored picture upright: transpose, then mirror left to right, then flip top to bottom.
+    """Return the steps that turn a stored image upright: transpose, then mirror left to right, then flip top to bottom.
 
     Args:
         orientation: Scalar integer, EXIF orientation 1 to 8 (CIPA DC-008, tag 0x0112).
@@ -106,7 +106,7 @@ def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.
 
 
 def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) -> tf.Tensor:
-    """Resizes for evaluation: bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow does.
+    """Resize for evaluation: bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow does.
 
     Args:
         image: uint8 (H, W, 3).
@@ -120,7 +120,7 @@ def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) 
 
 
 def resize_bilinear(image: tf.Tensor, resolution: int) -> tf.Tensor:
-    """Resizes for augmentation: bilinearly, with an antialiasing filter only where a side shrinks more than twofold.
+    """Resize for augmentation: bilinearly, with an antialiasing filter only where a side shrinks more than twofold.
 
     Below a factor of two the filter takes more than twice the time (330 to 224 pixels: 1.3 instead of 0.5 ms on one x86
     thread), and training sees a window of another size each time.
@@ -142,25 +142,25 @@ def resize_bilinear(image: tf.Tensor, resolution: int) -> tf.Tensor:
 
 
 def to_uint8(values: tf.Tensor) -> tf.Tensor:
-    """Rounds and clips floats to uint8 in [0, 255]; the shape stays."""
+    """Round and clip floats to uint8 in [0, 255]; the shape stays."""
     return tf.cast(tf.clip_by_value(tf.round(values), 0, 255), tf.uint8)
 
 
 def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Tensor:
-    """Make a square of a picture.
+    """Resize an image to a square.
 
-    The crop is that of the official code, but for two choices. The code rounds the crop's side down and samples
+    The crop is that of the official code, with two differences. The code rounds the crop's side down and samples
     bicubically without a
     filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is rounded to the nearest
     pixel and the filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in place of 88 (89, once its
-    pixels are rounded to uint8); the mean log-likelihood differs by 0.011 +- 0.015 nats, which is to say that 100
-    photos cannot tell them apart.
+    pixels are rounded to uint8); the mean log-likelihood differs by 0.011 +- 0.015 nats, so the difference is
+    not significant on 100 images.
 
     Args:
         image: uint8 (H, W, 3).
         resolution: Side R of the square, in pixels.
-        resize: crop takes the centre, of side min(H, W) * R / (R + 32); squash takes the whole picture and distorts it;
-            letterbox takes the whole picture, keeps its aspect and pads with grey.
+        resize: crop takes the center, of side min(H, W) * R / (R + 32); squash takes the whole image and distorts it;
+            letterbox takes the whole image, keeps its aspect and pads with gray.
 
     Returns:
         uint8 (R, R, 3), resampled bicubically.
@@ -180,18 +180,18 @@ def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Te
         inner = resample(image, inner_height, inner_width)
         top, left = (resolution - inner_height) // 2, (resolution - inner_width) // 2
         margins = [[top, resolution - inner_height - top], [left, resolution - inner_width - left], [0, 0]]
-        square = tf.pad(inner, margins, constant_values=PADDING_GREY)
+        square = tf.pad(inner, margins, constant_values=PADDING_GRAY)
     return tf.ensure_shape(square, (resolution, resolution, 3))
 
 
-def crop_view(image: tf.Tensor, resolution: int, resize: Resize, place: tuple[float, float]) -> tf.Tensor:
-    """One of several overlapping views of a picture, each R / (R + 32) of its sides (of the shorter one under `resize` crop).
+def crop_view(image: tf.Tensor, resolution: int, resize: Resize, position: tuple[float, float]) -> tf.Tensor:
+    """Crop one of several overlapping views of an image, each R / (R + 32) of its sides (of the shorter one under `resize` crop).
 
     Args:
         image: uint8 (H, W, 3).
         resolution: Side R of the square, in pixels.
         resize: crop or squash; under letterbox there is nothing that a crop could leave out.
-        place: How far down and to the right, from 0 (the edge) over 0.5 (the centre) to 1.
+        position: How far down and to the right, from 0 (the edge) over 0.5 (the center) to 1.
 
     Returns:
         uint8 (R, R, 3), resampled bicubically.
@@ -202,54 +202,54 @@ def crop_view(image: tf.Tensor, resolution: int, resize: Resize, place: tuple[fl
     height, width = (tf.maximum((whole * resolution + padded // 2) // padded, 1) for whole in wholes)
     top, left = (
         tf.cast(tf.math.ceil(tf.cast(side - part, tf.float32) * share), tf.int32)
-        for side, part, share in zip(sides, (height, width), place, strict=True)
+        for side, part, share in zip(sides, (height, width), position, strict=True)
     )
     square = resample(tf.image.crop_to_bounding_box(image, top, left, height, width), resolution, resolution)
     return tf.ensure_shape(square, (resolution, resolution, 3))
 
 
 def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, resize: Resize) -> tf.Tensor:
-    """Evaluation preprocessing: decodes, turns upright, makes a square.
+    """Apply the evaluation preprocessing: decode, turn upright, resize to a square.
 
     Args:
         encoded: Scalar string with an image file.
         orientation: Scalar integer, EXIF orientation 1 to 8.
         resolution: Side R of the square, in pixels.
-        resize: How to make a square, see `fit_square`.
+        resize: How to resize to a square, see `resize_to_square`.
 
     Returns:
         uint8 (R, R, 3) in [0, 255], RGB.
 
     Raises:
-        tf.errors.InvalidArgumentError: When run on something that `decode` cannot read.
+        tf.errors.InvalidArgumentError: `decode` cannot read the file.
     """
     return resize_to_square(decode(encoded, orientation), resolution, resize)
 
 
 def describe(resolution: int, resize: Resize) -> list[str]:
-    """What `preprocess` does, in sentences from which it can be written anew where TensorFlow is not."""
+    """Describe `preprocess` in sentences, from which it can be implemented without TensorFlow."""
     r, padded = resolution, resolution + CROP_PADDING
     bicubically = (
         "bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow's BICUBIC does"
     )
     square = {
-        "squash": [f"resize the whole picture to {r} x {r} pixels, whatever its shape, {bicubically}"],
+        "squash": [f"resize the whole image to {r} x {r} pixels, whatever its shape, {bicubically}"],
         "crop": [
             f"cut out a square of side = max(1, floor((min(H, W) * {r} + {padded // 2}) / {padded})) pixels, "
             "its top at floor((H - side + 1) / 2), its left at floor((W - side + 1) / 2)",
             f"resize it to {r} x {r} pixels, {bicubically}",
         ],
         "letterbox": [
-            f"resize the picture to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / max(H, W))), "
+            f"resize the image to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / max(H, W))), "
             f"{bicubically}",
-            f"put it into a square of {r} x {r} pixels of the value {PADDING_GREY} in every channel, "
+            f"put it into a square of {r} x {r} pixels of the value {PADDING_GRAY} in every channel, "
             f"its top at floor(({r} - h) / 2), its left at floor(({r} - w) / 2)",
         ],
     }[resize]
     return [
-        "decode to 8 bits a channel, RGB: grey becomes three equal channels, transparency is dropped, an animation gives its first frame",
-        "turn the picture upright by its EXIF orientation; H and W are its height and width from here on",
+        "decode to 8 bits a channel, RGB: gray becomes three equal channels, transparency is dropped, an animation gives its first frame",
+        "turn the image upright by its EXIF orientation; H and W are its height and width from here on",
         *square,
         "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; nothing is divided or subtracted, "
-        "normalisation is inside the network",
+        "normalization is inside the network",
     ]

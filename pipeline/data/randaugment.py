@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719) with every draw made from the picture's seed.
+"""RandAugment (Cubuk et al. 2020, arXiv 1909.13719) with every draw made from the image's seed.
 
 The sixteen operations are those of the EfficientNet code (tensorflow/tpu, models/official/efficientnet/autoaugment.py),
 drawn with replacement. keras-cv does the pixels where it has the operation; its layers' own draws come from a stateful
@@ -19,8 +19,8 @@ Strength at magnitude M, from 0 to 30 with 10 as the official full level (sign o
 | AutoContrast, Equalize, Invert | no strength | official |
 
 The official formulas of the last three strengths grow weaker or switch sides as M grows (factor 0.1 at M = 0;
-solarising and posterising nothing above M = 10 and 20), which is why they are not taken over. Pixels that nothing is
-moved to are grey 128, as in the official code.
+solarizing and posterizing nothing above M = 10 and 20), so they are not used here. Pixels that are
+uncovered are gray 128, as in the official code.
 """
 
 import math
@@ -38,10 +38,10 @@ Operation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def randaugment(num_ops: int, magnitude: float) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """RandAugment of one picture.
+    """Return a function that applies RandAugment to one image.
 
     Args:
-        num_ops: Operations that a picture goes through, one after the other.
+        num_ops: Number of operations applied one after the other.
         magnitude: From 0 to 30, see the module's table.
 
     Returns:
@@ -68,7 +68,7 @@ def randaugment(num_ops: int, magnitude: float) -> Callable[[tf.Tensor, tf.Tenso
 
 
 def operations(magnitude: float) -> dict[str, Operation]:
-    """The sixteen operations at a magnitude.
+    """Return the sixteen operations at a magnitude.
 
     Args:
         magnitude: From 0 to 30.
@@ -119,7 +119,7 @@ def operations(magnitude: float) -> dict[str, Operation]:
         ),
         "Posterize": lambda image, draws: posterize.augment_image(image),
         "Solarize": lambda image, draws: solarized(image, 256 - 8.5 * magnitude if magnitude < 30 else 0.0),
-        # keras-cv's factor goes from the picture (0) to grey or blurred (1), the official one the other way round
+        # keras-cv's factor goes from the image (0) to gray or blurred (1), the official one the other way round
         "Color": lambda image, draws: color.augment_images(image, 1 - factor(draws)),
         "Contrast": lambda image, draws: contrast.augment_images(image, factor(draws)),
         "Brightness": lambda image, draws: tf.clip_by_value(image * factor(draws), 0, 255),  # keras-cv's adds instead
@@ -136,7 +136,7 @@ def operations(magnitude: float) -> dict[str, Operation]:
 
 
 def _cutout(image: tf.Tensor, half: float, draws: tf.Tensor) -> tf.Tensor:
-    """Greys a square of side 2 * half, as a share of the picture, around a place anywhere in it."""
+    """Fill a square with gray of side 2 * half, as a share of the image, around a point anywhere in it."""
     height, width = tf.unstack(tf.shape(image)[1:3])
     down = (tf.range(height, dtype=tf.float32) + 0.5) / tf.cast(height, tf.float32)
     right = (tf.range(width, dtype=tf.float32) + 0.5) / tf.cast(width, tf.float32)

@@ -1,8 +1,8 @@
-"""What earlier scans found in files that have not changed since, so that they need not be decoded again.
+"""A cache of the results of earlier scans, so that unchanged files need not be decoded again.
 
-One file per data set under XDG_CACHE_HOME: a seal, then FACTS, one record after the other. It is written aside and
-renamed, so that of two processes one wins and none reads a half; one that is damaged, or of another version, counts as
-absent. Bad files are not kept.
+There is one file per data set under XDG_CACHE_HOME: a checksum, then the records of FACTS. The file is written aside
+and renamed: of two processes one wins, and none reads an incomplete file. A file that is damaged or of another version
+counts as absent. Files that cannot be used are not stored.
 """
 
 import hashlib
@@ -15,21 +15,22 @@ import PIL
 import tensorflow as tf
 
 from pipeline.data.sources.base import FileStat
+from pipeline.files import atomic_path, cache_folder, sha256_of
 
-SEAL = 32  # bytes
+CHECKSUM_BYTES = 32  # bytes
 CHUNK_ROWS = 65_536  # records
-SCAN = 1  # to be raised when the same file may come out otherwise
+SCAN_VERSION = 1  # to be increased when the same file may give another result
 FACTS = np.dtype(
     [
         ("name", np.uint64),  # of a digest of the key
         ("size", np.int64),  # bytes
-        ("modified", np.int64),  # Status.version
+        ("modified", np.int64),  # FileStat.version
         ("sha256", "V32"),
         ("kind", np.uint8),  # position in FORMATS
         ("height", np.int32),  # pixels, as stored
         ("width", np.int32),
         ("orientation", np.uint8),  # EXIF
-        ("traits", np.uint8),  # of inspection.Trait
+        ("traits", np.uint8),  # of inspection.ImageFlag
         ("phash", np.uint64),  # the others: see splits.Signature
         ("thumbnail", np.uint8, (8, 8, 3)),
         ("pixels", np.uint64),
@@ -39,90 +40,87 @@ FACTS = np.dtype(
 
 
 class ScanCache:
-    """The facts about a data set's files."""
+    """The cached scan results of a data set's files."""
 
     def __init__(self, data: Path | None) -> None:
-        """Open what there is.
+        """Open the cache of a data set.
 
         Args:
-            data: The folder or file that names the data set; None keeps nothing.
+            data: The folder or file that names the data set; None disables the cache.
         """
-        self._path = _place(data) if data is not None else None
+        self._path = _cache_path(data) if data is not None else None
         self._facts = _read(self._path) if self._path is not None else np.empty(0, FACTS)
         self._names = np.ascontiguousarray(self._facts["name"])
-        self._news = False
+        self._has_changes = False
 
     def find(self, key: str, status: FileStat) -> np.ndarray | None:
-        """FACTS () of a file, if they are known of this size and version."""
+        """Return FACTS () of a file, or None if they are not known for this size and version."""
         name = key_hash(key)
-        place = int(np.searchsorted(self._names, name))
-        if place == len(self._names) or self._names[place] != name:
+        position = int(np.searchsorted(self._names, name))
+        if position == len(self._names) or self._names[position] != name:
             return None
-        facts = self._facts[place]
+        facts = self._facts[position]
         return facts if (facts["size"], facts["modified"]) == status else None
 
     def stamp(self, facts: np.ndarray, key: str, status: FileStat) -> None:
-        """Notes in FACTS () of which file, size and version they are.
+        """Store in FACTS () the file, size and version that they describe.
 
-        `status` must be from before the file was read.
+        `status` must have been read before the file.
         """
-        self._news = True
+        self._has_changes = True
         facts["name"], facts["size"], facts["modified"] = key_hash(key), *status
 
-    def save(self, facts: np.ndarray, *, whole: bool) -> None:
-        """Keep the signed ones of FACTS (N,); where that cannot be done, nothing is kept.
+    def save(self, facts: np.ndarray, *, full_dataset: bool) -> None:
+        """Save the stamped records of FACTS (N,); if the file cannot be written, nothing is saved.
 
         Args:
-            facts: What a scan found.
-            whole: Whether it was of the whole data set, and came to its end. If so, they take the place of what was
-                known; else they are added to it.
+            facts: Results of a scan.
+            whole: Whether the scan covered the full data set and was completed. If so, the results replace the
+                cache; else they are added to it.
         """
-        if self._path is None or not self._news:
+        if self._path is None or not self._has_changes:
             return
-        if not whole:
+        if not full_dataset:
             facts = np.concatenate([facts, self._facts[~np.isin(self._names, facts["name"])]])
-        signed = np.flatnonzero(facts["name"])
-        order = signed[np.argsort(facts["name"][signed])]
-        part, content = self._path.with_name(f"{self._path.name}.{os.urandom(4).hex()}"), hashlib.sha256()
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(bytes(SEAL))
+        stamped = np.flatnonzero(facts["name"])
+        order = stamped[np.argsort(facts["name"][stamped])]
+        content = hashlib.sha256()
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self._path, unique=True) as temporary, temporary.open("wb") as file:
+                file.write(bytes(CHECKSUM_BYTES))
                 for start in range(0, len(order), CHUNK_ROWS):
                     records = facts[order[start : start + CHUNK_ROWS]].tobytes()
                     content.update(records)
                     file.write(records)
                 file.seek(0)
                 file.write(_checksum(content.digest()))
-            part.replace(self._path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
 
 
-def _place(data: Path) -> Path | None:
+def _cache_path(data: Path) -> Path | None:
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return root / "efficientnet-pipeline" / "scans" / hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:16]
+        return cache_folder() / "scans" / sha256_of(os.fsencode(data.resolve()))[:16]
     except (OSError, RuntimeError):  # no home
         return None
 
 
 def _read(path: Path) -> np.ndarray:
-    """FACTS (N,), sorted by name, read from the disk where they are used."""
+    """Return FACTS (N,), sorted by name and mapped from the disk."""
     try:
         with path.open("rb") as file:
-            intact = file.read(SEAL) == _checksum(hashlib.file_digest(file, "sha256").digest())
-        return np.memmap(path, FACTS, "r", offset=SEAL) if intact else np.empty(0, FACTS)
+            intact = file.read(CHECKSUM_BYTES) == _checksum(hashlib.file_digest(file, "sha256").digest())
+        return np.memmap(path, FACTS, "r", offset=CHECKSUM_BYTES) if intact else np.empty(0, FACTS)
     except (OSError, ValueError):  # ValueError: no record in it
         return np.empty(0, FACTS)
 
 
 def _checksum(content: bytes) -> bytes:
-    """A digest of the records' digest and of what decided about them."""
-    return hashlib.sha256(repr((SCAN, FACTS.descr, tf.__version__, PIL.__version__)).encode() + content).digest()
+    """Return a digest of the records' digest and of the versions that determine them."""
+    return hashlib.sha256(
+        repr((SCAN_VERSION, FACTS.descr, tf.__version__, PIL.__version__)).encode() + content
+    ).digest()
 
 
 def key_hash(key: str) -> np.uint64:
-    """64 bits that stand for a key, never 0."""
+    """Return a 64-bit hash of a key, never 0."""
     return np.uint64(int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest()) or 1)

@@ -1,7 +1,7 @@
-"""Near-duplicate pictures found and kept together, and the splits that the data do not bring along.
+"""Near-duplicate detection, and splits for data that do not bring their own.
 
-Two pictures are near-duplicates when two independent signatures agree: their perceptual hashes (the pattern of coarse
-light and dark) and small colour thumbnails of them. Pictures too small or too flat for a perceptual hash are compared
+Two images are near-duplicates when two independent signatures agree: their perceptual hashes (the pattern of coarse
+light and dark) and small color thumbnails of them. Images too small or too flat for a perceptual hash are compared
 by their pixels.
 """
 
@@ -18,18 +18,18 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.config.data import SplitsConfig
 
-SMALLEST_SIDE = 32  # pixels; below, a perceptual hash says too little
-FLATTEST = 4.0  # standard deviation of the thumbnail, in grey levels of 255; below, the hash is noise
+MIN_SIDE = 32  # pixels; below, a perceptual hash says too little
+MIN_CONTRAST = 4.0  # standard deviation of the thumbnail, in gray levels of 255; below, the hash is noise
 # Measured on 1,360 photos of flowers: of the 72 pairs up to a distance of 14 and from a correlation of 0.94, all show
 # one photograph (66 at distance 0; the farthest are crops); the next are at 20. 69 lie within the bounds below.
 HASH_DISTANCE = 4  # of 64 bits
 THUMBNAIL_CORRELATION = 0.96
-PIECES = np.array_split(
+HASH_PIECES = np.array_split(
     np.arange(64, dtype=np.uint64), HASH_DISTANCE + 2
 )  # two hashes within the distance agree in two of them at least
-MASKS = [np.bitwise_or.reduce(np.uint64(1) << np.concatenate(two)) for two in combinations(PIECES, 2)]
-NEIGHBOURS = (
-    100  # compared with each picture under one mask, at most; of a million hashes like those of photos, 18 agreed
+MASKS = [np.bitwise_or.reduce(np.uint64(1) << np.concatenate(two)) for two in combinations(HASH_PIECES, 2)]
+MAX_NEIGHBORS = (
+    100  # compared with each image under one mask, at most; of a million hashes like those of photos, 18 agreed
 )
 THUMBNAIL = 8  # pixels a side
 MAX_EDGES = 4_000_000  # held at once
@@ -37,46 +37,46 @@ MAX_EDGES = 4_000_000  # held at once
 
 @dataclass(frozen=True)
 class Signature:
-    """What near-duplicates are found by."""
+    """The signature by which near-duplicates are found."""
 
     phash: int
     """Perceptual hash, 64 bits."""
     thumbnail: np.ndarray
     """uint8 (8, 8, 3)."""
     pixels: int
-    """64 bits of a digest of the picture's size and pixels; of those shrunk to 32x32 where `perceptual` holds."""
+    """64 bits of a digest of the image's size and pixels; of those shrunk to 32x32 where `perceptual` holds."""
     perceptual: bool
-    """Whether the picture is large and varied enough for the first two."""
+    """Whether the image is large and varied enough for the first two."""
 
 
-def signature(picture: np.ndarray, orientation: int) -> Signature:
-    """The signature of a decoded picture.
+def signature(image: np.ndarray, orientation: int) -> Signature:
+    """Return the signature of a decoded image.
 
     Args:
-        picture: uint8 (H, W, 3), RGB as stored.
-        orientation: How to turn it for the eye, EXIF 1 to 8.
+        image: uint8 (H, W, 3), RGB as stored.
+        orientation: EXIF orientation, 1 to 8.
     """
-    image = Image.fromarray(picture)
-    if min(image.size) < SMALLEST_SIDE:
-        return Signature(0, np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8), _digest(picture, picture), False)
+    resized = Image.fromarray(image)
+    if min(resized.size) < MIN_SIDE:
+        return Signature(0, np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8), _digest(image, image), False)
     # Bilinear and not box sampling, which takes whole pixels: one photo at half its size then moves 0.2 of its bits and
     # not 1.4.
-    image = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
-    small = np.asarray(image)
-    thumbnail = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
-    varied = bool((thumbnail - thumbnail.mean((0, 1))).std() >= FLATTEST)
+    resized = resized.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if orientation in EXIF_TRANSPOSES:
+        resized = resized.transpose(EXIF_TRANSPOSES[orientation])
+    small = np.asarray(resized)
+    thumbnail = np.asarray(resized.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+    varied = bool((thumbnail - thumbnail.mean((0, 1))).std() >= MIN_CONTRAST)
     return Signature(
-        int(str(imagehash.phash(image)), 16), thumbnail, _digest(picture, small if varied else picture), varied
+        int(str(imagehash.phash(resized)), 16), thumbnail, _digest(image, small if varied else image), varied
     )
 
 
-def _digest(picture: np.ndarray, pixels: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8, key=repr(picture.shape).encode()).digest())
+def _digest(image: np.ndarray, pixels: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8, key=repr(image.shape).encode()).digest())
 
 
-TURNS = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -88,9 +88,9 @@ TURNS = {
 
 
 def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray, perceptual: np.ndarray) -> np.ndarray:
-    """Group of pictures that are near-duplicates of each other, directly or through others.
+    """Group images that are near-duplicates of each other, directly or through others.
 
-    Time and memory grow with the number of pictures, not of pairs: only pictures whose hashes agree under a mask are
+    Time and memory grow with the number of images, not of pairs: only images whose hashes agree under a mask are
     compared, in rounds of the next, next but one, ... in the order of the hashes.
 
     Args:
@@ -111,7 +111,7 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
         order = candidates[np.lexsort((phash[candidates], value))]
         value = np.sort(value)
         left = np.arange(len(order))
-        for step in range(1, NEIGHBOURS + 1):
+        for step in range(1, MAX_NEIGHBORS + 1):
             left = left[left + step < len(order)]
             left = left[value[left] == value[left + step]]
             if not len(left):
@@ -131,7 +131,7 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
 
 
 def _alike(thumbnail: np.ndarray, a: np.ndarray, b: np.ndarray, chunk: int = 1024) -> np.ndarray:
-    """bool (pairs,): whether the thumbnails, each colour channel's mean taken away, correlate."""
+    """Return bool (pairs,): whether the thumbnails correlate after each color channel's mean is subtracted."""
     chunks = [slice(i, i + chunk) for i in range(0, len(a), chunk)]  # small enough for a processor's cache
     return np.concatenate(
         [np.zeros(0, bool), *(_correlation(thumbnail[a[c]], thumbnail[b[c]]) >= THUMBNAIL_CORRELATION for c in chunks)]
@@ -160,58 +160,58 @@ def assign_splits(
     *,
     seed: int,
 ) -> np.ndarray:
-    """The split of every sample.
+    """Assign every image to a split.
 
-    Splits that the data bring are kept. All three are made where the data bring none or only train; where they bring
-    train and test, val is taken out of train. Making splits goes class by class. Groups are whole; they are put in an
-    order drawn from the seed and the pictures' contents, and cut at the shares. So each split's part is within one
+    Splits that the data bring are used unchanged. All three are made where the data bring none or only train; where they bring
+    train and test, val is taken out of train. Splits are made class by class. Groups are not divided; they are put in an
+    order drawn from the seed and the images' contents, and cut at the shares. So each split's part is within one
     group of exact, a few files more or less move few others, and names play no part. A class of three groups or more is
     in every split that is made; of two, in train and test (or val, where only that is made); of one, in train.
 
     Args:
         label: int (N,).
-        group: int64 (N,). A group with several labels goes with the least of them.
-        content: Digest of each sample's file.
-        given: train, val or test for all samples, or None for all.
-        shares: Of the splits to be made.
-        seed: Of the order.
+        group: int64 (N,). A group with several labels counts as the smallest of them.
+        content: Digest of each image's file.
+        given: train, val or test for all images, or None for all.
+        shares: Shares of the splits to be made.
+        seed: Seed of the order.
 
     Returns:
         str (N,): train, val or test.
     """
-    brought = {split for split in given if split is not None}
+    given_splits = {split for split in given if split is not None}
     names: tuple[str, ...]
     parts: tuple[float, ...]
-    if brought <= {"train"}:
+    if given_splits <= {"train"}:
         names, parts = ("train", "test", "val"), (shares.train, shares.test, shares.val)
         rows = np.arange(len(label))
-    elif brought == {"train", "test"}:
+    elif given_splits == {"train", "test"}:
         names, parts = ("train", "val"), (shares.train, shares.val)
         rows = np.flatnonzero([split == "train" for split in given])
     else:
         return np.array(given, dtype=str)
 
     split = np.array([name or "train" for name in given], dtype="U5")
-    lots = (int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8]) for text in content)
-    lot = np.fromiter(lots, np.uint64, len(label))[rows]
+    draws = (int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8]) for text in content)
+    draw = np.fromiter(draws, np.uint64, len(label))[rows]
     order = np.lexsort((label[rows], group[rows]))
-    rows, lot = rows[order], lot[order]
+    rows, draw = rows[order], draw[order]
     _, start, size = np.unique(group[rows], return_index=True, return_counts=True)
     group_label = label[rows][start]
-    group_lot = np.minimum.reduceat(lot, start)
+    group_draw = np.minimum.reduceat(draw, start)
     group_split = np.empty(len(start), dtype="U5")
-    for one in np.unique(group_label):
-        members = np.flatnonzero(group_label == one)
-        members = members[np.argsort(group_lot[members], kind="stable")]
+    for class_label in np.unique(group_label):
+        members = np.flatnonzero(group_label == class_label)
+        members = members[np.argsort(group_draw[members], kind="stable")]
         group_split[members] = np.repeat(names, np.diff([0, *_cuts(size[members], parts), len(members)]))
     split[rows] = np.repeat(group_split, size)
     return split
 
 
 def _cuts(sizes: np.ndarray, parts: tuple[float, ...]) -> list[int]:
-    """Where to cut a row of groups so that the parts get their shares.
+    """Return where to cut a sequence of groups so that the parts get their shares.
 
-    And none is empty as long as there are groups.
+    No part is empty as long as there are enough groups.
     """
     middles = np.cumsum(sizes) - sizes / 2
     ends = np.cumsum(parts)[:-1] / sum(parts) * sizes.sum()

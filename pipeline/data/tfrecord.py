@@ -1,6 +1,6 @@
-"""Data sets that exist as TFRecord files of tf.train.Example, to be packed.
+"""TFRecord files of tf.train.Example as an input of packing.
 
-TFRecord can only be read from one end to the other.
+TFRecord files can only be read sequentially.
 """
 
 import glob
@@ -21,7 +21,7 @@ from pipeline.errors import DataError
 
 
 class FeatureNames(NamedTuple):
-    """What the parts of an Example are called."""
+    """The names of an Example's features."""
 
     image: str
     """The encoded file."""
@@ -47,14 +47,14 @@ class RecordFile:
 
     @property
     def name(self) -> str:
-        """The beginning of its pictures' keys."""
+        """The prefix of the keys of the file's images."""
         return f"{self.split}/{self.path.name}" if self.split else self.path.name
 
 
-class TfrecordOrigin:
-    """Files of tf.train.Example, uncompressed.
+class TFRecordInput:
+    """Uncompressed TFRecord files of tf.train.Example, as an input of packing.
 
-    A picture's key: `<split>/<file>/<number of the record>/<its own name, if any>`.
+    An image's key: `<split>/<file>/<number of the record>/<its own name, if any>`.
     """
 
     total = None
@@ -66,17 +66,17 @@ class TfrecordOrigin:
         class_names: Sequence[str] | None,
         first_label: int | None,
     ) -> None:
-        """Find the files and looks at the first record.
+        """Find the files and inspect the first record.
 
         Args:
             patterns: `train=FOLDER/train-*` or without the split, all with or all without.
-            features: Names of the Features that are called otherwise than in LAYOUTS.
+            features: Names of the features that differ from LAYOUTS.
             class_names: In the order of the labels; None takes them from the records.
             first_label: The label of the first class: 0, or 1 where 0 is left to a background class; None takes 0, and
                 refuses data for which that may be wrong.
 
         Raises:
-            DataError: There is no such file, or its records are not understood.
+            DataError: There is no such file, or its records have an unknown layout.
         """
         self._files = _record_files(patterns)
         self._names, self._first = class_names, first_label
@@ -86,7 +86,7 @@ class TfrecordOrigin:
         example = _parse(record)
         layout = next((layout for layout in LAYOUTS if {layout.image, layout.label} <= set(example)), LAYOUTS[0])
         self._features = layout._replace(**features)
-        self._picture(file, 0, example)
+        self._to_record(file, 0, example)
         if class_names is None and self._features.class_name not in example:
             raise DataError(
                 f"{file.path}: record 0 has no {self._features.class_name or 'text'} to call its class by (it has "
@@ -104,7 +104,7 @@ class TfrecordOrigin:
             else None,
         }
 
-    def pictures(self, start: int, last: str | None) -> Iterator[PackRecord]:
+    def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
         del start
         place, number = 0, 0
         if last is not None:
@@ -112,12 +112,12 @@ class TfrecordOrigin:
             number = int(last.removeprefix(self._files[place].name + "/").partition("/")[0]) + 1
         for file in self._files[place:]:
             for record in self._records(file, number):
-                yield self._picture(file, number, _parse(record))
+                yield self._to_record(file, number, _parse(record))
                 number += 1
             number = 0
 
     def changes(self, rows: pa.Table) -> list[str]:
-        """None: the files' sizes and times of change are part of the identity."""
+        """Return no changes: the files' sizes and modification times are part of the identity."""
         del rows
         return []
 
@@ -126,16 +126,16 @@ class TfrecordOrigin:
         if self._first is None and labels.min() > 0:
             raise DataError(
                 f"The least label is {labels.min()}: do they count from 1? Say --first-label 1 if so, and --first-label 0 if the classes "
-                "in front of it have no pictures. What has been written is kept."
+                "in front of it have no images. What has been written remains."
             )
         labels = labels - (self._first or 0)
-        names = tuple(self._names or _names_in(rows, labels, self._first or 0))
+        names = tuple(self._names or _class_names_in(rows, labels, self._first or 0))
         if labels.min() < 0 or labels.max() >= len(
             names
-        ):  # of pictures that were packed before the command line was changed
+        ):  # of images that were packed before the command line was changed
             raise DataError(
                 f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which --first-label or "
-                f"the number of names in --classes ({len(names)}) does not fit. What has been written is kept."
+                f"the number of names in --classes ({len(names)}) does not fit. What has been written remains."
             )
         return names, labels.astype(np.int32)
 
@@ -147,16 +147,16 @@ class TfrecordOrigin:
                 f"{file.path} is damaged, or no uncompressed TFRecord file: {error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
             ) from None
 
-    def _picture(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> PackRecord:
+    def _to_record(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> PackRecord:
         where, features = f"{file.path}: record {number}", self._features
         image, labels = example.get(features.image), example.get(features.label)
         if not image or not isinstance(image[0], bytes) or not labels or not isinstance(labels[0], int):
             raise DataError(
                 f"{where} has no bytes {features.image} or no number {features.label}; it has {', '.join(sorted(example)) or 'nothing'}: "
-                "say what they are called by --image-feature and --label-feature"
+                "give their names with --image-feature and --label-feature"
             )
         if len(image) + len(labels) > 2:
-            raise DataError(f"{where} has {len(image)} pictures and {len(labels)} labels; needed is one of each")
+            raise DataError(f"{where} has {len(image)} images and {len(labels)} labels; needed is one of each")
         first, classes = self._first or 0, len(self._names) if self._names else np.iinfo(np.int32).max
         if not first <= labels[0] < first + classes:
             hint = (
@@ -188,13 +188,13 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"--tfrecord: {len(doubled)} files are given twice, or are called the same:\n{format_list(doubled)}\nRename them."
+            f"--tfrecord: {len(doubled)} files are given twice, or have the same name:\n{format_list(doubled)}\nRename them."
         )
     return files
 
 
 def _parse(record: bytes) -> dict[str, list[Any]]:
-    """The features of an Example by name; none where the record is something else."""
+    """Return the features of an Example by name; none if the record is not an Example."""
     try:
         features = tf.train.Example.FromString(record).features.feature
     except Exception:  # protobuf's own, of a package that is not among the dependencies
@@ -209,21 +209,21 @@ def _text(values: list[Any] | None, where: str) -> str | None:
     try:
         return values[0].decode()
     except UnicodeDecodeError:
-        raise DataError(f"{where} has a text that is not UTF-8: {values[0][:40]!r}") from None
+        raise DataError(f"{where} has text that is not UTF-8: {values[0][:40]!r}") from None
 
 
-def _names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]:
-    """The name of each label, as its pictures give it."""
+def _class_names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]:
+    """Return the name of each label, as its images state it."""
     names: dict[int, str | None] = {}
     problems: dict[str, None] = {}
     for label, name in zip(labels.tolist(), rows["class_name"].to_pylist(), strict=True):
         known = names.setdefault(label, name)
         if not name:
-            problems[f"label {label + first}: a picture of it gives no name"] = None
+            problems[f"label {label + first}: an image of it gives no name"] = None
         elif known != name:
             problems[f"label {label + first} is called {known!r} and {name!r}"] = None
     for label in islice((label for label in range(max(names)) if label not in names), 21):
-        problems[f"label {label + first}: has no picture that would name it"] = None
+        problems[f"label {label + first}: has no image that would name it"] = None
     taken: dict[str | None, int] = {}
     for label, name in sorted(names.items()):
         if taken.setdefault(name, label) != label:
@@ -231,7 +231,7 @@ def _names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]:
     if problems:
         raise DataError(
             f"The names of the classes are not clear:\n{format_list(list(problems))}\n"
-            "Give --classes FILE with a name a line, in the order of the labels: what has been written is kept. Or start anew in another "
+            "Give --classes FILE with a name a line, in the order of the labels: what has been written remains. Or start anew in another "
             "--out with another --class-feature."
         )
     return [str(names[label]) for label in sorted(names)]

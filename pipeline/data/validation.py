@@ -1,4 +1,4 @@
-"""What is wrong with a data set: files that do not decode, classes without pictures, duplicates across splits.
+"""Validation of a data set: files that do not decode, classes without images, duplicates across splits.
 
 Training begins with it.
 """
@@ -16,31 +16,31 @@ from pipeline.config.data import DataConfig
 from pipeline.data.inspection import FORMATS, ImageFlag, inspect_all
 from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
-from pipeline.data.sources.base import SPLITS, DataSource, Sample, format_list
+from pipeline.data.sources.base import SPLITS, DataSource, LabeledImage, format_list
 from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
 SEVERITIES = ("error", "warning", "fact")
-EXTREME_ASPECT = 5.0  # longer side over shorter; a centre crop then shows less than a fifth of the picture
-TRAITS = {
-    ImageFlag.GREY: "grey: their channel is repeated",
-    ImageFlag.CMYK: "CMYK: converted to RGB without a colour profile",
-    ImageFlag.DEEP: "stored with 16 bits a channel: the upper 8 are kept",
+EXTREME_ASPECT = 5.0  # longer side over shorter; a center crop then shows less than a fifth of the image
+FLAG_TEXTS = {
+    ImageFlag.GRAY: "gray: their channel is repeated",
+    ImageFlag.CMYK: "CMYK: converted to RGB without a color profile",
+    ImageFlag.HIGH_BIT_DEPTH: "stored with 16 bits a channel: the upper 8 are kept",
     ImageFlag.PALETTE: "stored with a palette: looked up",
     ImageFlag.TRANSPARENT: "with transparency: it is dropped, what lies under it is seen",
-    ImageFlag.ANIMATED: "animated: their first picture is taken",
+    ImageFlag.ANIMATED: "animated: their first image is taken",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing that was found, in all the places where it was.
+    """One kind of problem or property, with all images that have it.
 
     Attributes:
-        kind: A name for machines.
-        severity: An error keeps a run from starting, a warning is told at every start, a fact only by the check.
+        kind: A machine-readable name.
+        severity: An error prevents a run from starting, a warning is shown at every start, a fact only by the check.
         text: A clause with the number of them.
-        items: All of them: a picture, a group of pictures or a class each.
+        items: All of them: an image, a group of images or a class each.
         remedy: A sentence.
     """
 
@@ -51,7 +51,7 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        """With the first items, on several lines."""
+        """Return the text with the first items, on several lines."""
         lines = [
             f"{self.text}:" if self.items else f"{self.text}.",
             format_list(self.items) if self.items else "",
@@ -60,19 +60,19 @@ class Finding:
         return "\n".join(line for line in lines if line)
 
     def sentence(self) -> str:
-        """With the first items, on one line."""
+        """Return the text with the first items, on one line."""
         shown = ": " + "; ".join(self.items[:3]) if self.items else ""
         return f"{self.text}{shown}{'; ...' if len(self.items) > 3 else '.'}"
 
 
 @dataclass(frozen=True, eq=False)
 class ValidationReport:
-    """What a scan of a data set came to.
+    """The result of validating a data set.
 
     Attributes:
-        manifest: Of the samples that can be used; None where nothing can be learned from them.
-        findings: The gravest first.
-        left_out: The samples that cannot be used.
+        manifest: Manifest of the usable images; None if nothing can be learned from them.
+        findings: All findings, the most severe first.
+        left_out: The images that cannot be used.
     """
 
     manifest: Manifest | None
@@ -81,7 +81,7 @@ class ValidationReport:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What keeps a run from starting."""
+        """Findings that prevent a run from starting."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
 
@@ -91,27 +91,27 @@ def scan(
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-    fewest_classes: int = 2,
-    whole: bool = True,
+    min_classes: int = 2,
+    full_dataset: bool = True,
 ) -> Manifest:
-    """The manifest that a run trains on.
+    """Scan a data set and return the manifest that a run trains on.
 
     Args:
-        source: Where the samples come from.
+        source: Source of the images.
         config: `splits`, `group_near_duplicates`, `on_bad_image`, `on_leak` and `path` are used.
-        seed: Of the splits.
-        progress: Called with the number of pictures done and of all, from the calling thread.
-        fewest_classes: That must have pictures; to learn, two.
-        whole: Whether the source is all of the data set that `config` names, and not a part of it.
+        seed: Seed of the splits.
+        progress: Called with the number of images done and of all, from the calling thread.
+        fewest_classes: That must have images; to learn, two.
+        whole: Whether the source is the full data set that `config` names, not a part of it.
 
     Raises:
-        DataError: Nothing can be learned from the data, or pictures cannot be used, or leak between splits; all of
-            these are named.
+        DataError: Nothing can be learned from the data, or images cannot be used, or leak between splits; the message
+            lists all of these.
     """
-    examination = validate(source, config, seed=seed, progress=progress, fewest_classes=fewest_classes, whole=whole)
-    if examination.errors or examination.manifest is None:
-        raise DataError("\n".join(map(str, examination.errors)))
-    return examination.manifest
+    report = validate(source, config, seed=seed, progress=progress, min_classes=min_classes, full_dataset=full_dataset)
+    if report.errors or report.manifest is None:
+        raise DataError("\n".join(map(str, report.errors)))
+    return report.manifest
 
 
 def validate(
@@ -120,54 +120,54 @@ def validate(
     *,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-    fewest_classes: int = 2,
-    whole: bool = True,
+    min_classes: int = 2,
+    full_dataset: bool = True,
 ) -> ValidationReport:
-    """Decode every picture once, finds near-duplicates, makes the splits that the data do not bring, and says what is wrong.
+    """Decode every image once, find near-duplicates, assign missing splits, and report all problems.
 
     Args:
-        source: Where the samples come from.
-        config: As of `scan`.
-        seed: Of the splits.
-        progress: As of `scan`.
-        fewest_classes: As of `scan`.
-        whole: As of `scan`.
+        source: Source of the images.
+        config: See `scan`.
+        seed: Seed of the splits.
+        progress: See `scan`.
+        fewest_classes: See `scan`.
+        whole: See `scan`.
     """
-    samples, classes = source.samples(), len(source.class_names)
-    labelled = [sample for sample in samples if 0 <= sample.label < classes]
-    if hopeless := tuple(_hopeless(source.class_names, labelled, fewest_classes)):
+    images, classes = source.list_images(), len(source.class_names)
+    labeled = [image for image in images if 0 <= image.label < classes]
+    if hopeless := tuple(_unlearnable(source.class_names, labeled, min_classes)):
         return ValidationReport(None, hopeless)
-    facts, problems = inspect_all(source, samples, ScanCache(config.path), progress, whole=whole)
-    for i, sample in enumerate(samples):
-        if not 0 <= sample.label < classes:
-            problems[i] = f"has the label {sample.label}; valid are 0 to {classes - 1}"
-    left_out = tuple(SkippedImage(samples[i].key, problem) for i, problem in sorted(problems.items()))
-    bad = tuple(_bad_files(left_out, len(samples), config.on_bad_image))
+    facts, problems = inspect_all(source, images, ScanCache(config.path), progress, full_dataset=full_dataset)
+    for i, image in enumerate(images):
+        if not 0 <= image.label < classes:
+            problems[i] = f"has the label {image.label}; valid are 0 to {classes - 1}"
+    left_out = tuple(SkippedImage(images[i].key, problem) for i, problem in sorted(problems.items()))
+    bad = tuple(_bad_files(left_out, len(images), config.on_bad_image))
     if problems:
         facts = np.delete(facts, list(problems))
-        samples = [sample for i, sample in enumerate(samples) if i not in problems]
-        if lost := tuple(_emptied(source.class_names, labelled, samples)) or tuple(
-            _hopeless(source.class_names, samples, fewest_classes)
+        images = [image for i, image in enumerate(images) if i not in problems]
+        if lost := tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
+            _unlearnable(source.class_names, images, min_classes)
         ):
             return ValidationReport(None, (*bad, *lost) if config.on_bad_image == "skip" else bad, left_out)
-    manifest = Manifest(source.class_names, _table(samples, facts, config, seed), left_out=left_out)
-    findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_pictures(manifest, facts)]
+    manifest = Manifest(source.class_names, _table(images, facts, config, seed), left_out=left_out)
+    findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_image_properties(manifest, facts)]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return ValidationReport(replace(manifest, notes=notes), tuple(findings), left_out)
 
 
-def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
-    """The manifest's rows. Texts are built by Arrow, which takes a fraction of the memory of as many Python strings."""
-    label = np.fromiter((sample.label for sample in samples), np.int32, len(samples))
-    group = np.arange(len(samples), dtype=np.int64)
+def _table(images: Sequence[LabeledImage], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
+    """Return the manifest's rows. Texts are built by Arrow, which takes a fraction of the memory of as many Python strings."""
+    label = np.fromiter((image.label for image in images), np.int32, len(images))
+    group = np.arange(len(images), dtype=np.int64)
     if config.group_near_duplicates:
         group = near_duplicates(*(facts[name] for name in ("phash", "thumbnail", "pixels", "perceptual")))
     sha256 = pa.array(np.frombuffer(facts["sha256"].tobytes().hex().encode(), "S64")).cast(pa.string()).to_pandas()
-    split = assign_splits(label, group, sha256, [sample.split for sample in samples], config.splits, seed=seed)
+    split = assign_splits(label, group, sha256, [image.split for image in images], config.splits, seed=seed)
     return pd.DataFrame(
         {
-            "key": pa.array((sample.key for sample in samples), pa.string(), size=len(samples)).to_pandas(),
+            "key": pa.array((image.key for image in images), pa.string(), size=len(images)).to_pandas(),
             "label": label,
             "split": pa.array(split).to_pandas(),
             "group": group,
@@ -177,8 +177,8 @@ def _table(samples: Sequence[Sample], facts: np.ndarray, config: DataConfig, see
     ).astype(COLUMNS)
 
 
-def _hopeless(class_names: Sequence[str], samples: Sequence[Sample], fewest_classes: int) -> Iterator[Finding]:
-    """Why no classifier can be learned from the samples, as far as it shows without opening them."""
+def _unlearnable(class_names: Sequence[str], images: Sequence[LabeledImage], min_classes: int) -> Iterator[Finding]:
+    """Yield reasons why no classifier can be learned from the images, without opening them."""
     odd = tuple(repr(name) for name in class_names if name.splitlines() != [name])
     if odd:
         yield Finding(
@@ -188,27 +188,27 @@ def _hopeless(class_names: Sequence[str], samples: Sequence[Sample], fewest_clas
             odd,
             "Rename them.",
         )
-    present = {sample.label for sample in samples}
-    if not samples:
-        yield Finding("classes", "error", "The data set holds no labelled picture")
-    elif len(present) < fewest_classes:
-        name = class_names[samples[0].label]
-        yield Finding("classes", "error", f"All pictures are of one class, {name!r}; a classifier needs two at least")
-    elif samples[0].split is not None:
-        in_train = {sample.label for sample in samples if sample.split == "train"}
-        lacking = sorted({(sample.label, sample.split) for sample in samples if sample.label not in in_train})
+    present = {image.label for image in images}
+    if not images:
+        yield Finding("classes", "error", "The data set holds no labeled image")
+    elif len(present) < min_classes:
+        name = class_names[images[0].label]
+        yield Finding("classes", "error", f"All images are of one class, {name!r}; a classifier needs two at least")
+    elif images[0].split is not None:
+        in_train = {image.label for image in images if image.split == "train"}
+        lacking = sorted({(image.label, image.split) for image in images if image.label not in in_train})
         if not in_train:
             yield Finding("splits", "error", "The data bring splits, but none called train")
         elif lacking:
             items = tuple(f"{class_names[label]} (in {split})" for label, split in lacking)
-            remedy = "Give each class pictures in train, or take it out everywhere."
+            remedy = "Give each class images in train, or take it out everywhere."
             yield Finding("splits", "error", "train lacks classes that other splits have", items, remedy)
 
 
 def _bad_files(left_out: Sequence[SkippedImage], total: int, on_bad_image: str) -> Iterator[Finding]:
     if left_out:
         items = tuple(f"{key}: {problem}" for key, problem in left_out)
-        text = f"{len(left_out)} of {total} pictures cannot be used"
+        text = f"{len(left_out)} of {total} images cannot be used"
         if on_bad_image == "fail":
             remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad_image=skip trains without them."
             yield Finding("bad_files", "error", text, items, remedy)
@@ -216,28 +216,30 @@ def _bad_files(left_out: Sequence[SkippedImage], total: int, on_bad_image: str) 
             yield Finding("bad_files", "warning", f"{text} and are left out", items)
 
 
-def _emptied(class_names: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> Iterator[Finding]:
-    lost = sorted({sample.label for sample in before} - {sample.label for sample in after})
+def _classes_without_images(
+    class_names: Sequence[str], before: Sequence[LabeledImage], after: Sequence[LabeledImage]
+) -> Iterator[Finding]:
+    lost = sorted({image.label for image in before} - {image.label for image in after})
     if lost:
         items = tuple(class_names[label] for label in lost)
         yield Finding(
             "classes",
             "error",
-            f"{len(lost)} classes have no picture that can be used",
+            f"{len(lost)} classes have no image that can be used",
             items,
             "Give them some, or take them out.",
         )
 
 
 def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
-    """What pictures have in common that are nearly the same, and what they should have in common and do not."""
+    """Yield findings about near-duplicates: copies, leaks between splits, different labels."""
     group = manifest.table["group"].to_numpy()
     rows = np.flatnonzero(np.bincount(group)[group] > 1)
     alike = manifest.table.iloc[rows[np.argsort(group[rows], kind="stable")]]
     alike = alike.assign(label=np.array(manifest.class_names, object)[alike["label"]])
     members = alike.groupby("group", sort=False)
     if len(alike):
-        text = f"{len(alike)} pictures are near-duplicates of another, in {members.ngroups} groups"
+        text = f"{len(alike)} images are near-duplicates of another, in {members.ngroups} groups"
         yield Finding("near_duplicates", "warning", text, _groups(alike, "group"))
     copies = alike[alike["sha256"].duplicated(keep=False)]
     if len(copies):
@@ -249,7 +251,7 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         )
     leaks = alike[members["split"].transform("nunique") > 1]
     if len(leaks) and on_leak != "ignore":
-        text = f"{len(leaks)} near-duplicate pictures stand in more than one split, as the data give them"
+        text = f"{len(leaks)} near-duplicate images stand in more than one split, as the data give them"
         items = _groups(leaks, "group", "split")
         if on_leak == "error":
             remedy = (
@@ -264,13 +266,13 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         yield Finding(
             "labels",
             "warning",
-            f"{len(contrary)} near-duplicate pictures have different labels",
+            f"{len(contrary)} near-duplicate images have different labels",
             _groups(contrary, "group", "label"),
         )
 
 
 def _groups(rows: pd.DataFrame, by: str, shown: str | None = None) -> tuple[str, ...]:
-    """Each group as `a = b`, with the value of the column `shown` behind every key."""
+    """Return each group as `a = b`, with the value of the column `shown` behind every key."""
     named = rows["key"] + (" (" + rows[shown] + ")" if shown is not None else "")
     return tuple(named.groupby(rows[by], sort=False).agg(" = ".join))
 
@@ -282,35 +284,35 @@ def _classes(manifest: Manifest) -> Iterator[Finding]:
         if not counts[split].any():
             yield Finding("splits", "warning", f"The data have no {split} split")
         elif lacking:
-            yield Finding("classes", "warning", f"{len(lacking)} classes have no picture in {split}", lacking)
+            yield Finding("classes", "warning", f"{len(lacking)} classes have no image in {split}", lacking)
     single = tuple(counts.index[counts.sum(axis="columns") == 1])
     if single:
-        yield Finding("classes", "warning", f"{len(single)} classes have a single picture", single)
+        yield Finding("classes", "warning", f"{len(single)} classes have a single image", single)
 
 
-def _pictures(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding]:
-    """What is unusual in the pictures themselves."""
+def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding]:
+    """Yield findings about unusual properties of the images."""
     keys, sides = manifest.table["key"], manifest.table[["height", "width"]]
     extreme = sides.max(axis="columns") > EXTREME_ASPECT * sides.min(axis="columns")
     if extreme.any():
         items = tuple(f"{keys[i]} ({facts['height'][i]} x {facts['width'][i]})" for i in np.flatnonzero(extreme))
         yield Finding(
-            "aspects", "warning", f"{len(items)} pictures are more than {EXTREME_ASPECT:g} times as long as wide", items
+            "aspects", "warning", f"{len(items)} images are more than {EXTREME_ASPECT:g} times as long as wide", items
         )
     kinds = {FORMATS[kind]: count for kind, count in enumerate(np.bincount(facts["kind"])) if count}
     yield Finding("formats", "fact", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
     turned = facts["orientation"] != 1
     unusual = {
         "turned by their camera (EXIF): turned upright": turned,
-        **{text: facts["traits"] & trait != 0 for trait, text in TRAITS.items()},
+        **{text: facts["traits"] & trait != 0 for trait, text in FLAG_TEXTS.items()},
     }
     for text, which in unusual.items():
         if which.any():
-            yield Finding("traits", "fact", f"{which.sum():,} pictures are {text}", tuple(keys[which]))
+            yield Finding("traits", "fact", f"{which.sum():,} images are {text}", tuple(keys[which]))
 
 
 def class_table(manifest: Manifest) -> Table:
-    """Images per class and split, for the screen."""
+    """Return a console table of the images per class and split."""
     counts = manifest.class_counts()
     table = Table(box=None)
     for column in ("class", *counts.columns):

@@ -1,4 +1,4 @@
-"""One picture's augmentation: windows, flips, EXIF, albumentations' sizes, refusals and draws."""
+"""One image's augmentation: windows, flips, EXIF, albumentations' sizes, refusals and draws."""
 
 import io
 import random
@@ -16,6 +16,7 @@ from pipeline.config.augment import TransformConfig
 from pipeline.config.schema import Config
 from pipeline.data.augmentation import (
     AlbumentationsTransforms,
+    Augmentation,
     decode_window,
     image_augmentation,
     random_window,
@@ -38,10 +39,10 @@ def config(backend: str, transforms: list[Any], resolution: int = SIDE, resize: 
     )
 
 
-def encode(picture: np.ndarray, kind: str = "PNG", orientation: int = 1) -> bytes:
+def encode(original: np.ndarray, kind: str = "PNG", orientation: int = 1) -> bytes:
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(picture).save(
+    Image.fromarray(original).save(
         file, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {})
     )
     return file.getvalue()
@@ -56,9 +57,13 @@ def seeded(number: int) -> tf.Tensor:
     return tf.constant([5, number], tf.int64)
 
 
+def build_augmentation(settings: Config) -> Augmentation:
+    return image_augmentation(settings.augment, settings.variant.resolution, settings.data.resize)
+
+
 def run(settings: Config, file: bytes, seed: int = 0, orientation: int = 1) -> np.ndarray:
     width, height = Image.open(io.BytesIO(file)).size
-    augment = image_augmentation(settings)
+    augment = build_augmentation(settings)
     return augment(
         tf.constant(file), tf.constant(height), tf.constant(width), tf.constant(orientation), seeded(seed)
     ).numpy()
@@ -101,7 +106,7 @@ def test_windows_have_uniform_areas_log_uniform_aspects_and_uniform_places() -> 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**31 - 1))
-def test_every_window_lies_inside_the_picture(height: int, width: int, seed: int) -> None:
+def test_every_window_lies_inside_the_image(height: int, width: int, seed: int) -> None:
     draws = tf.random.stateless_uniform((4, 10), (seed, 1))
     top, left, inner_height, inner_width = random_window(
         tf.constant([height, width]), (0.08, 1.0), (3 / 4, 4 / 3), draws
@@ -114,7 +119,7 @@ def test_every_window_lies_inside_the_picture(height: int, width: int, seed: int
     assert left + inner_width <= width
 
 
-def test_a_panorama_that_no_window_fits_gives_its_centre() -> None:
+def test_a_panorama_that_no_window_fits_gives_its_center() -> None:
     draws = tf.random.stateless_uniform((4, 10), (1, 1))
     window = random_window(tf.constant([100, 2000]), (0.9, 1.0), (3 / 4, 4 / 3), draws)
     np.testing.assert_array_equal(window, [0, (2000 - 133) // 2, 100, 133])
@@ -125,7 +130,7 @@ def test_a_panorama_that_no_window_fits_gives_its_centre() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_decoded_window_is_that_of_the_upright_picture(kind: str, orientation: int) -> None:
+def test_a_decoded_window_is_that_of_the_upright_image(kind: str, orientation: int) -> None:
     file = encode(smooth(90, 120), kind, orientation)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file)))).astype(int)
     found = decode_window(
@@ -136,7 +141,7 @@ def test_a_decoded_window_is_that_of_the_upright_picture(kind: str, orientation:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("backend", ["native", "albumentations"])
-def test_both_backends_turn_pictures_upright(backend: str, orientation: int) -> None:
+def test_both_backends_turn_images_upright(backend: str, orientation: int) -> None:
     file = encode(smooth(90, 120), "JPEG", orientation)
     upright = encode(np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file)))))
     same = config(backend, [CROP, FLIP])
@@ -145,11 +150,11 @@ def test_both_backends_turn_pictures_upright(backend: str, orientation: int) -> 
 
 
 def test_large_windows_of_a_jpeg_decode_smaller_and_look_the_same() -> None:
-    picture = smooth(700, 900)
+    original = smooth(700, 900)
     for top, height in ((0, 200), (13, 450), (3, 650)):
         window, upright = tf.constant([top, 21, height, height + 30]), tf.constant([700, 900])
-        fine = decode_window(tf.constant(encode(picture)), window, upright, tf.constant(1), 64)
-        coarse = decode_window(tf.constant(encode(picture, "JPEG")), window, upright, tf.constant(1), 64)
+        fine = decode_window(tf.constant(encode(original)), window, upright, tf.constant(1), 64)
+        coarse = decode_window(tf.constant(encode(original, "JPEG")), window, upright, tf.constant(1), 64)
         ratio = {200: 2, 450: 4, 650: 8}[height]
         assert coarse.shape == (height // ratio, (height + 30) // ratio, 3)
         means = [tf.image.resize(image, (16, 16), antialias=True) for image in (fine, coarse)]
@@ -158,19 +163,19 @@ def test_large_windows_of_a_jpeg_decode_smaller_and_look_the_same() -> None:
 
 def photo(side: int) -> np.ndarray:
     """Detail in every size, the finer the fainter, as photographs have it."""
-    rng, picture = np.random.default_rng(0), np.full((side, side, 3), 128.0)
+    rng, original = np.random.default_rng(0), np.full((side, side, 3), 128.0)
     for grain in (2, 4, 8, 16, 32, 64):
         noise = Image.fromarray(rng.integers(0, 256, (side // grain, side // grain, 3), np.uint8)).resize(
             (side, side), Image.Resampling.BICUBIC
         )
-        picture += (np.asarray(noise) - 128.0) * grain / 64
-    return picture.clip(0, 255).astype(np.uint8)
+        original += (np.asarray(noise) - 128.0) * grain / 64
+    return original.clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 def test_a_window_that_is_decoded_smaller_is_the_mean_of_its_blocks_of_pixels(ratio: int) -> None:
     file = io.BytesIO()
-    Image.fromarray(photo(768)).save(file, "JPEG", quality=90)  # with half the colours' resolution, as cameras do
+    Image.fromarray(photo(768)).save(file, "JPEG", quality=90)  # with half the colors' resolution, as cameras do
     arguments = tf.constant(file.getvalue()), tf.constant([64, 128, 512, 576]), tf.constant([768, 768]), tf.constant(1)
     small = decode_window(*arguments, 512 // ratio).numpy()
     blocks = decode_window(*arguments, 512).numpy().reshape(512 // ratio, ratio, 576 // ratio, ratio, 3).mean((1, 3))
@@ -178,10 +183,10 @@ def test_a_window_that_is_decoded_smaller_is_the_mean_of_its_blocks_of_pixels(ra
     assert np.abs(small - blocks).mean() < 1
 
 
-def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
-    picture = smooth(SIDE, SIDE)
+def test_a_crop_of_the_whole_image_is_the_image() -> None:
+    original = smooth(SIDE, SIDE)
     everything = {"RandomResizedCrop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}
-    np.testing.assert_array_equal(run(config("native", [everything]), encode(picture)), picture)
+    np.testing.assert_array_equal(run(config("native", [everything]), encode(original)), original)
 
 
 def test_without_transforms_training_sees_what_evaluation_sees() -> None:
@@ -196,12 +201,12 @@ def test_without_transforms_training_sees_what_evaluation_sees() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_flips_come_as_often_as_p_says(p: float) -> None:
-    picture = smooth(SIDE, SIDE)
-    augment = tf.function(image_augmentation(config("native", [{"HorizontalFlip": {"p": p}}], resize="squash")))
-    arguments = tf.constant(encode(picture)), tf.constant(SIDE), tf.constant(SIDE), tf.constant(1)
+    original = smooth(SIDE, SIDE)
+    augment = tf.function(build_augmentation(config("native", [{"HorizontalFlip": {"p": p}}], resize="squash")))
+    arguments = tf.constant(encode(original)), tf.constant(SIDE), tf.constant(SIDE), tf.constant(1)
     results = [augment(*arguments, seeded(number)).numpy() for number in range(400)]
-    flipped = [np.array_equal(image, picture[:, ::-1]) for image in results]
-    assert all(np.array_equal(image, picture) != was for image, was in zip(results, flipped, strict=True))
+    flipped = [np.array_equal(image, original[:, ::-1]) for image in results]
+    assert all(np.array_equal(image, original) != was for image, was in zip(results, flipped, strict=True))
     assert np.mean(flipped) == pytest.approx(p, abs=0.07 if 0 < p < 1 else 0)
 
 
@@ -209,7 +214,7 @@ def test_the_flip_does_not_follow_the_crop() -> None:
     marker = np.zeros((64, 64, 3), np.uint8)
     marker[:, :, 0] = np.arange(64) * 4
     marker[:, :, 1] = np.arange(64)[:, None] * 4
-    augment = tf.function(image_augmentation(config("native", [CROP, FLIP])))
+    augment = tf.function(build_augmentation(config("native", [CROP, FLIP])))
     arguments = tf.constant(encode(marker)), tf.constant(64), tf.constant(64), tf.constant(1)
     images = np.stack([augment(*arguments, seeded(number)).numpy() for number in range(400)]).astype(float)
     flipped = images[:, :, 0, 0].mean(1) > images[:, :, -1, 0].mean(1)
@@ -221,7 +226,7 @@ def test_the_flip_does_not_follow_the_crop() -> None:
 
 def test_a_transform_given_twice_is_refused_by_the_native_backend() -> None:
     with pytest.raises(ConfigError, match="once"):
-        image_augmentation(config("native", [FLIP, FLIP]))
+        build_augmentation(config("native", [FLIP, FLIP]))
 
 
 # --- albumentations
@@ -272,18 +277,18 @@ def test_rows_of_transforms_end_in_the_resolution(transforms: list[Any]) -> None
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        (["Normalize"], "Normalize is refused: normalisation is inside the model"),
+        (["Normalize"], "Normalize is refused: normalization is inside the model"),
         (["ToFloat"], "ToFloat is refused"),
         ([{"RandomResizedCrop": {"scale": [0.5, 2.0]}}], "RandomResizedCrop does not accept.*scale"),
         ([{"HorizontalFlip": {"p": 3}}], "HorizontalFlip does not accept"),
-        (["SmallestMaxSize"], "SmallestMaxSize turn a uint8 picture of 97 x 151 x 3 into uint8 of 48 x 75 x 3"),
+        (["SmallestMaxSize"], "SmallestMaxSize turn a uint8 image of 97 x 151 x 3 into uint8 of 48 x 75 x 3"),
         ([{"RandomResizedCrop": {"size": [0.5, 0.5]}}], "RandomResizedCrop turn .* into uint8 of 24 x 24 x 3"),
         ([{"RandomScale": {"p": 1.0}}], "RandomScale turn"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_stream_is_built(transforms: list[Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"augment.transforms: {message}"):
-        image_augmentation(config("albumentations", transforms))
+        build_augmentation(config("albumentations", transforms))
 
 
 def usable() -> list[str]:
@@ -304,28 +309,28 @@ def usable() -> list[str]:
 def test_every_transform_is_a_function_of_its_seed() -> None:
     names = usable()
     assert len(names) > 60
-    picture, other = smooth(SIDE, SIDE), smooth(SIDE, SIDE, 1)
+    original, other = smooth(SIDE, SIDE), smooth(SIDE, SIDE, 1)
     for name in names:
         apply = AlbumentationsTransforms((TransformConfig(name=name, args={"p": 1.0}),), SIDE)
-        before = apply(picture, 11)
+        before = apply(original, 11)
         apply(other, 12)
         np.random.seed(0)  # a transform that used the global generators would show here
         random.seed(0)
         again = AlbumentationsTransforms((TransformConfig(name=name, args={"p": 1.0}),), SIDE)
         again(other, 13)
-        np.testing.assert_array_equal(apply(picture, 11), before, name)
-        np.testing.assert_array_equal(again(picture, 11), before, name)
+        np.testing.assert_array_equal(apply(original, 11), before, name)
+        np.testing.assert_array_equal(again(original, 11), before, name)
 
 
-def test_transforms_are_built_once_for_a_thread_not_for_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_are_built_once_for_a_thread_not_for_a_image(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     real = AlbumentationsTransforms._build
     monkeypatch.setattr(AlbumentationsTransforms, "_build", lambda self: built.append(1) or real(self))
     apply = AlbumentationsTransforms([TransformConfig(name="HorizontalFlip", args={})], 8)
-    pictures = tf.data.Dataset.from_tensors(tf.zeros((8, 8, 3), tf.uint8)).repeat(300).enumerate()
+    images = tf.data.Dataset.from_tensors(tf.zeros((8, 8, 3), tf.uint8)).repeat(300).enumerate()
     options = tf.data.Options()
     options.threading.private_threadpool_size = 2
-    flipped = pictures.map(lambda i, x: tf.numpy_function(apply, (x, i), tf.uint8), num_parallel_calls=2).with_options(
+    flipped = images.map(lambda i, x: tf.numpy_function(apply, (x, i), tf.uint8), num_parallel_calls=2).with_options(
         options
     )
     assert sum(1 for _ in flipped) == 300
@@ -336,8 +341,8 @@ def test_transforms_of_one_p_do_not_coincide() -> None:
     apply = AlbumentationsTransforms(
         tuple(TransformConfig(name=name, args={"p": 0.5}) for name in ("HorizontalFlip", "VerticalFlip")), SIDE
     )
-    picture = smooth(SIDE, SIDE)
-    outcomes = {apply(picture, seed).tobytes() for seed in range(40)}
+    original = smooth(SIDE, SIDE)
+    outcomes = {apply(original, seed).tobytes() for seed in range(40)}
     assert len(outcomes) == 4
 
 
@@ -348,7 +353,7 @@ def test_pixels_do_not_depend_on_the_number_of_threads(backend: str) -> None:
         if backend == "native"
         else [CROP, FLIP, {"GaussNoise": {"p": 1.0}}, {"ElasticTransform": {"p": 0.5}}]
     )
-    augment = image_augmentation(config(backend, rows))
+    augment = build_augmentation(config(backend, rows))
     files = [encode(smooth(60 + 7 * n, 110, n), "JPEG") for n in range(4)]
     sizes = [Image.open(io.BytesIO(file)).size for file in files]
 

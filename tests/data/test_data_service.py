@@ -67,8 +67,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in "ab":
         (folder / label).mkdir()
         for number in range(20):
-            picture = rng.integers(0, 256, (40 + number, 48, 3)).astype(np.uint8)
-            Image.fromarray(picture).save(folder / label / f"{number}.jpg")
+            image = rng.integers(0, 256, (40 + number, 48, 3)).astype(np.uint8)
+            Image.fromarray(image).save(folder / label / f"{number}.jpg")
     return folder
 
 
@@ -95,12 +95,12 @@ def test_the_batches_of_servers_are_those_of_this_process(
 
     def stream(server: int, of: int) -> tf.data.Dataset:
         return training_stream(
-            manifest, source, config, start_step=2 + server, stride=of, share=share, workers=tf.data.AUTOTUNE
+            manifest, source, config, start_step=2 + server, stride=of, shard=share, num_workers=tf.data.AUTOTUNE
         )
 
     dataset = from_data_service(stream, servers[:number])
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
-    here = training_stream(manifest, source, config, start_step=2, share=share).take(7).as_numpy_iterator()
+    here = training_stream(manifest, source, config, start_step=2, shard=share).take(7).as_numpy_iterator()
     for one, other in zip(dataset.take(7).as_numpy_iterator(), here, strict=True):
         for there_part, here_part in zip(one, other, strict=True):
             np.testing.assert_array_equal(there_part, here_part)
@@ -116,7 +116,7 @@ def test_a_run_ends_where_a_server_is_gone() -> None:
 
     batches = with_watchdog(stuck(), [address], patience=0.2)
     assert next(batches) == 1
-    with pytest.raises(TrainingError, match=f"nothing answers at {address} .*; then go on with --resume"):
+    with pytest.raises(TrainingError, match=f"nothing answers at {address} .*; then continue with --resume"):
         next(batches)
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.index_batch import IndexBatch, memory_mapped_table
+from pipeline.data.input_pipeline import IndexBatch, memory_mapped_table
 from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.errors import DataError
 

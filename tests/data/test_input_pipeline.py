@@ -25,7 +25,7 @@ NOISY: list[Any] = [*CROP_AND_FLIP, {"GaussNoise": {"p": 0.5}}]
 
 
 class Memory:
-    """Pictures in memory; some JPEG, some PNG, of many sizes and orientations."""
+    """Images in memory; some JPEG, some PNG, of many sizes and orientations."""
 
     class_names = ("a", "b", "c")
 
@@ -34,11 +34,11 @@ class Memory:
         for number in range(count):
             rng = np.random.default_rng(number)
             width, height = rng.integers(36, 90, 2)
-            picture = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(
+            image = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(
                 (int(width), int(height)), Image.Resampling.BICUBIC
             )
             file = io.BytesIO()
-            picture.save(file, "JPEG" if number % 3 else "PNG")
+            image.save(file, "JPEG" if number % 3 else "PNG")
             self.files.append(file.getvalue())
             self.sizes.append((height, width))
 
@@ -139,7 +139,7 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
     whole = take(training_stream(*data, settings), 4)
     for start in (0, 3):
         parts = [
-            take(training_stream(*data, settings, start_step=start, share=Shard(n, shares)), 4 - start)
+            take(training_stream(*data, settings, start_step=start, shard=Shard(n, shares)), 4 - start)
             for n in range(shares)
         ]
         joined = [
@@ -152,7 +152,7 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
 def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
     data, settings = make(21), config(batch=16, **augment)
     whole = take(training_stream(*data, settings), 8)
-    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, share=Shard(1, 2)), 2) for n in range(3)]
+    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, shard=Shard(1, 2)), 2) for n in range(3)]
     for n, part in enumerate(parts):
         assert_equal(part, [tuple(column[8:] for column in batch) for batch in whole[2 + n :: 3]])
 
@@ -166,7 +166,7 @@ def test_a_share_reads_only_its_own_images() -> None:
         return source.read(key.decode())
 
     source.read_tf = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
-    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, share=Shard(1, 4)), 8)
+    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, shard=Shard(1, 4)), 8)
     seen = np.concatenate([index for *_, index in batches])
     ahead = 3 * 2 + 2  # batches of two that may wait ready, and what is on its way
     assert [int(key) for key in read[: len(seen)]] == seen.tolist()
@@ -178,7 +178,7 @@ def test_shares_of_an_evaluation_hold_every_image_exactly_once(shares: int) -> N
     data = make(21, test=13)
     whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
     parts = [
-        take(evaluation_stream(*data, config(), "test", batch_size=8, share=Shard(n, shares)), 9) for n in range(shares)
+        take(evaluation_stream(*data, config(), "test", batch_size=8, shard=Shard(n, shares)), 9) for n in range(shares)
     ]
     joined = [
         tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
@@ -233,7 +233,7 @@ def test_mixing_stays_inside_groups_of_the_batch() -> None:
             low, high = group.min(0), group.max(0)
             assert (result >= low - 0.5).all()
             assert (result <= high + 0.5).all()
-            # whatever the weights, each mixed picture lies in the span of two of its own group
+            # whatever the weights, each mixed image lies in the span of two of its own group
             for image in result:
                 residuals = []
                 for a in range(8):

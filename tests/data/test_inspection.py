@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.data.inspection import FORMATS, ImageFlag, ImageHeader, inspect, inspect_all, read_header
 from pipeline.data.preprocessing import decode, decode_jpeg
 from pipeline.data.scan_cache import ScanCache
-from pipeline.data.sources.base import Sample
+from pipeline.data.sources.base import LabeledImage
 from pipeline.data.sources.files import FileSource
 from pipeline.data.splits import HASH_DISTANCE
 
@@ -29,19 +29,19 @@ def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
     return np.stack([np.asarray(plane) for plane in planes], -1)
 
 
-def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def png(rows: np.ndarray, width: int, depth: int, colour: int) -> bytes:
+def png(rows: np.ndarray, width: int, depth: int, color: int) -> bytes:
     """A PNG from packed rows, uint8 (H, bytes), for what Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, color, 0, 0, 0)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
@@ -58,16 +58,16 @@ def decoded(file: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["grey", "rgb", "grey+alpha", "rgb+alpha"]
+    ("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["gray", "rgb", "gray+alpha", "rgb+alpha"]
 )
-def test_16_bits_keep_their_upper_8_and_are_not_clipped(colour: int, channels: int) -> None:
+def test_16_bits_keep_their_upper_8_and_are_not_clipped(color: int, channels: int) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (45, 70, channels)).astype(np.uint16)
-    file = png(deep.astype(">u2").reshape(45, -1).view(np.uint8), 70, 16, colour)
+    file = png(deep.astype(">u2").reshape(45, -1).view(np.uint8), 70, 16, color)
     wanted = (deep >> 8).astype(np.uint8)[..., : 3 if channels > 2 else 1]
     np.testing.assert_array_equal(decoded(file), np.broadcast_to(wanted, (45, 70, 3)))
     header = read_header(file)
     assert isinstance(header, ImageHeader)
-    assert header.traits == ImageFlag.DEEP | (ImageFlag.GREY if channels < 3 else 0) | (
+    assert header.flags == ImageFlag.HIGH_BIT_DEPTH | (ImageFlag.GRAY if channels < 3 else 0) | (
         ImageFlag.TRANSPARENT if channels in (2, 4) else 0
     )
 
@@ -90,30 +90,30 @@ def test_cmyk_becomes_the_rgb_that_pillow_shows() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"transparency": 3}, {"bits": 4}], ids=["256", "transparent", "16"])
 def test_palettes_are_looked_up(options: dict[str, int]) -> None:
-    picture = Image.fromarray(smooth(45, 70)).quantize(13 if "bits" in options else 200)
-    file = encode(picture, **options)
-    np.testing.assert_array_equal(decoded(file), np.asarray(picture.convert("RGB")))
+    image = Image.fromarray(smooth(45, 70)).quantize(13 if "bits" in options else 200)
+    file = encode(image, **options)
+    np.testing.assert_array_equal(decoded(file), np.asarray(image.convert("RGB")))
     assert inspect(file)["traits"] == ImageFlag.PALETTE | (ImageFlag.TRANSPARENT if "transparency" in options else 0)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_under_transparency_lies_what_the_file_holds_there(mode: str) -> None:
-    colours = smooth(45, 70, 2 if mode == "LA" else 4)
-    colours[:20, :, -1] = 0
-    file = encode(Image.fromarray(colours))
-    np.testing.assert_array_equal(decoded(file), np.broadcast_to(colours[..., :-1], (45, 70, 3)))
+    colors = smooth(45, 70, 2 if mode == "LA" else 4)
+    colors[:20, :, -1] = 0
+    file = encode(Image.fromarray(colors))
+    np.testing.assert_array_equal(decoded(file), np.broadcast_to(colors[..., :-1], (45, 70, 3)))
     assert inspect(file)["traits"] & ImageFlag.TRANSPARENT
 
 
-def test_a_bmp_with_a_palette_is_refused_and_a_grey_one_is_not() -> None:
+def test_a_bmp_with_a_palette_is_refused_and_a_gray_one_is_not() -> None:
     rows = np.ascontiguousarray(smooth(45, 72)[..., 0])
-    colourful = b"".join(bytes([i, 255 - i, i * 7 % 256, 0]) for i in range(256))
-    assert inspect(bmp(rows, 72, 8, colourful)) == "is a BMP with a palette, which TensorFlow does not look up"
-    grey = bmp(rows, 72, 8, b"".join(bytes([i, i, i, 0]) for i in range(256)))
-    np.testing.assert_array_equal(decoded(grey), np.repeat(rows[..., None], 3, 2))
+    colorful = b"".join(bytes([i, 255 - i, i * 7 % 256, 0]) for i in range(256))
+    assert inspect(bmp(rows, 72, 8, colorful)) == "is a BMP with a palette, which TensorFlow does not look up"
+    gray = bmp(rows, 72, 8, b"".join(bytes([i, i, i, 0]) for i in range(256)))
+    np.testing.assert_array_equal(decoded(gray), np.repeat(rows[..., None], 3, 2))
 
 
-def test_animations_give_their_first_picture_but_for_webp_which_would_end_the_process() -> None:
+def test_animations_give_their_first_image_but_for_webp_which_would_end_the_process() -> None:
     frames = [Image.fromarray(smooth(45, 70, seed=seed)).quantize(100) for seed in range(3)]
     for kind in ("GIF", "PNG"):
         file = encode(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -125,7 +125,7 @@ def test_animations_give_their_first_picture_but_for_webp_which_would_end_the_pr
     assert str(inspect(moving)).startswith("is an animated WebP")
 
 
-def test_a_gif_whose_first_picture_does_not_fill_the_canvas_has_that_picture_s_size() -> None:
+def test_a_gif_whose_first_image_does_not_fill_the_canvas_has_that_image_s_size() -> None:
     file = bytearray(encode(Image.fromarray(smooth(45, 70)).quantize(100), "GIF"))
     file[6:10] = struct.pack("<HH", 100, 80)
     facts = inspect(bytes(file))
@@ -190,7 +190,7 @@ def test_a_photo_and_its_smaller_copy_have_nearly_one_hash_whatever_ratio_they_a
 def folder(tmp_path: Path) -> FileSource:
     for seed in range(40):
         (tmp_path / f"{seed:02}.png").write_bytes(encode(Image.fromarray(smooth(40, 50, seed=seed))))
-    rows = tuple(Sample(path.name, 0, None) for path in sorted(tmp_path.glob("*.png")))
+    rows = tuple(LabeledImage(path.name, 0, None) for path in sorted(tmp_path.glob("*.png")))
     return FileSource(tmp_path, ("a",), rows)
 
 
@@ -199,7 +199,7 @@ def look(folder: FileSource, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarra
     read: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(FileSource, "read", lambda self, key: [read.append(key), (self.root / key).read_bytes()][1])
-        facts, problems = inspect_all(folder, folder.samples(), ScanCache(folder.root))
+        facts, problems = inspect_all(folder, folder.list_images(), ScanCache(folder.root))
     return facts, problems, sorted(read)
 
 
@@ -214,7 +214,7 @@ def test_a_second_scan_reads_only_what_has_changed(folder: FileSource, monkeypat
     (folder.root / "03.png").write_bytes(other)
     status = (folder.root / "04.png").stat()
     os.utime(folder.root / "04.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    (folder.root / "05.png").write_bytes(b"no picture")
+    (folder.root / "05.png").write_bytes(b"no image")
     again, problems, read = look(folder, monkeypatch)
     assert read == ["03.png", "04.png", "05.png"]
     assert again["height"][3] == 41
@@ -241,7 +241,7 @@ def test_a_damaged_cache_is_ignored_and_replaced(
         {"cut": content[:-100], "flipped": flipped, "emptied": b"", "replaced": b"x" * 5000}.get(damage, content)
     )
     if damage == "of another version":
-        monkeypatch.setattr("pipeline.data.scan_cache.SCAN", -1)
+        monkeypatch.setattr("pipeline.data.scan_cache.SCAN_VERSION", -1)
     again, _, read = look(folder, monkeypatch)
     assert len(read) == 40
     np.testing.assert_array_equal(again, first)
@@ -259,19 +259,19 @@ def test_an_interrupted_scan_keeps_what_it_has_seen_and_what_was_known(
     for path in list(folder.root.glob("*.png"))[::2]:
         path.touch()
     with pytest.raises(KeyboardInterrupt):
-        inspect_all(folder, folder.samples(), ScanCache(folder.root), interrupt)
+        inspect_all(folder, folder.list_images(), ScanCache(folder.root), interrupt)
     read = look(folder, monkeypatch)[2]
     assert len(read) == 30
     (folder.root / "00.png").touch()
     with pytest.raises(KeyboardInterrupt):
-        inspect_all(folder, folder.samples(), ScanCache(folder.root), interrupt)
+        inspect_all(folder, folder.list_images(), ScanCache(folder.root), interrupt)
     assert look(folder, monkeypatch)[2] == []
 
 
 def test_two_scans_at_once_leave_one_whole_cache(folder: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [ScanCache(folder.root), ScanCache(folder.root)]
     for cache in caches:
-        inspect_all(folder, folder.samples(), cache)
+        inspect_all(folder, folder.list_images(), cache)
     assert look(folder, monkeypatch)[2] == []
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Config
-from pipeline.data.mixup import beta, group_mixing, mixing_group, partners
+from pipeline.data.mixup import MixFn, beta, mixing_group_size, mixup_and_cutmix, partners
 from pipeline.errors import ConfigError
 
 SIDE, SIZE = 32, 8
@@ -25,18 +25,24 @@ def config(**augment: float) -> Config:
     )
 
 
+def build_mixing(settings: Config) -> MixFn:
+    group_size = mixing_group_size(settings.train.batch_size, settings.train.gradient_accumulation_steps)
+    augment = settings.augment
+    return mixup_and_cutmix(group_size, settings.variant.resolution, augment.mixup, augment.cutmix, settings.seed)
+
+
 def levels() -> tf.Tensor:
-    """Pictures of one level each: 0, 30, ... 210."""
+    """Images of one level each: 0, 30, ... 210."""
     return tf.cast(tf.broadcast_to(tf.range(SIZE)[:, None, None, None] * 30, (SIZE, SIDE, SIDE, 3)), tf.uint8)
 
 
 def mixed(number: int, **augment: float) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = group_mixing(config(**augment))(levels(), tf.eye(SIZE), tf.constant(number, tf.int64))
+    images, labels = build_mixing(config(**augment))(levels(), tf.eye(SIZE), tf.constant(number, tf.int64))
     return images.numpy(), labels.numpy()
 
 
 def test_the_group_is_the_largest_that_divides_a_micro_batch() -> None:
-    assert [mixing_group(*sizes) for sizes in ((32, 1), (32, 8), (12, 1), (64, 32), (6, 1), (2, 1))] == [
+    assert [mixing_group_size(*sizes) for sizes in ((32, 1), (32, 8), (12, 1), (64, 32), (6, 1), (2, 1))] == [
         8,
         4,
         4,
@@ -50,9 +56,9 @@ def test_the_group_is_the_largest_that_divides_a_micro_batch() -> None:
 def test_a_group_never_straddles_micro_batches(micro_batch: int, accumulation: int) -> None:
     if micro_batch % 2:
         with pytest.raises(ConfigError, match="even"):
-            mixing_group(micro_batch * accumulation, accumulation)
+            mixing_group_size(micro_batch * accumulation, accumulation)
     else:
-        assert micro_batch % mixing_group(micro_batch * accumulation, accumulation) == 0
+        assert micro_batch % mixing_group_size(micro_batch * accumulation, accumulation) == 0
 
 
 def test_nobody_is_its_own_partner_and_everybody_is_one() -> None:
@@ -105,13 +111,13 @@ def test_cutmix_labels_are_the_share_of_the_pixels() -> None:
 
 def test_cutmix_pastes_from_the_same_place() -> None:
     gradient = tf.cast(tf.broadcast_to(tf.range(SIDE)[None, :, None, None] * 4, (SIZE, SIDE, SIDE, 3)), tf.uint8)
-    images, _ = group_mixing(config(cutmix=1.0))(gradient, tf.eye(SIZE), tf.constant(0, tf.int64))
+    images, _ = build_mixing(config(cutmix=1.0))(gradient, tf.eye(SIZE), tf.constant(0, tf.int64))
     np.testing.assert_array_equal(images, gradient)
 
 
 def test_cutmix_areas_follow_beta_but_for_the_border() -> None:
     kept = np.concatenate([np.diag(mixed(number, cutmix=1.0)[1]) for number in range(60)])
-    assert 0.6 < kept.mean() < 0.8  # 1/2 if nothing were cut off; uniform sides and centres leave about 0.7
+    assert 0.6 < kept.mean() < 0.8  # 1/2 if nothing were cut off; uniform sides and centers leave about 0.7
     assert kept.std() > 0.15
 
 
@@ -131,4 +137,4 @@ def test_the_same_number_mixes_alike_and_another_one_differently() -> None:
 def test_an_odd_micro_batch_is_refused() -> None:
     odd = config(mixup=0.2).model_copy(update={"train": config().train.model_copy(update={"global_batch_size": 15})})
     with pytest.raises(ConfigError, match="even number"):
-        group_mixing(odd)
+        build_mixing(odd)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from pipeline.config.schema import Config
-from pipeline.data.augmentation import image_augmentation
+from pipeline.data.augmentation import Augmentation, image_augmentation
 from pipeline.data.input_pipeline import evaluation_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
@@ -45,23 +45,23 @@ def as_a_camera_stores_it(upright: Image.Image, kind: str, orientation: int) -> 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, DataSource, Config]:
-    """One picture, 60 x 84, in three formats and eight orientations.
+def oriented_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, DataSource, Config]:
+    """One image, 60 x 84, in three formats and eight orientations.
 
-    In a/ as it is, in b/ with its colours inverted.
+    In a/ as it is, in b/ with its colors inverted.
     """
     root = tmp_path_factory.mktemp("turned")
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
     upright = coarse.resize((84, 60), Image.Resampling.BICUBIC)
-    for name, picture in (("a", upright), ("b", Image.eval(upright, lambda value: 255 - value))):
+    for name, image in (("a", upright), ("b", Image.eval(upright, lambda value: 255 - value))):
         (root / "test" / name).mkdir(parents=True)
         (root / "train" / name).mkdir(parents=True)
         for kind in KINDS:
             for orientation in range(1, 9):
                 (root / "test" / name / f"{kind}{orientation}.{kind.lower()}").write_bytes(
-                    as_a_camera_stores_it(picture, kind, orientation)
+                    as_a_camera_stores_it(image, kind, orientation)
                 )
-        (root / "train" / name / "other.png").write_bytes(as_a_camera_stores_it(picture.rotate(90), "PNG", 1))
+        (root / "train" / name / "other.png").write_bytes(as_a_camera_stores_it(image.rotate(90), "PNG", 1))
     config = Config.model_validate(
         {
             "model": {"variant": "b0", "weights": None, "resolution": SIDE},
@@ -72,18 +72,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, 
     return root, scan(source, config.data, seed=0), source, config
 
 
-def same(pictures: dict[str, np.ndarray]) -> None:
-    """Whether pictures, by the name of their file, show the same; those without loss to the bit."""
-    for key, picture in pictures.items():
-        upright = pictures[f"{key.rpartition('/')[0]}/PNG1.png"].astype(int)
+def build_augmentation(settings: Config) -> Augmentation:
+    return image_augmentation(settings.augment, settings.variant.resolution, settings.data.resize)
+
+
+def same(oriented_files: dict[str, np.ndarray]) -> None:
+    """Whether images, by the name of their file, show the same; those without loss to the bit."""
+    for key, image in oriented_files.items():
+        upright = oriented_files[f"{key.rpartition('/')[0]}/PNG1.png"].astype(int)
         if key.endswith(".jpeg"):
-            assert np.abs(picture - upright).mean() < 3, key
+            assert np.abs(image - upright).mean() < 3, key
         else:
-            np.testing.assert_array_equal(picture, upright, key)
+            np.testing.assert_array_equal(image, upright, key)
 
 
-def test_the_scan_sees_one_picture_in_all_of_them(pictures):
-    _, manifest, _, _ = pictures
+def test_the_scan_sees_one_image_in_all_of_them(oriented_files):
+    _, manifest, _, _ = oriented_files
     table = manifest.table[manifest.table["split"] == "test"]
     assert table["orientation"].tolist() == [int(key[-1]) for key in table["key"].str.rpartition(".")[0]]
     assert table.groupby("label")["group"].nunique().tolist() == [1, 1]
@@ -92,8 +96,8 @@ def test_the_scan_sees_one_picture_in_all_of_them(pictures):
     assert set(zip(table["height"][~sideways], table["width"][~sideways], strict=True)) == {(60, 84)}
 
 
-def test_evaluation_turns_them_upright(pictures):
-    _, manifest, source, config = pictures
+def test_evaluation_turns_them_upright(oriented_files):
+    _, manifest, source, config = oriented_files
     seen = {}
     for images, _, weights, index in evaluation_stream(
         manifest, source, config, "test", batch_size=16
@@ -109,10 +113,10 @@ def test_evaluation_turns_them_upright(pictures):
 @pytest.mark.parametrize(
     "transforms", [[], [{"RandomResizedCrop": {"scale": [0.2, 0.6]}}, "HorizontalFlip"]], ids=["plain", "cropped"]
 )
-def test_training_crops_and_flips_the_upright_picture(pictures, backend, transforms):
-    _, manifest, source, config = pictures
+def test_training_crops_and_flips_the_upright_image(oriented_files, backend, transforms):
+    _, manifest, source, config = oriented_files
     changed = {**config.model_dump(mode="json"), "augment": {"backend": backend, "transforms": transforms}}
-    augment = image_augmentation(Config.model_validate(changed))
+    augment = build_augmentation(Config.model_validate(changed))
     for seed in range(4):
         rows = manifest.table[manifest.table["split"] == "test"].itertuples()
         seen = {
@@ -128,8 +132,8 @@ def test_training_crops_and_flips_the_upright_picture(pictures, backend, transfo
         same(seen)
 
 
-def test_prediction_turns_them_upright(pictures):
-    root, manifest, _, _ = pictures
+def test_prediction_turns_them_upright(oriented_files):
+    root, manifest, _, _ = oriented_files
     keras.utils.set_random_seed(1)
     inputs = keras.Input((SIDE, SIDE, 3))
     model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))))

@@ -28,11 +28,11 @@ from pipeline.config.schema import Config
 from pipeline.data import packing
 from pipeline.data.input_pipeline import training_stream
 from pipeline.data.inspection import inspect_all
-from pipeline.data.pack_inputs import SourceOrigin
+from pipeline.data.pack_inputs import SourceInput
 from pipeline.data.packing import ShardLimit, pack
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources import pack as pack_module
-from pipeline.data.sources.base import DataSource, FileStat, Sample
+from pipeline.data.sources.base import DataSource, FileStat, LabeledImage
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.files import FileSource
 from pipeline.data.sources.folder import open_folder
@@ -59,8 +59,8 @@ def fill(root: Path, count: int = 12, prefix: str = "") -> Path:
     return root
 
 
-def make(source: DataSource, folder: Path, pictures: int | None = 5) -> packing.PackResult:
-    return pack(SourceOrigin(source), folder, ShardLimit(float("inf"), pictures), lambda done, of: None)
+def make(source: DataSource, folder: Path, images: int | None = 5) -> packing.PackResult:
+    return pack(SourceInput(source), folder, ShardLimit(float("inf"), images), lambda done, of: None)
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -92,15 +92,15 @@ def flip(path: Path, needle: bytes) -> None:
 
 
 class InMemory:
-    """Pictures that are no files, and what was read of them."""
+    """Images that are no files, and what was read of them."""
 
     def __init__(self, contents: list[bytes], splits: list[str | None] | None = None) -> None:
         self.class_names = ("even", "odd")
         self.contents, self.splits = contents, splits or [None] * len(contents)
         self.read_keys: list[str] = []
 
-    def samples(self) -> list[Sample]:
-        return [Sample(f"ä/{i}", i % 2, split) for i, split in enumerate(self.splits)]
+    def list_images(self) -> list[LabeledImage]:
+        return [LabeledImage(f"ä/{i}", i % 2, split) for i, split in enumerate(self.splits)]
 
     def stat(self, key: str) -> None:
         return None
@@ -131,11 +131,11 @@ def test_every_byte_comes_back_whatever_the_files_and_the_shards(
     folder = tmp_path_factory.mktemp("pack")
     source = InMemory(contents, ["train", "val", "test"] * len(contents) if split else None)
     source.splits = source.splits[: len(contents)]
-    pack(SourceOrigin(source), folder, limit, lambda done, of: None)
+    pack(SourceInput(source), folder, limit, lambda done, of: None)
     packed = open_pack(folder)
-    assert packed.samples() == source.samples()
+    assert packed.list_images() == source.list_images()
     assert packed.class_names == source.class_names
-    assert [packed.read(sample.key) for sample in reversed(packed.samples())] == contents[::-1]
+    assert [packed.read(sample.key) for sample in reversed(packed.list_images())] == contents[::-1]
 
 
 def test_a_pack_is_the_files_in_shards_with_an_index(photos: Path, tmp_path: Path) -> None:
@@ -144,16 +144,16 @@ def test_a_pack_is_the_files_in_shards_with_an_index(photos: Path, tmp_path: Pat
     shards = [f"pack-{i:05}-of-00003.array_record" for i in range(3)]
     assert sorted(path.name for path in (tmp_path / "pack").iterdir()) == ["index.parquet", *shards, "pack.json"]
     index = pq.read_table(tmp_path / "pack/index.parquet").to_pylist()
-    assert [row["key"] for row in index] == [sample.key for sample in source.samples()]
+    assert [row["key"] for row in index] == [sample.key for sample in source.list_images()]
     assert [(row["shard"], row["position"]) for row in index] == [(i // 5, i % 5) for i in range(12)]
     packed = open_pack(tmp_path / "pack")
-    keys = [sample.key for sample in packed.samples()]
-    assert keys == [sample.key for sample in source.samples()]
+    keys = [sample.key for sample in packed.list_images()]
+    assert keys == [sample.key for sample in source.list_images()]
     read = tf.data.Dataset.from_tensor_slices(keys).map(packed.read_tf, num_parallel_calls=2)
     assert read.element_spec == tf.TensorSpec((), tf.string)
     assert list(read.as_numpy_iterator()) == [source.read(key) for key in keys]
     assert packed.stat(keys[3]).size == len(source.read(keys[3]))
-    with pytest.raises(DataError, match="holds no picture called cat/none"):
+    with pytest.raises(DataError, match="holds no image cat/none"):
         packed.read("cat/none.jpg")
 
 
@@ -226,7 +226,7 @@ def test_a_pack_that_was_cut_off_goes_on_with_the_shards_that_are_whole(photos: 
     for key in ("cat/08.jpg", "dog/07.jpg"):
         stop_at[:] = [key]
         with pytest.raises(KeyboardInterrupt):
-            make(Halting(source.root, source.class_names, source.samples()), folder, 3)
+            make(Halting(source.root, source.class_names, source.list_images()), folder, 3)
         assert [path.name for path in folder.iterdir()] == [".packing"], "nothing is seen that is not finished"
         with pytest.raises(DataError, match="holds no finished pack"):
             open_pack(folder)
@@ -270,7 +270,7 @@ def test_a_pack_that_was_cut_off_while_it_got_its_names_is_finished(
         *(f"pack-{i:05}-of-00004.array_record" for i in range(4)),
         "pack.json",
     ]
-    assert len(open_pack(tmp_path / "pack").samples()) == 12
+    assert len(open_pack(tmp_path / "pack").list_images()) == 12
 
 
 def test_a_kill_leaves_what_another_run_goes_on_from(tmp_path: Path) -> None:
@@ -297,8 +297,8 @@ def test_a_kill_leaves_what_another_run_goes_on_from(tmp_path: Path) -> None:
     assert 0 < packed.written == 600 - finished
     source = open_folder(photos)
     opened = open_pack(tmp_path / "pack")
-    assert [opened.read(sample.key) for sample in opened.samples()] == [
-        source.read(sample.key) for sample in source.samples()
+    assert [opened.read(sample.key) for sample in opened.list_images()] == [
+        source.read(sample.key) for sample in source.list_images()
     ]
 
 
@@ -334,8 +334,8 @@ def test_a_data_set_that_has_changed_is_refused(
     if not finished:  # as if it had been cut off in the third shard
         staging = tmp_path / "pack/.packing"
         staging.mkdir()
-        packing._write(staging / packing.IDENTITY, json.dumps(packed.description.origin))
-        for number, shard in enumerate(packed.description.shards):
+        packing.atomic_write(staging / packing.IDENTITY, json.dumps(packed.metadata.origin))
+        for number, shard in enumerate(packed.metadata.shards):
             path = (tmp_path / "pack" / shard.name).rename(staging / f"{number:05}.array_record")
             rows = (
                 packed.index.slice(3 * number, 3)
@@ -344,7 +344,7 @@ def test_a_data_set_that_has_changed_is_refused(
                 .cast(packing.ROWS)
             )
             if number < 2:
-                packing._note(packing._Part(path, rows, shard.sha256))
+                packing._mark_finished(packing._WrittenShard(path, rows, shard.sha256))
         (tmp_path / "pack/pack.json").unlink()
         (tmp_path / "pack/index.parquet").unlink()
     if change == "contents":
@@ -356,7 +356,7 @@ def test_a_data_set_that_has_changed_is_refused(
     else:
         (photos / "dog/zz.png").write_bytes(encoded(77))
     before = files(tmp_path / "pack") if finished else files(tmp_path / "pack/.packing")
-    with pytest.raises(DataError, match=rf"(?s)is of another data set, or of this one as it was before:\n.*{message}"):
+    with pytest.raises(DataError, match=rf"(?s)is of another data set, or of an earlier state of this one:\n.*{message}"):
         make(open_folder(photos), tmp_path / "pack", 3)
     after = files(tmp_path / "pack") if finished else files(tmp_path / "pack/.packing")
     assert {name: after[name] for name in before} == before
@@ -367,18 +367,18 @@ def test_a_flipped_bit_is_found_by_reading_by_verifying_and_mended(config: Path,
     make(source, tmp_path / "pack")
     shard = tmp_path / "pack/pack-00001-of-00003.array_record"
     content = shard.read_bytes()
-    key = source.samples()[6].key
+    key = source.list_images()[6].key
     flip(shard, source.read(key))
     opened = open_pack(tmp_path / "pack")
     where = rf"{key} is damaged: record 1 of {shard}"
     with pytest.raises(DataError, match=where):
         opened.read(key)
-    assert opened.read(source.samples()[7].key) == source.read(source.samples()[7].key)
+    assert opened.read(source.list_images()[7].key) == source.read(source.list_images()[7].key)
     with pytest.raises(tf.errors.OpError, match=where):
         list(tf.data.Dataset.from_tensors(key).map(opened.read_tf).as_numpy_iterator())
     with pytest.raises(DataError, match=rf"(?s)1 files or records are damaged:\n  {where}"):
         run("--verify", tmp_path / "pack")
-    with pytest.raises(DataError, match=rf"1 of 12 pictures cannot be used:\n  {key}: is damaged: record 1 of"):
+    with pytest.raises(DataError, match=rf"1 of 12 images cannot be used:\n  {key}: is damaged: record 1 of"):
         scan(opened, DataConfig(source="pack", path=tmp_path / "pack"), seed=0)
     code, said = run("--config", config, "--out", tmp_path / "pack")
     assert code == 0
@@ -418,7 +418,7 @@ def test_shards_that_changed_places_are_found(photos: Path, tmp_path: Path) -> N
     (tmp_path / "aside").rename(second)
     if first.stat().st_size == second.stat().st_size:
         with pytest.raises(DataError, match="has another SHA-256"):
-            open_pack(tmp_path / "pack").read(source.samples()[0].key)
+            open_pack(tmp_path / "pack").read(source.list_images()[0].key)
     with pytest.raises(DataError, match="12 files or records are damaged"):
         run("--verify", tmp_path / "pack")
 
@@ -436,17 +436,17 @@ def test_nothing_of_anybody_else_is_overwritten(config: Path, tmp_path: Path) ->
 
 
 def test_one_process_at_a_time_packs_into_a_folder(photos: Path, tmp_path: Path) -> None:
-    origin = SourceOrigin(open_folder(photos))
-    pictures = origin.pictures
+    origin = SourceInput(open_folder(photos))
+    images = origin.records
 
     def again(start: int, last: str | None) -> Iterator[Any]:
         with pytest.raises(DataError, match="another process is packing into it"):
             make(open_folder(photos), tmp_path / "pack")
-        yield from pictures(start, last)
+        yield from images(start, last)
 
-    origin.pictures = again  # type: ignore[method-assign]
+    origin.records = again  # type: ignore[method-assign]
     pack(origin, tmp_path / "pack", ShardLimit(1e9), lambda done, of: None)
-    assert len(open_pack(tmp_path / "pack").samples()) == 12
+    assert len(open_pack(tmp_path / "pack").list_images()) == 12
 
 
 def test_a_disk_that_is_full_is_told_with_the_way_on(
@@ -460,11 +460,11 @@ def test_a_disk_that_is_full_is_told_with_the_way_on(
             raise RuntimeError("write() failed: No space left on device")
 
     monkeypatch.setattr(packing, "ArrayRecordWriter", Full)
-    with pytest.raises(DataError, match=r"00000.array_record cannot be written: .*No space left.*it goes on from here"):
+    with pytest.raises(DataError, match=r"00000.array_record cannot be written: .*No space left.*it continues from here"):
         make(open_folder(photos), tmp_path / "pack")
 
 
-def test_an_unreadable_picture_is_named_and_what_is_written_stays(photos: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_and_what_is_written_stays(photos: Path, tmp_path: Path) -> None:
     source = open_folder(photos)
     (photos / "dog/09.jpg").unlink()
     with pytest.raises(DataError, match=r"dog/09.jpg cannot be read: No such file"):
@@ -474,10 +474,10 @@ def test_an_unreadable_picture_is_named_and_what_is_written_stays(photos: Path, 
 
 def test_packing_reads_a_few_files_ahead_and_no_more(tmp_path: Path) -> None:
     source = InMemory([b"x" * 10] * 500)
-    pictures = SourceOrigin(source).pictures(100, None)
-    assert [next(pictures).key for _ in range(3)] == ["ä/100", "ä/101", "ä/102"]
+    images = SourceInput(source).records(100, None)
+    assert [next(images).key for _ in range(3)] == ["ä/100", "ä/101", "ä/102"]
     assert len(source.read_keys) <= 20
-    pictures.close()  # type: ignore[attr-defined]
+    images.close()  # type: ignore[attr-defined]
 
 
 def test_few_shards_are_open_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,17 +485,17 @@ def test_few_shards_are_open_at_once(photos: Path, tmp_path: Path, monkeypatch: 
     make(open_folder(photos), tmp_path / "pack", 1)
     opened = open_pack(tmp_path / "pack")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    for sample in [*opened.samples(), *opened.samples()]:
+    for sample in [*opened.list_images(), *opened.list_images()]:
         opened.read(sample.key)
     assert len(os.listdir("/proc/self/fd")) - before <= 2  # noqa: PTH208
 
 
-def test_a_second_scan_reads_no_picture(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_scan_reads_no_image(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(open_folder(photos), tmp_path / "pack")
     source = open_pack(tmp_path / "pack")
-    first, _ = inspect_all(source, source.samples(), ScanCache(tmp_path / "pack"))
+    first, _ = inspect_all(source, source.list_images(), ScanCache(tmp_path / "pack"))
     monkeypatch.setattr(PackSource, "read", lambda self, key: pytest.fail(f"read {key}"))
-    again, problems = inspect_all(source, source.samples(), ScanCache(tmp_path / "pack"))
+    again, problems = inspect_all(source, source.list_images(), ScanCache(tmp_path / "pack"))
     assert not problems
     np.testing.assert_array_equal(again, first)
     monkeypatch.undo()
@@ -506,7 +506,7 @@ def test_a_second_scan_reads_no_picture(photos: Path, tmp_path: Path, monkeypatc
     read: list[str] = []
     whole = PackSource.read
     monkeypatch.setattr(PackSource, "read", lambda self, key: [read.append(key), whole(self, key)][1])
-    inspect_all(source, source.samples(), ScanCache(tmp_path / "pack"))
+    inspect_all(source, source.list_images(), ScanCache(tmp_path / "pack"))
     assert read == ["cat/00.png"], "the hash is another, so it is looked at again"
 
 
@@ -526,16 +526,16 @@ def test_a_pack_can_be_packed_again_into_other_shards(photos: Path, tmp_path: Pa
     make(open_folder(photos), tmp_path / "pack", 5)
     make(open_pack(tmp_path / "pack"), tmp_path / "again", 2)
     first, second = open_pack(tmp_path / "pack"), open_pack(tmp_path / "again")
-    assert first.samples() == second.samples()
+    assert first.list_images() == second.list_images()
     assert len(list((tmp_path / "again").glob("*.array_record"))) == 6
-    assert all(first.read(sample.key) == second.read(sample.key) for sample in first.samples())
+    assert all(first.read(sample.key) == second.read(sample.key) for sample in first.list_images())
 
 
 def test_a_status_is_the_same_as_long_as_the_contents_are(photos: Path, tmp_path: Path) -> None:
     make(open_folder(photos), tmp_path / "one", 5)
     make(open_folder(photos), tmp_path / "other", 2)
     one, other = open_pack(tmp_path / "one"), open_pack(tmp_path / "other")
-    statuses = {one.stat(sample.key) for sample in one.samples()}
-    assert statuses == {other.stat(sample.key) for sample in other.samples()}
+    statuses = {one.stat(sample.key) for sample in one.list_images()}
+    assert statuses == {other.stat(sample.key) for sample in other.list_images()}
     assert len(statuses) == 12
     assert all(isinstance(status, FileStat) and -(2**63) <= status.version < 2**63 for status in statuses)

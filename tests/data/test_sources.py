@@ -18,15 +18,15 @@ from pipeline.data.sources.tfds import unreachable
 from pipeline.errors import DataError
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 48)) -> np.ndarray:
-    """uint8 (H, W, 3), coarse and colourful."""
+def image(seed: int = 0, size: tuple[int, int] = (40, 48)) -> np.ndarray:
+    """uint8 (H, W, 3), coarse and colorful."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def write(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(seed)).save(path)
+    Image.fromarray(image(seed)).save(path)
     return path
 
 
@@ -40,7 +40,7 @@ def csv_file(path: Path, text: str) -> DataSource:
 
 
 def graph_reads_the_same(source: DataSource) -> bool:
-    keys = [sample.key for sample in source.samples()]
+    keys = [sample.key for sample in source.list_images()]
     read = tf.data.Dataset.from_tensor_slices(keys).map(source.read_tf, num_parallel_calls=2)
     assert read.element_spec == tf.TensorSpec((), tf.string)
     return list(read.as_numpy_iterator()) == [source.read(key) for key in keys]
@@ -54,7 +54,7 @@ def test_folder_of_classes_is_read_with_its_subfolders_and_without_other_files(t
     write(tmp_path / ".cache/x/d.jpg")
     source = folder(tmp_path)
     assert source.class_names == ("cat", "dog")
-    assert source.samples() == [("cat/a.jpg", 0, None), ("cat/deep/er/b.PNG", 0, None), ("dog/c.webp", 1, None)]
+    assert source.list_images() == [("cat/a.jpg", 0, None), ("cat/deep/er/b.PNG", 0, None), ("dog/c.webp", 1, None)]
     assert graph_reads_the_same(source)
 
 
@@ -62,7 +62,7 @@ def test_folder_of_classes_is_read_with_its_subfolders_and_without_other_files(t
 def test_split_folders_give_the_splits(tmp_path, val):
     for key in ("train/cat/a.jpg", "train/dog/b.jpg", f"{val}/cat/c.jpg", "test/dog/d.jpg"):
         write(tmp_path / key)
-    assert [(s.key.rpartition("/")[2], s.label, s.split) for s in folder(tmp_path).samples()] == [
+    assert [(s.key.rpartition("/")[2], s.label, s.split) for s in folder(tmp_path).list_images()] == [
         ("d.jpg", 1, "test"),
         ("a.jpg", 0, "train"),
         ("b.jpg", 1, "train"),
@@ -81,16 +81,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "root/dog/b.jpg")
     (tmp_path / "root/cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/again").symlink_to(tmp_path / "elsewhere")
-    assert [s.key for s in folder(tmp_path / "root").samples()] == ["cat/a.jpg", "dog/b.jpg"]
+    assert [s.key for s in folder(tmp_path / "root").list_images()] == ["cat/a.jpg", "dog/b.jpg"]
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ([], "holds no picture"),
-        (["a.jpg", "cat/b.jpg"], "1 pictures lie in no class folder:\n  .*a.jpg"),
+        ([], "holds no image"),
+        (["a.jpg", "cat/b.jpg"], "1 images lie in no class folder:\n  .*a.jpg"),
         (["train/a.jpg", "test/cat/b.jpg"], "lie in no class folder"),
-        (["cat/a.jpg", "dog/x.txt"], "1 class folders hold no picture:\n  dog"),
+        (["cat/a.jpg", "dog/x.txt"], "1 class folders hold no image:\n  dog"),
         (["train/cat/a.jpg", "test/cat/b.jpg", "extra/c.jpg"], "other folders:\n  extra"),
         (["train/cat/a.jpg", "val/cat/b.jpg", "valid/cat/c.jpg"], "one split under two names: val, valid"),
     ],
@@ -116,9 +116,11 @@ def test_csv_gives_labels_and_splits_and_ignores_other_columns(tmp_path):
         tmp_path / "in/list.csv", "\ufefflabel,who,path,split\nred,me,a.jpg,train\nblue,you,../b c.jpg,validation\n"
     )
     assert source.class_names == ("blue", "red")
-    assert source.samples() == [("a.jpg", 1, "train"), ("../b c.jpg", 0, "val")]
+    assert source.list_images() == [("a.jpg", 1, "train"), ("../b c.jpg", 0, "val")]
     assert graph_reads_the_same(source)
-    assert csv_file(tmp_path / "in/list.csv", f"path,label\n{absolute},red\n").samples() == [("../b c.jpg", 0, None)]
+    assert csv_file(tmp_path / "in/list.csv", f"path,label\n{absolute},red\n").list_images() == [
+        ("../b c.jpg", 0, None)
+    ]
 
 
 def test_csv_faults_are_listed_all_at_once_with_their_lines(tmp_path):
@@ -133,7 +135,7 @@ def test_csv_faults_are_listed_all_at_once_with_their_lines(tmp_path):
         "line 3: there is no file no.jpg",
         "line 4: the label is empty",
         "line 4: the split is 'tset'",
-        "line 5: a.jpg stands in line 2, too",
+        "line 5: a.jpg is in line 2, too",
         "line 6: the path is empty",
         "line 6: the split is ''",
     ):
@@ -157,7 +159,7 @@ def test_csv_in_another_encoding_is_refused(tmp_path):
 
 def test_digits_are_all_of_scikit_learns(tmp_path):
     source = open_source(DataConfig(source="digits"))
-    samples, digits = source.samples(), load_digits()
+    samples, digits = source.list_images(), load_digits()
     assert len(samples) == 1797
     assert source.class_names == tuple("0123456789")
     assert [sample.label for sample in samples] == digits.target.tolist()
@@ -174,7 +176,7 @@ def prepared(tmp_path_factory) -> Path:
 
     def dots(n: int):
         return tf.data.Dataset.from_tensor_slices(
-            {"image": np.stack([picture(i) for i in range(n)]), "label": np.arange(n) % 2}
+            {"image": np.stack([image(i) for i in range(n)]), "label": np.arange(n) % 2}
         )
 
     features = tfds.features.FeaturesDict(
@@ -197,11 +199,11 @@ def prepared(tmp_path_factory) -> Path:
 def test_tensorflow_datasets_are_read_by_position(prepared):
     source = open_source(DataConfig(source="tfds", name="dots", path=prepared))
     assert source.class_names == ("odd", "even")
-    samples = sorted(source.samples())
+    samples = sorted(source.list_images())
     assert [s[0] for s in samples] == [f"train/{i}" for i in range(6)] + [f"validation/{i}" for i in range(3)]
     assert [s.label for s in samples] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert [s.split for s in samples] == ["train"] * 6 + ["val"] * 3
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source.read("train/4")))), picture(4))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source.read("train/4")))), image(4))
     assert graph_reads_the_same(source)
 
 

@@ -16,21 +16,21 @@ SHARES = SplitsConfig(train=0.7, val=0.1, test=0.2)
 
 
 def photo(seed: int, size: tuple[int, int] = (120, 160)) -> np.ndarray:
-    """uint8 (H, W, 3), coarse and colourful."""
+    """uint8 (H, W, 3), coarse and colorful."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def recompressed(picture: np.ndarray, quality: int) -> np.ndarray:
+def recompressed(image: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
 
-def groups(pictures: list[np.ndarray], orientations: list[int] | None = None) -> list[int]:
+def groups(images: list[np.ndarray], orientations: list[int] | None = None) -> list[int]:
     signatures = [
-        signature(picture, orientation)
-        for picture, orientation in zip(pictures, orientations or [1] * len(pictures), strict=True)
+        signature(image, orientation)
+        for image, orientation in zip(images, orientations or [1] * len(images), strict=True)
     ]
     return near_duplicates(
         np.array([s.phash for s in signatures], np.uint64),
@@ -47,27 +47,27 @@ def test_recompressed_shrunk_and_brightened_copies_are_found_and_others_are_not(
     assert groups([photo(0), one, recompressed(one, 60), photo(2), shrunk, brighter]) == [0, 1, 1, 2, 1, 1]
 
 
-def test_the_same_shapes_in_other_colours_are_no_duplicates():
+def test_the_same_shapes_in_other_colors_are_no_duplicates():
     one = photo(3)
     gray = np.asarray(Image.fromarray(one).convert("L"))
     tinted = np.stack([gray, gray // 4, 255 - gray], -1)
     assert groups([one, tinted]) == [0, 1]
 
 
-def test_a_picture_turned_by_exif_equals_the_turned_picture():
+def test_a_image_turned_by_exif_equals_the_turned_image():
     one = photo(4, (120, 120))
     assert groups([one, np.ascontiguousarray(np.rot90(one))], [1, 6]) == [0, 0]
     assert groups([one, np.ascontiguousarray(np.rot90(one))]) == [0, 1]
 
 
-def test_small_pictures_are_compared_by_their_pixels():
+def test_small_images_are_compared_by_their_pixels():
     small = photo(5, (8, 8))
     other = small.copy()
     other[3, 3, 0] ^= 1
     assert groups([small, other, small.copy(), small.reshape(4, 16, 3)]) == [0, 1, 0, 2]
 
 
-def test_flat_pictures_do_not_chain():
+def test_flat_images_do_not_chain():
     rng = np.random.default_rng(0)
     flat = [np.clip(250 + rng.normal(0, 2, (64, 64, 3)), 0, 255).astype(np.uint8) for _ in range(30)]
     assert groups([*flat, flat[7].copy()]) == [*range(30), 7]
@@ -87,7 +87,7 @@ def test_hashes_within_the_distance_are_found_and_beyond_it_are_not(seed, flips)
     assert len(np.unique(group)) == (49 if flips <= 4 else 50)
 
 
-def test_time_grows_with_the_pictures_where_all_hashes_are_equal():
+def test_time_grows_with_the_images_where_all_hashes_are_equal():
     n = 4000
     thumbnail = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
     equal, begun = np.full(n, 0x5555_0F0F_3333_1234, np.uint64), time.process_time()
@@ -99,12 +99,12 @@ def test_time_grows_with_the_pictures_where_all_hashes_are_equal():
 
 def test_groups_do_not_depend_on_how_many_pairs_are_held_at_once(monkeypatch):
     monkeypatch.setattr("pipeline.data.splits.MAX_EDGES", 3)
-    pictures = [
-        picture
+    images = [
+        image
         for seed in range(4)
-        for picture in (photo(seed), recompressed(photo(seed), 80), recompressed(photo(seed), 60))
+        for image in (photo(seed), recompressed(photo(seed), 80), recompressed(photo(seed), 60))
     ]
-    assert groups(pictures) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert groups(images) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def contents(n: int) -> list[str]:
@@ -152,7 +152,7 @@ def test_made_splits_are_stratified_whole_and_repeatable(drawn, seed):
         (1000, [700, 100, 200]),
     ],
 )
-def test_a_class_of_single_pictures_is_cut_at_the_shares(size, expected):
+def test_a_class_of_single_images_is_cut_at_the_shares(size, expected):
     split = assign_splits(np.zeros(size, np.int32), np.arange(size), contents(size), [None] * size, SHARES, seed=42)
     assert [(split == name).sum() for name in ("train", "val", "test")] == expected
 
@@ -165,7 +165,7 @@ def test_the_seed_changes_the_splits():
     assert (a != b).any()
 
 
-def test_one_picture_more_moves_few_others():
+def test_one_image_more_moves_few_others():
     split = assign_splits(np.zeros(200, np.int32), np.arange(200), contents(200), [None] * 200, SHARES, seed=0)
     more = assign_splits(np.zeros(201, np.int32), np.arange(201), contents(201), [None] * 201, SHARES, seed=0)
     assert (split != more[:200]).sum() <= 2

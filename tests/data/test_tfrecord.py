@@ -83,7 +83,7 @@ def test_the_official_layout_is_packed_with_names_and_splits(imagenet: Path) -> 
     run("--tfrecord", *splits(imagenet), "--first-label", "1", "--out", imagenet / "pack")
     source = open_source(DataConfig(source="pack", path=imagenet / "pack"))
     assert source.class_names == ("tench", "goldfish", "shark")
-    samples = source.samples()
+    samples = source.list_images()
     assert samples[0] == ("train/train-00000-of-00002/0/n0.JPEG", 0, "train")
     assert samples[7] == ("train/train-00001-of-00002/2/n12.JPEG", 0, "train")
     assert [sample.split for sample in samples] == ["train"] * 10 + ["val"] * 3
@@ -123,7 +123,7 @@ def test_labels_from_0_need_no_option(tmp_path: Path) -> None:
     run("--tfrecord", tmp_path / "a", "--out", tmp_path / "pack")
     source = open_pack(tmp_path / "pack")
     assert source.class_names == ("cat", "dog")
-    assert source.samples()[1] == ("a/1/n1.JPEG", 1, None)
+    assert source.list_images()[1] == ("a/1/n1.JPEG", 1, None)
 
 
 def test_a_record_of_tensorflow_datasets_is_known_and_takes_its_names_from_a_file(tmp_path: Path) -> None:
@@ -179,15 +179,15 @@ def test_files_that_have_changed_are_refused(imagenet: Path) -> None:
     ("records", "message"),
     [
         ([official(0, 0, "cat"), official(1, 0, "dog")], "label 0 is called 'cat' and 'dog'"),
-        ([official(0, 0, "cat"), official(1, 2, "dog")], "label 1: has no picture that would name it"),
+        ([official(0, 0, "cat"), official(1, 2, "dog")], "label 1: has no image that would name it"),
         ([official(0, 0, "cat"), official(1, 1, "cat")], "labels 0 and 1 are both called 'cat'"),
-        ([official(0, 0, "cat"), official(1, 1)], "label 1: a picture of it gives no name"),
+        ([official(0, 0, "cat"), official(1, 1)], "label 1: an image of it gives no name"),
         ([official(0, 0, "cat"), official(1, -1, "dog")], "record 1 has the label -1"),
         ([official(0, 0, "cat"), official(1, 2**40, "dog")], "record 1 has the label 1099511627776"),
         ([official(0, 0, "cat"), b"no example"], "record 1 has no bytes image/encoded"),
         (
             [official(0, 0, "cat"), example(image__encoded=encoded(1), image__class__label=[0, 1])],
-            "1 pictures and 2 labels",
+            "1 images and 2 labels",
         ),
         ([example(image__encoded=b"", image__class__label=[0], image__class__text=b"\xff")], "text that is not UTF-8"),
         ([], "are empty"),

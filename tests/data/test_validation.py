@@ -1,4 +1,4 @@
-"""Every picture is looked at before training, and all that is wrong with a data set is said at once."""
+"""Every image is looked at before training, and all that is wrong with a data set is said at once."""
 
 import hashlib
 import io
@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import DataConfig, SplitsConfig
-from pipeline.data.manifest import Manifest, SkippedImage, differences
-from pipeline.data.sources.base import Sample
+from pipeline.data.manifest import Manifest, SkippedImage, describe_changes
+from pipeline.data.sources.base import LabeledImage
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import Finding, ValidationReport, scan, validate
 from pipeline.errors import DataError
@@ -101,12 +101,12 @@ def test_all_bad_files_are_listed_at_once(tmp_path):
     with pytest.raises(DataError) as caught:
         look(config)
     message = str(caught.value)
-    assert message.startswith("6 of 12 pictures cannot be used:")
+    assert message.startswith("6 of 12 images cannot be used:")
     for line in (
         "cat/cut.jpg: is a damaged JPEG: jpeg::Uncompress failed",
         "cat/cut.png: is a damaged PNG: Invalid PNG data",
         "cat/empty.jpg: is empty",
-        "dog/page.jpg: is not a picture",
+        "dog/page.jpg: is not an image",
         "dog/scan.tiff: is TIFF, which TensorFlow does not decode",
         "dog/phone.heic: ",
         "convert (to JPEG or PNG)",
@@ -140,7 +140,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
 
 
 def test_one_class_is_refused(tmp_path):
-    with pytest.raises(DataError, match="All pictures are of one class, 'cat'"):
+    with pytest.raises(DataError, match="All images are of one class, 'cat'"):
         look(write(tmp_path, {"cat/a.jpg": encoded(0)}))
 
 
@@ -163,7 +163,7 @@ def test_near_duplicates_stay_together_and_are_reported(tmp_path):
     files = two_classes(20)
     for i in range(8):
         files[f"cat/copy{i}.png"] = encoded(i, "PNG")
-    files["dog/copy.png"] = encoded(9, "PNG")  # the same picture as cat/009.jpg
+    files["dog/copy.png"] = encoded(9, "PNG")  # the same image as cat/009.jpg
     config = write(tmp_path, files)
     manifest = look(config)
     table = manifest.table.set_index("key")
@@ -171,9 +171,9 @@ def test_near_duplicates_stay_together_and_are_reported(tmp_path):
         assert table["split"][f"cat/copy{i}.png"] == table["split"][f"cat/{i:03}.jpg"]
         assert table["group"][f"cat/copy{i}.png"] == table["group"][f"cat/{i:03}.jpg"]
     assert manifest.notes == (
-        "18 pictures are near-duplicates of another, in 9 groups: cat/000.jpg = cat/copy0.png; cat/001.jpg = cat/copy1.png; "
+        "18 images are near-duplicates of another, in 9 groups: cat/000.jpg = cat/copy0.png; cat/001.jpg = cat/copy1.png; "
         "cat/002.jpg = cat/copy2.png; ...",
-        "2 near-duplicate pictures have different labels: cat/009.jpg (cat) = dog/copy.png (dog).",
+        "2 near-duplicate images have different labels: cat/009.jpg (cat) = dog/copy.png (dog).",
     )
     apart = look(config.model_copy(update={"group_near_duplicates": False})).table
     assert apart["group"].nunique() == len(files)
@@ -190,7 +190,7 @@ def test_leakage_between_given_splits_stops_a_run_and_names_the_pairs_and_the_re
     with pytest.raises(DataError) as caught:
         look(leaking)
     message = str(caught.value)
-    assert message.startswith("2 near-duplicate pictures stand in more than one split, as the data give them:\n")
+    assert message.startswith("2 near-duplicate images stand in more than one split, as the data give them:\n")
     assert "  test/cat/same.png (test) = train/cat/3.jpg (" in message
     assert "data.on_leak=warn" in message
 
@@ -201,7 +201,7 @@ def test_leakage_that_is_accepted_is_reported_and_not_moved(leaking):
     assert table["split"]["test/cat/same.png"] == "test"
     assert table["split"]["train/cat/3.jpg"] in ("train", "val")
     assert any(
-        note.startswith("2 near-duplicate pictures stand in more than one split") and "test/cat/same.png (test)" in note
+        note.startswith("2 near-duplicate images stand in more than one split") and "test/cat/same.png (test)" in note
         for note in manifest.notes
     )
     ignoring = look(leaking.model_copy(update={"on_leak": "ignore"}))
@@ -212,10 +212,10 @@ def test_leakage_that_is_accepted_is_reported_and_not_moved(leaking):
 def test_classes_too_small_for_all_splits_are_reported(tmp_path):
     manifest = look(write(tmp_path, {**two_classes(5), "emu/a.jpg": encoded(7777), "emu/b.jpg": encoded(8888)}))
     assert manifest.class_counts().loc["emu"].tolist() == [1, 0, 1]
-    assert manifest.notes == ("1 classes have no picture in val: emu.",)
+    assert manifest.notes == ("1 classes have no image in val: emu.",)
 
 
-def test_progress_counts_every_picture(tmp_path):
+def test_progress_counts_every_image(tmp_path):
     calls = []
     look(write(tmp_path, two_classes(3)), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i, 6) for i in range(1, 7)]
@@ -252,7 +252,7 @@ def test_bad_files_are_left_out_on_request_and_nothing_is_changed(tmp_path):
     assert {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()
     } == before
-    with pytest.raises(DataError, match=r"(?s)3 of 23 pictures cannot be used.*data\.on_bad_image=skip"):
+    with pytest.raises(DataError, match=r"(?s)3 of 23 images cannot be used.*data\.on_bad_image=skip"):
         look(config)
     for path in bad:
         (tmp_path / path).unlink()
@@ -260,7 +260,7 @@ def test_bad_files_are_left_out_on_request_and_nothing_is_changed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", "train/"])
-def test_a_class_that_loses_all_of_its_pictures_is_refused(tmp_path, suffix):
+def test_a_class_that_loses_all_of_its_images_is_refused(tmp_path, suffix):
     files = {f"{suffix}{key}": data for key, data in two_classes(3).items()} | {
         f"{suffix}emu/a.jpg": b"",
         f"{suffix}emu/b.jpg": b"x",
@@ -268,17 +268,17 @@ def test_a_class_that_loses_all_of_its_pictures_is_refused(tmp_path, suffix):
     if suffix:
         files["test/cat/z.jpg"] = encoded(5555)
     config = write(tmp_path, files).model_copy(update={"on_bad_image": "skip"})
-    with pytest.raises(DataError, match=r"1 classes have no picture that can be used:\n  emu"):
+    with pytest.raises(DataError, match=r"1 classes have no image that can be used:\n  emu"):
         look(config)
 
 
 class Labels:
-    """Four pictures in memory, one of which has a label that no class has."""
+    """Four images in memory, one of which has a label that no class has."""
 
     class_names = ("cat", "dog")
 
-    def samples(self) -> list[Sample]:
-        return [Sample(str(i), label, None) for i, label in enumerate((0, 1, -1, 1))]
+    def list_images(self) -> list[LabeledImage]:
+        return [LabeledImage(str(i), label, None) for i, label in enumerate((0, 1, -1, 1))]
 
     def stat(self, key: str) -> None:
         return None
@@ -289,7 +289,7 @@ class Labels:
 
 def test_labels_that_no_class_has_are_bad(monkeypatch):
     config = DataConfig(source="digits")
-    with pytest.raises(DataError, match=r"1 of 4 pictures cannot be used:\n  2: has the label -1; valid are 0 to 1"):
+    with pytest.raises(DataError, match=r"1 of 4 images cannot be used:\n  2: has the label -1; valid are 0 to 1"):
         scan(Labels(), config, seed=0)
     assert scan(Labels(), config.model_copy(update={"on_bad_image": "skip"}), seed=0).table["key"].tolist() == [
         "0",
@@ -318,7 +318,7 @@ def test_one_examination_finds_everything_at_once(leaking, tmp_path):
             "train/dog/copy.jpg": encoded(100),
             "train/dog/long.jpg": encoded(500, size=(20, 200)),
             "train/dog/turned.jpg": encoded(501, orientation=6),
-            "train/dog/grey.png": png("L", 502),
+            "train/dog/gray.png": png("L", 502),
             "train/cat/clear.png": png("RGBA", 503),
             "train/cat/table.png": png("P", 504),
             "test/emu/a.jpg": encoded(505),
@@ -333,18 +333,18 @@ def test_one_examination_finds_everything_at_once(leaking, tmp_path):
     assert found["identical_files"][0].items == ("train/dog/0.jpg = train/dog/copy.jpg",)
     assert found["aspects"][0].items == ("train/dog/long.jpg (20 x 200)",)
     assert {item for finding in found["traits"] for item in finding.items} == {
-        *("train/dog/turned.jpg", "train/dog/grey.png", "train/cat/clear.png", "train/cat/table.png")
+        *("train/dog/turned.jpg", "train/dog/gray.png", "train/cat/clear.png", "train/cat/table.png")
     }
     assert found["formats"][0].text == "25 JPEG, 5 PNG"
     assert examination.manifest is not None
     assert len(examination.manifest.table) == 30
-    with pytest.raises(DataError, match=r"(?s)1 of 31 pictures cannot be used.*more than one split"):
+    with pytest.raises(DataError, match=r"(?s)1 of 31 images cannot be used.*more than one split"):
         scan(open_source(leaking), leaking, seed=42)
 
 
-def test_classes_with_a_single_picture_are_named(tmp_path):
+def test_classes_with_a_single_image_are_named(tmp_path):
     manifest = look(write(tmp_path, {**two_classes(5), "emu/a.jpg": encoded(7777)}))
-    assert "1 classes have a single picture: emu." in manifest.notes
+    assert "1 classes have a single image: emu." in manifest.notes
 
 
 def test_what_has_changed_since_a_scan_is_named(tmp_path):
@@ -352,7 +352,7 @@ def test_what_has_changed_since_a_scan_is_named(tmp_path):
     before = look(config)
 
     def found() -> list[str]:
-        return [line.strip() for line in differences(before, look(config)).splitlines()]
+        return [line.strip() for line in describe_changes(before, look(config)).splitlines()]
 
     assert found() == []
     changed, rewritten = tmp_path / "cat/001.jpg", tmp_path / "cat/002.jpg"
@@ -373,7 +373,9 @@ def test_what_has_changed_since_a_scan_is_named(tmp_path):
 def test_other_splits_and_another_order_are_changes(tmp_path):
     config = write(tmp_path, two_classes(10))
     before = look(config)
-    said = differences(before, look(config.model_copy(update={"splits": SplitsConfig(train=0.5, val=0.2, test=0.3)})))
+    said = describe_changes(
+        before, look(config.model_copy(update={"splits": SplitsConfig(train=0.5, val=0.2, test=0.3)}))
+    )
     assert "is in another split" in said
     turned = Manifest(before.class_names, before.table.iloc[::-1].reset_index(drop=True))
-    assert differences(before, turned).strip() == "the pictures come in another order"
+    assert describe_changes(before, turned).strip() == "the images come in another order"

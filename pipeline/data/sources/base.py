@@ -1,8 +1,8 @@
-"""Where samples come from: an image folder, a CSV file, a pack, tensorflow-datasets, or scikit-learn's digits.
+"""Image sources: an image folder, a CSV file, a pack, tensorflow-datasets, or scikit-learn's digits.
 
 Every source yields encoded image files, so that one decoder serves all of them.
 
-| source | key of a sample                                   | splits given by the data          |
+| source | key of an image                                   | splits given by the data          |
 |--------|---------------------------------------------------|-----------------------------------|
 | folder | path relative to the folder                       | {train,val,test}/<class>/<image>  |
 | csv    | path relative to the CSV file's folder            | column `split`                    |
@@ -25,53 +25,53 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
     "test": "test",
-}  # as people write them
+}  # accepted spellings
 
 
-class Sample(NamedTuple):
-    """One labelled picture, as the data name it."""
+class LabeledImage(NamedTuple):
+    """A labeled image of a source, by its key."""
 
     key: str
     label: int
     """Position in the source's class names."""
     split: str | None
-    """train, val or test where the data say so, else None. Either all samples of a source have one or none has."""
+    """train, val or test where the data say so, else None. Either all images of a source have a split or none has."""
 
 
 class FileStat(NamedTuple):
-    """What a picture's file is known by without being read: where it has not changed, neither have the contents."""
+    """Size and version of an image file: while both stay the same, the contents are unchanged."""
 
     size: int
     """Bytes."""
     version: int
-    """int64: of a file of its own the time of change in nanoseconds, of a packed one 64 bits of its SHA-256."""
+    """int64: the modification time of a file in nanoseconds, or 64 bits of the SHA-256 of a packed image."""
 
 
 class DataSource(Protocol):
-    """What the manifest and the stream need to know of a data set."""
+    """The interface of a data set that the manifest and the input pipeline use."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
+        """Class names in the order of the labels."""
 
-    def samples(self) -> list[Sample]:
-        """All samples, always in the same order."""
+    def list_images(self) -> list[LabeledImage]:
+        """Return all images, always in the same order."""
 
     def stat(self, key: str) -> FileStat | None:
-        """What tells whether a sample's file has changed; None where nothing does, short of reading it."""
+        """Return what tells whether an image's file has changed; None if that requires reading it."""
 
     def read(self, key: str) -> bytes:
-        """The encoded image file of a sample."""
+        """Return the encoded image file of a key."""
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
-        """The same in a tf.data graph: scalar string key to scalar string bytes."""
+        """Read an encoded image file in a tf.data graph: scalar string key to scalar string bytes."""
 
 
 class DatasetNotDownloadedError(DataError):
-    """The data are not on this machine yet.
+    """An error for data that are not on this machine yet.
 
     Attributes:
-        class_names: Known all the same.
+        class_names: Class names of the data set, known without the data.
     """
 
     def __init__(self, message: str, class_names: tuple[str, ...]) -> None:
@@ -80,10 +80,10 @@ class DatasetNotDownloadedError(DataError):
 
 
 class CorruptImageError(DataError):
-    """A packed picture is no longer what was packed.
+    """An error for a packed image that differs from what was packed.
 
     Attributes:
-        problem: To be read behind the picture's key.
+        problem: A clause that continues the image's key.
     """
 
     def __init__(self, key: str, problem: str) -> None:
@@ -92,6 +92,6 @@ class CorruptImageError(DataError):
 
 
 def format_list(problems: Sequence[str], limit: int = 20) -> str:
-    """The first problems, one on a line, and how many more there are."""
+    """Format the first problems, one on a line, and the number of the others."""
     rest = [f"  and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n".join([*(f"  {problem}" for problem in problems[:limit]), *rest])

@@ -17,26 +17,26 @@ SOURCES: dict[
     "folder": lambda config, download: open_folder(_path(config)),
     "csv": lambda config, download: open_csv(_path(config)),
     "pack": lambda config, download: open_pack(_path(config)),
-    "tfds": lambda config, download: open_tfds(config.name or "", config.path or Path("data/tfds"), fetch=download),
+    "tfds": lambda config, download: open_tfds(config.name or "", config.path or Path("data/tfds"), download=download),
     "digits": lambda config, download: DigitsSource(),
 }
 
 
-def open_source(config: DataConfig, *, fetch: bool = True) -> DataSource:
+def open_source(config: DataConfig, *, download: bool = True) -> DataSource:
     """Open the data set that the config names.
 
     Args:
-        config: Names it.
-        fetch: Whether to download and prepare it where it comes from tensorflow-datasets and is not there yet.
+        config: Section `data` of the config.
+        download: Whether to download and prepare a data set of tensorflow-datasets that is not on this machine yet.
 
     Returns:
         The source.
 
     Raises:
-        NotFetchedError: It is not there yet and `fetch` is False.
-        DataError: The data cannot be had, or their layout is not understood. The message says what to do.
+        DatasetNotDownloadedError: The data are not on this machine yet and `download` is False.
+        DataError: The data are not available, or their layout is unknown. The message says what to do.
     """
-    return SOURCES[config.source](config, fetch)
+    return SOURCES[config.source](config, download)
 
 
 def _path(config: DataConfig) -> Path:

@@ -4,13 +4,13 @@ import csv
 import os
 from pathlib import Path
 
-from pipeline.data.sources.base import SPLIT_NAMES, Sample, format_list
+from pipeline.data.sources.base import SPLIT_NAMES, LabeledImage, format_list
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
 
 def open_csv(path: Path) -> FileSource:
-    """A CSV file with a header that has the columns path, label and, if the splits are given, split; others are ignored.
+    """Open a CSV file with a header that has the columns path, label and, if the splits are given, split; others are ignored.
 
     Raises:
         DataError: The file cannot be read; or rows are wrong, all of which are listed with their line numbers.
@@ -46,7 +46,7 @@ def open_csv(path: Path) -> FileSource:
         elif not (path.parent / key).is_file():
             faults.append(f"there is no file {row['path']}")
         elif first.setdefault(key, number) != number:
-            faults.append(f"{row['path']} stands in line {first[key]}, too")
+            faults.append(f"{row['path']} is in line {first[key]}, too")
         if not row["label"]:
             faults.append("the label is empty")
         if has_splits and row["split"] not in SPLIT_NAMES:
@@ -59,7 +59,9 @@ def open_csv(path: Path) -> FileSource:
     names = sorted({row["label"] for _, row in lines})
     labels = {name: label for label, name in enumerate(names)}
     rows = [
-        Sample(_key(path.parent, row["path"]), labels[row["label"]], SPLIT_NAMES[row["split"]] if has_splits else None)
+        LabeledImage(
+            _key(path.parent, row["path"]), labels[row["label"]], SPLIT_NAMES[row["split"]] if has_splits else None
+        )
         for _, row in lines
     ]
     return FileSource(path.parent, tuple(names), rows)

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from pipeline.data.sources.base import Sample
+from pipeline.data.sources.base import LabeledImage
 
 
 class DigitsSource:
@@ -19,11 +19,11 @@ class DigitsSource:
 
         digits = load_digits()
         # 0..16 to 0..255; 8, the only value that falls between two integers, becomes 128 (rint rounds 127.5 to even)
-        self._files = [_png(picture) for picture in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
+        self._files = [_png(image) for image in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
         self._labels = [int(label) for label in digits.target]
 
-    def samples(self) -> list[Sample]:
-        return [Sample(str(i), label, None) for i, label in enumerate(self._labels)]
+    def list_images(self) -> list[LabeledImage]:
+        return [LabeledImage(str(i), label, None) for i, label in enumerate(self._labels)]
 
     def stat(self, key: str) -> None:
         return None
@@ -35,7 +35,7 @@ class DigitsSource:
         return tf.gather(tf.constant(self._files), tf.strings.to_number(key, tf.int32))
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()

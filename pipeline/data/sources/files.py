@@ -6,20 +6,20 @@ from pathlib import Path
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.sources.base import FileStat, Sample
+from pipeline.data.sources.base import FileStat, LabeledImage
 
 
 class FileSource:
     """Image files under one root."""
 
-    def __init__(self, root: Path, class_names: tuple[str, ...], samples: Sequence[Sample]) -> None:
+    def __init__(self, root: Path, class_names: tuple[str, ...], images: Sequence[LabeledImage]) -> None:
         self.root, self.class_names = root, class_names
         # Millions of Python's strings and tuples would take several times the memory.
         kinds = (pa.string(), pa.int32(), pa.string())
-        self._columns = [pa.array([sample[number] for sample in samples], kind) for number, kind in enumerate(kinds)]
+        self._columns = [pa.array([image[number] for image in images], kind) for number, kind in enumerate(kinds)]
 
-    def samples(self) -> list[Sample]:
-        return list(map(Sample, *(column.to_pylist() for column in self._columns)))
+    def list_images(self) -> list[LabeledImage]:
+        return list(map(LabeledImage, *(column.to_pylist() for column in self._columns)))
 
     def stat(self, key: str) -> FileStat:
         status = (self.root / key).stat()

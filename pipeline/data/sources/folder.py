@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from pipeline.data.image_files import is_hidden, is_picture, pictures_below
-from pipeline.data.sources.base import SPLIT_NAMES, Sample, format_list
+from pipeline.data.image_files import is_hidden, is_image_file, iter_image_files
+from pipeline.data.sources.base import SPLIT_NAMES, LabeledImage, format_list
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
 
 def open_folder(root: Path) -> FileSource:
-    """`<class>/<image>` or `{train,val,test}/<class>/<image>`; pictures may lie deeper inside a class. Links are followed.
+    """Open a folder `<class>/<image>` or `{train,val,test}/<class>/<image>`; links are followed.
 
-    Hidden files and files without an image suffix are passed over.
+    Images may lie deeper inside a class. Hidden files and files without an image suffix are skipped.
 
     Raises:
-        DataError: There is no such folder, no picture, a picture outside the classes, an empty class, or a mixture of
+        DataError: There is no such folder, no image, an image outside the classes, an empty class, or a mixture of
             layouts.
     """
     if not root.is_dir():
@@ -22,26 +22,28 @@ def open_folder(root: Path) -> FileSource:
             f"data.path: {root} is {'a file, not a folder' if root.exists() else 'missing'}; give a folder that holds <class>/<image>"
         )
     parents = _class_parents(root)
-    strays = [str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_picture(path)]
+    strays = [
+        str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_image_file(path)
+    ]
     if strays:
         raise DataError(
-            f"{len(strays)} pictures lie in no class folder:\n{format_list(strays)}\n"
+            f"{len(strays)} images lie in no class folder:\n{format_list(strays)}\n"
             "Expected <class>/<image> or {train,val,test}/<class>/<image>; move or delete them."
         )
     folders = [(split, folder) for parent, split in parents.items() for folder in _subfolders(parent)]
     names = sorted({folder.name for _, folder in folders})
     labels = {name: label for label, name in enumerate(names)}
     rows = [
-        Sample(path.relative_to(root).as_posix(), labels[folder.name], split)
+        LabeledImage(path.relative_to(root).as_posix(), labels[folder.name], split)
         for split, folder in folders
-        for path in pictures_below(folder)
+        for path in iter_image_files(folder)
     ]
     if not rows:
-        raise DataError(f"{root} holds no picture; expected <class>/<image> or {{train,val,test}}/<class>/<image>")
+        raise DataError(f"{root} holds no image; expected <class>/<image> or {{train,val,test}}/<class>/<image>")
     empty = sorted(set(range(len(names))) - {row.label for row in rows})
     if empty:
         raise DataError(
-            f"{len(empty)} class folders hold no picture:\n{format_list([names[i] for i in empty])}\nFill or delete them."
+            f"{len(empty)} class folders hold no image:\n{format_list([names[i] for i in empty])}\nFill or delete them."
         )
     unreadable = [ascii(row.key) for row in rows if not _is_utf8(row.key)]
     if unreadable:
@@ -50,7 +52,7 @@ def open_folder(root: Path) -> FileSource:
 
 
 def _class_parents(root: Path) -> dict[Path, str | None]:
-    """The folders that hold class folders, each with its split: the root itself, or its train, val and test."""
+    """Return the folders that hold class folders, each with its split: the root itself, or its train, val and test."""
     folders = _subfolders(root)
     splits = [folder for folder in folders if folder.name in SPLIT_NAMES]
     others = [folder.name for folder in folders if folder.name not in SPLIT_NAMES]

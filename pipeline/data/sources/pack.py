@@ -1,10 +1,10 @@
-"""Packs: a data set as a few large files that are read in any order, for what lies badly on a disk as millions of small ones.
+"""Packs: a data set as a few large files with random access, in place of millions of small files.
 
-    FOLDER/pack-00000-of-00012.array_record   the pictures' files as they were, a record each
-    FOLDER/index.parquet                      a row per picture, in the order of the data set: INDEX
-    FOLDER/pack.json                          the Description; written last, so that a folder that has it is whole
+    FOLDER/pack-00000-of-00012.array_record   the unchanged image files, a record each
+    FOLDER/index.parquet                      a row per image, in the order of the data set: INDEX
+    FOLDER/pack.json                          PackMetadata; written last, so a folder that has it is complete
 
-The records are found by number, so nothing is read that is not asked for. `pipeline.data.packing` writes them.
+Records are read by number, so only the requested bytes are read. `pipeline.data.packing` writes them.
 """
 
 import hashlib
@@ -22,14 +22,15 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
 from pipeline.data.scan_cache import key_hash
-from pipeline.data.sources.base import CorruptImageError, FileStat, Sample
+from pipeline.data.sources.base import CorruptImageError, FileStat, LabeledImage
 from pipeline.errors import DataError
+from pipeline.files import sha256_of
 
 DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
 OPEN_SHARDS = (
     128  # readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds
 )
-# Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: a picture
+# Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: an image
 # costs its own bytes.
 BY_NUMBER = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
 INDEX = pa.schema(
@@ -40,15 +41,15 @@ INDEX = pa.schema(
         ("shard", pa.int32()),  # number of the file
         ("position", pa.int32()),  # number of the record in it
         ("bytes", pa.int64()),
-        ("sha256", pa.binary(32)),  # of the picture's file
-        ("modified", pa.int64()),  # Status.version in the data set that was packed; 0 where it has none
+        ("sha256", pa.binary(32)),  # of the image's file
+        ("modified", pa.int64()),  # FileStat.version in the data set that was packed; 0 where it has none
     ]
 )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of the large files."""
+    """A shard of a pack: one of the large files."""
 
     name: str
     pictures: int
@@ -60,13 +61,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class PackMetadata:
-    """What `pack.json` holds.
+    """The contents of `pack.json`.
 
     Attributes:
         class_names: In the order of the labels.
         shards: In the order of their numbers.
         index: SHA-256 of index.parquet, hexadecimal.
-        origin: What the packed data set is known by; see `packing.Origin`.
+        origin: Identity of the packed data set; see `pack_inputs.PackInput`.
     """
 
     class_names: tuple[str, ...]
@@ -75,7 +76,7 @@ class PackMetadata:
     origin: dict[str, Any]
 
     def to_json(self) -> str:
-        """As `load` reads it."""
+        """Return the JSON text that `load` reads."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -113,24 +114,18 @@ def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
     return description, pq.read_table(index, schema=INDEX, memory_map=False)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: bytes, key: str) -> bytes:
-    """One picture's file.
+    """Read one image's file.
 
     Args:
-        path: Of the shard, for the message.
-        reader: Of the shard.
+        path: Path of the shard, for the message.
+        reader: Reader of the shard.
         position: Number of the record in it.
-        sha256: What the file must have.
-        key: Of the picture, for the message.
+        sha256: Expected SHA-256 of the file.
+        key: Key of the image, for the message.
 
     Raises:
-        DamagedError: It is not what was packed.
+        CorruptImageError: The record differs from what was packed.
     """
     try:
         [data] = reader.read([position])
@@ -146,7 +141,7 @@ def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: by
 
 
 class PackSource:
-    """The pictures of a pack. Threads may read at the same time."""
+    """The images of a pack; it may be read from several threads."""
 
     def __init__(self, folder: Path, description: PackMetadata, index: pa.Table) -> None:
         self.class_names = description.class_names
@@ -158,8 +153,8 @@ class PackSource:
         self._names = names[self._rows]
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
 
-    def samples(self) -> list[Sample]:
-        return list(map(Sample, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
+    def list_images(self) -> list[LabeledImage]:
+        return list(map(LabeledImage, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
 
     def stat(self, key: str) -> FileStat:
         size, sha256 = self._look_up(key, "bytes", "sha256")
@@ -174,16 +169,16 @@ class PackSource:
         return read_record(self._paths[shard], reader, position, sha256, key)
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
-        file, damage = tf.numpy_function(self._read_or_tell, [key], (tf.string, tf.string), stateful=False)
+        file, damage = tf.numpy_function(self._read_or_message, [key], (tf.string, tf.string), stateful=False)
         with tf.control_dependencies(
             [tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]
         ):  # tf.debugging's takes 60 us
             return tf.ensure_shape(tf.identity(file), ())
 
-    def _read_or_tell(self, key: bytes) -> tuple[bytes, bytes]:
-        """The file and nothing, or nothing and what is wrong.
+    def _read_or_message(self, key: bytes) -> tuple[bytes, bytes]:
+        """Return the file and an empty message, or nothing and an error message.
 
-        An exception would come out of the graph with a traceback in its message.
+        An exception would leave the graph with a traceback in its message.
         """
         try:
             return self.read(key.decode()), b""
@@ -197,17 +192,17 @@ class PackSource:
         ].tolist():
             if self._columns["key"][row].as_py() == key:
                 return [self._columns[column][row].as_py() for column in columns]
-        raise DataError(f"{self._paths[0].parent} holds no picture called {key}")
+        raise DataError(f"{self._paths[0].parent} holds no image {key}")
 
     def _open(self, shard: int) -> ArrayRecordReader:
         return ArrayRecordReader(str(self._paths[shard]), BY_NUMBER)
 
 
 def open_pack(folder: Path) -> PackSource:
-    """Open a pack; of the shards only that they are there, as long as they were.
+    """Open a pack; only the presence and the size of the shards are checked.
 
     Raises:
-        DataError: There is no finished pack, or something of it is missing or damaged.
+        DataError: There is no finished pack, or a file of it is missing or damaged.
     """
     description, index = load(folder)
     for shard in description.shards:
@@ -222,12 +217,12 @@ def open_pack(folder: Path) -> PackSource:
 
 
 def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
-    """What is wrong with a shard: a line for the file or for each picture that is no longer what was packed; none if it is whole.
+    """Return the damages of a shard: a line for the file or for each damaged image; none if it is intact.
 
     Args:
-        path: Of the shard.
-        sha256: What its file must have, hexadecimal.
-        rows: Of the index, those of the shard, in the order of their positions.
+        path: Path of the shard.
+        sha256: Expected SHA-256 of its file, hexadecimal.
+        rows: Rows of the index for this shard, in the order of their positions.
     """
     try:
         if sha256_of(path) == sha256:
@@ -243,21 +238,21 @@ def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
             read_record(path, reader, position, digest, key)
         except CorruptImageError as error:
             found.append(str(error))
-    return found or [f"{path}: is not the file that was written, but all of its pictures are whole"]
+    return found or [f"{path}: is not the file that was written, but all of its images are intact"]
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
-    """Read a whole pack and compares it with its hashes.
+    """Read a full pack and compare it with its hashes.
 
     Args:
-        folder: Of the pack.
-        progress: Called with the number of pictures done and of all.
+        folder: Folder of the pack.
+        progress: Called with the number of images done and of all.
 
     Returns:
-        The description, and the `damages` of all shards.
+        The metadata, and the `find_corruption` lines of all shards.
 
     Raises:
-        DataError: As of `load`.
+        DataError: See `load`.
     """
     description, index = load(folder)
     found: list[str] = []

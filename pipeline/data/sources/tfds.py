@@ -1,8 +1,8 @@
-"""Samples from tensorflow-datasets, by random access to files prepared as ArrayRecord.
+"""Images from tensorflow-datasets, by random access to files prepared as ArrayRecord.
 
-Left to itself the library retries an unreachable server for minutes and waits for a silent one for ever. So the servers
-of what is yet to be fetched are asked for a sign of life first, each in a thread, since name resolution knows no time
-limit.
+The library retries an unreachable server for minutes and waits forever for a server that does not answer. Therefore
+the servers of files that are still to be downloaded are checked first, each in a thread, because name resolution has
+no time limit.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import tensorflow as tf
 
-from pipeline.data.sources.base import SPLIT_NAMES, DatasetNotDownloadedError, Sample
+from pipeline.data.sources.base import SPLIT_NAMES, DatasetNotDownloadedError, LabeledImage
 from pipeline.errors import DataError
 
 REACH_SECONDS = 12.0  # for all servers together
@@ -30,11 +30,11 @@ class TfdsSource:
 
     class_names: tuple[str, ...]
     records: Mapping[str, Sequence[Any]]
-    """Per split as the data set names it: the examples, images still encoded."""
+    """Examples per split, by the data set's own split names, images still encoded."""
 
-    def samples(self) -> list[Sample]:
+    def list_images(self) -> list[LabeledImage]:
         return [
-            Sample(f"{name}/{i}", int(example["label"]), SPLIT_NAMES[name])
+            LabeledImage(f"{name}/{i}", int(example["label"]), SPLIT_NAMES[name])
             for name, examples in self.records.items()
             for i, example in enumerate(examples)
         ]
@@ -51,17 +51,17 @@ class TfdsSource:
         return tf.ensure_shape(file, ())
 
 
-def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
+def open_tfds(name: str, data_dir: Path, *, download: bool = True) -> TfdsSource:
     """Open a data set.
 
     Args:
         name: As in tensorflow-datasets, `cifar10` or `<data set>/<configuration>`.
-        data_dir: Where tensorflow-datasets keeps its data.
-        fetch: Whether to fetch and prepare the data set if it is not there yet.
+        data_dir: Data folder of tensorflow-datasets.
+        download: Whether to download and prepare the data set if it is not on this machine yet.
 
     Raises:
-        NotFetchedError: It is not there yet and `fetch` is False.
-        DataError: There is no such data set, it cannot be fetched, or it is not one of labelled pictures.
+        DatasetNotDownloadedError: The data set is not on this machine yet and `download` is False.
+        DataError: There is no such data set, it cannot be downloaded, or it does not hold labeled images.
     """
     import tensorflow_datasets as tfds
 
@@ -79,10 +79,10 @@ def open_tfds(name: str, data_dir: Path, *, fetch: bool = True) -> TfdsSource:
         features.get("label"), tfds.features.ClassLabel
     ):
         raise DataError(
-            f"data.name: {name} has the features {', '.join(features)}; needed are a picture named image and a class named label"
+            f"data.name: {name} has the features {', '.join(features)}; needed are an image named image and a class named label"
         )
     if not builder.is_prepared():
-        if not fetch:
+        if not download:
             raise DatasetNotDownloadedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
         _prepare(builder, name, data_dir)
 
@@ -116,7 +116,9 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
     by_hand = (
         builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
     )  # then the addresses are where people get the files, and the error says how
-    silent = {} if by_hand else unreachable(set(builder.url_infos) - _fetched(data_dir / "downloads"), REACH_SECONDS)
+    silent = (
+        {} if by_hand else unreachable(set(builder.url_infos) - _downloaded_urls(data_dir / "downloads"), REACH_SECONDS)
+    )
     if silent:
         lines = "\n".join(f"  {url}: {reason}" for url, reason in silent.items())
         raise DataError(f"The data set {name} could not be fetched:\n{lines}\n{ways_on}")
@@ -128,24 +130,24 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
         raise DataError(f"tensorflow-datasets could not prepare {name}: {_short(error)}\n{ways_on}") from error
 
 
-def _fetched(downloads: Path) -> set[str]:
-    """The addresses whose files lie among the downloads; each has its addresses in a file beside it."""
+def _downloaded_urls(downloads: Path) -> set[str]:
+    """Return the URLs of the downloaded files; each file has its URLs in an .INFO file."""
     return {url for info in downloads.rglob("*.INFO") for url in json.loads(info.read_text()).get("urls", ())}
 
 
 def unreachable(urls: Iterable[str], seconds: float) -> dict[str, str]:
-    """Which web addresses do not answer, and why; one address is asked per server.
+    """Return the URLs that do not answer, and why; one URL is requested per server.
 
     Args:
-        urls: Addresses. Others than http and https are left out.
-        seconds: All the time that there is, whatever hangs.
+        urls: URLs. Only http and https are checked.
+        seconds: Time limit for all servers together.
 
     Returns:
-        Address to reason; empty if every server answered.
+        URL to reason; empty if every server answered.
     """
     servers = {urlsplit(url).netloc: url for url in sorted(urls, reverse=True) if url.startswith("http")}
     reasons = dict.fromkeys(servers.values(), f"no answer within {seconds:g} s")
-    threads = [threading.Thread(target=_ask, args=(url, seconds, reasons), daemon=True) for url in servers.values()]
+    threads = [threading.Thread(target=_request, args=(url, seconds, reasons), daemon=True) for url in servers.values()]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + seconds
@@ -154,7 +156,7 @@ def unreachable(urls: Iterable[str], seconds: float) -> dict[str, str]:
     return {url: reason for url, reason in dict(reasons).items() if reason}
 
 
-def _ask(url: str, seconds: float, reasons: dict[str, str]) -> None:
+def _request(url: str, seconds: float, reasons: dict[str, str]) -> None:
     import requests
 
     try:
