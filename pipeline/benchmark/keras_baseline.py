@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pipeline import ORIGINAL_ENVIRONMENT
 from pipeline.benchmark import keras_fit
 from pipeline.benchmark.throughput import ThroughputBenchmark
+from pipeline.config.optimizer import OPTIMIZERS
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import ConfigError, RunError
 
@@ -67,7 +68,8 @@ def run_keras_baseline(
 def _spec(bench: ThroughputBenchmark, *, one_batch: bool) -> dict[str, Any]:
     """Return the description of the training for `pipeline.benchmark.keras_fit`."""
     config, variant = bench.config, bench.config.variant
-    stage = config.train.stages[0]
+    stage, optimizer = config.train.stages[0], OPTIMIZERS[config.optimizer.name]
+    decay = {"weight_decay": config.optimizer.weight_decay} if optimizer.decoupled_weight_decay else {}
     return {
         "variant": variant.name,
         "multipliers": asdict(variant),
@@ -77,9 +79,9 @@ def _spec(bench: ThroughputBenchmark, *, one_batch: bool) -> dict[str, Any]:
         "dtype": bench.runtime.dtype,
         "xla": bench.runtime.jit_compile,
         "trainable": [layer.name for layer in bench.state.model.layers if layer.trainable],
-        "optimizer": config.optimizer.name,
+        "optimizer": optimizer.keras_class,
+        "optimizer_arguments": {**optimizer.arguments, **decay},
         "learning_rate": (stage.base_lr or config.optimizer.base_lr) * bench.batch_size / 256,
-        "weight_decay": config.optimizer.weight_decay,
         "label_smoothing": config.train.label_smoothing,
     } | ({"files": None} if one_batch else _files(bench))
 

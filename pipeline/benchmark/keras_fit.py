@@ -30,14 +30,9 @@ def network(spec: Spec) -> keras.Model:
         model = efficientnet(Variant(**spec["multipliers"]), num_classes=spec["classes"], dtype=spec["dtype"])
     for layer in model.layers:
         layer.trainable = layer.name in spec["trainable"]
-    rate, decay = spec["learning_rate"], spec["weight_decay"]
-    optimizers = {
-        "rmsprop": lambda: keras.optimizers.RMSprop(rate, rho=0.9, momentum=0.9, epsilon=1e-3),
-        "sgd": lambda: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
-        "adamw": lambda: keras.optimizers.AdamW(rate, weight_decay=decay),
-    }
+    optimizer = getattr(keras.optimizers, spec["optimizer"])(spec["learning_rate"], **spec["optimizer_arguments"])
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=spec["label_smoothing"])
-    model.compile(optimizers[spec["optimizer"]](), loss, metrics=["accuracy"])
+    model.compile(optimizer, loss, metrics=["accuracy"])
     return model
 
 

@@ -143,7 +143,7 @@ class ThroughputBenchmark:
             start = time.perf_counter()
             for _ in range(steps):
                 train_step(batch, 1e-6)
-            self.state.totals.read()  # waits for the device
+            self.state.metrics.read()  # waits for the device
             return time.perf_counter() - start
 
         first = take(1)
@@ -182,7 +182,7 @@ class ThroughputBenchmark:
         self.clock.begin(seconds, self.batch_size, rounds, pause)
         stream = self._repeated if one_batch else self.stage_data.stream
         with suppress(TrainingInterrupted):
-            self._trainer.run(self.state, lambda stage: StageInputs(self.state.model, stream, dict))
+            self._trainer.fit(self.state, lambda stage: StageInputs(self.state.model, stream, dict))
         return float(np.mean(self.clock.rates))
 
     def time_parts(self) -> dict[str, float]:

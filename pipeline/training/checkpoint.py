@@ -5,7 +5,6 @@ never moved. By their values, bit for bit, an array of one value is kept as that
 variable is not kept.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ import tensorflow as tf
 
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import RunError, TrainingError
-from pipeline.files import fsync
+from pipeline.files import fsync, sha256_of
 from pipeline.training.callbacks import Callback
 from pipeline.training.state import TrainState
 
@@ -30,7 +29,7 @@ MANIFEST = "manifest.json"  # with the hashes of all files but itself and the ne
 MANIFEST_HASH = "manifest.sha256"
 
 
-PLAIN_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
+MANIFEST_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
 
 
 def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
@@ -59,7 +58,7 @@ def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, kee
 
 
 def write(
-    state: TrainState, final: Path, identity: Mapping[str, Any], *, beside: Mapping[str, bytes] | None = None
+    state: TrainState, final: Path, identity: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None
 ) -> Path:
     """Write a state into a folder of its own.
 
@@ -83,11 +82,11 @@ def write(
     files: dict[str, Callable[[], bytes]] = {
         f"{name}.npz": partial(_pack, group, implied.get(name, {})) for name, group in state.groups().items()
     }
-    files |= {name: partial(bytes, content) for name, content in (beside or {}).items()}
+    files |= {name: partial(bytes, content) for name, content in (extra_files or {}).items()}
 
     def put(name: str, content: bytes) -> str:
         _write_synced(aside / name, content)
-        return _hash(content)
+        return sha256_of(content)
 
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +98,13 @@ def write(
         ) as side_by_side:  # while one file is written and hashed, the next is packed; that holds the GIL
             hashes = {name: side_by_side.submit(put, name, pack()) for name, pack in files.items()}
         manifest = {
-            **{name: getattr(state, name) for name in PLAIN_FIELDS},
+            **{name: getattr(state, name) for name in MANIFEST_FIELDS},
             "identity": dict(identity),
             "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
             "sha256": {name: digest.result() for name, digest in hashes.items()},
         }
         packed = json.dumps(manifest, indent=1).encode()
-        for name, content in {MANIFEST: packed, MANIFEST_HASH: _hash(packed).encode()}.items():
+        for name, content in {MANIFEST: packed, MANIFEST_HASH: sha256_of(packed).encode()}.items():
             _write_synced(aside / name, content)
         fsync(aside)
         if final.exists():  # damaged: the run was resumed from an older one and has come here again
@@ -186,8 +185,8 @@ def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None 
             for name, variable in variables.items():
                 value = arrays[name] if name in arrays else implied[name].numpy()
                 variable.assign(np.broadcast_to(value, variable.shape))
-    if state.average is not None:
-        state.average.track_restored()
+    if state.ema is not None:
+        state.ema.track_restored()
     for name, value in json.loads(contents["plain"]).items():
         setattr(state, name, value)
 
@@ -195,7 +194,7 @@ def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None 
 def _read(checkpoint: Path) -> dict[str, bytes]:
     """The files of the groups by name, and the plain fields as JSON."""
     manifest = read_manifest(checkpoint)
-    plain = {name: manifest[name] for name in PLAIN_FIELDS}
+    plain = {name: manifest[name] for name in MANIFEST_FIELDS}
     if (
         plain["best"] is not None
         and verify_checkpoint(checkpoint_path(checkpoint.parent, int(plain["best"]["step"]))) is not None
@@ -240,10 +239,10 @@ def _checkpoints(directory: Path) -> list[Path]:
 def verify_checkpoint(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as its manifest says."""
     try:
-        if _hash((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
+        if sha256_of((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
             return f"{MANIFEST} is damaged"
         for name, digest in read_manifest(checkpoint)["sha256"].items():
-            if _hash((checkpoint / name).read_bytes()) != digest:
+            if sha256_of((checkpoint / name).read_bytes()) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError) as error:
         return f"incomplete ({error})"
@@ -263,10 +262,6 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     checkpoint.rename(old)
     shutil.rmtree(old)
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 
-FEATURES = "avg_pool"  # the layer whose outputs are kept
+FEATURE_LAYER = "avg_pool"  # the layer whose outputs are kept
 MAX_BYTES = 4 * 2**30  # of features in memory; 800,000 pictures of B0
 
 
@@ -50,10 +50,10 @@ def backbone_and_head(model: keras.Model) -> tuple[keras.Model, keras.Model]:
         (B, K).
     """
     names = [layer.name for layer in model.layers]
-    features = model.get_layer(FEATURES).output
+    features = model.get_layer(FEATURE_LAYER).output
     inputs = keras.Input(features.shape[1:], dtype="float32", name="features")
     x = inputs
-    for layer in model.layers[names.index(FEATURES) + 1 :]:
+    for layer in model.layers[names.index(FEATURE_LAYER) + 1 :]:
         x = layer(x)
     return keras.Model(model.inputs, features, name="backbone"), keras.Model(inputs, x, name="head")
 
@@ -73,23 +73,23 @@ class FeatureCache:
             compute: What the backbone makes of every image of a split, in the manifest's order: float32 (n, C).
         """
         self.head, self._compute = head, compute
-        self._known: dict[str, np.ndarray] = {}
+        self._features: dict[str, np.ndarray] = {}
 
     @property
     def width(self) -> int:
         """Numbers per image, C."""
         return int(self.head.input_shape[-1])
 
-    def of(self, split: str) -> np.ndarray:
+    def get(self, split: str) -> np.ndarray:
         """The features of a split in the manifest's order, float32 (n, C)."""
-        if split not in self._known:
-            self._known[split] = self._compute(split)
-        return self._known[split]
+        if split not in self._features:
+            self._features[split] = self._compute(split)
+        return self._features[split]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Give the memory back."""
-        self._known.clear()
+        self._features.clear()
 
     def logits(self, split: str) -> np.ndarray:
         """The network's outputs for a split as its head is now, float32 (n, K)."""
-        return self.head(self.of(split), training=False).numpy()
+        return self.head(self.get(split), training=False).numpy()

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 
+from pipeline.config.optimizer import OPTIMIZERS
 from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
 from pipeline.data.mixup import mixing_group_size
@@ -61,7 +62,7 @@ def step_memory(config: Config, model: keras.Model, images: int, *, accumulation
         images: Images per micro-batch and device.
         accumulation: True if a step has several micro-batches.
     """
-    slots, average = 1 if config.optimizer.name == "sgd" else 2, config.optimizer.ema_decay is not None
+    slots, average = OPTIMIZERS[config.optimizer.name].num_slots, config.optimizer.ema_decay is not None
     return estimated_memory(model, images, optimizer_slots=slots, ema=average, accumulation=accumulation)
 
 

@@ -58,7 +58,7 @@ class NanPolicy:
         checkpoints: Path,
         identity: Mapping[str, Any],
         training_stream: Callable[[int], tf.data.Dataset],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         processes: ProcessGroup | None = None,
     ) -> None:
         """Take what it needs of the run.
@@ -79,7 +79,7 @@ class NanPolicy:
             checkpoints,
             identity,
         )
-        self._training_stream, self._say = training_stream, say
+        self._training_stream, self._log = training_stream, log
 
     def prepare(self, state: TrainState) -> None:
         """Sees to it that there is something to go back to in the first epoch, too."""
@@ -95,9 +95,9 @@ class NanPolicy:
         Raises:
             TrainingError: If the run should not go on.
         """
-        where = self._save(state)
+        where = self._save_step(state)
         if isinstance(self._policy, SkipNanConfig) and len(state.skipped) < self._policy.skip:
-            self._say(
+            self._log(
                 f"{_finding(state)} Passed over, {len(state.skipped) + 1} of {self._policy.skip} times at most. {where}"
             )
             state.skipped.append(state.step)
@@ -128,9 +128,9 @@ class NanPolicy:
             checkpoint.delete_checkpoints_after(self._checkpoints, state.step)
         state.rollbacks, state.changes = rollbacks, changes  # what the checkpoint is too old to know
         times = f"{rollbacks} of {MAX_ROLLBACKS} times at most"
-        self._say(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
+        self._log(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
 
-    def _save(self, state: TrainState) -> str:
+    def _save_step(self, state: TrainState) -> str:
         """Save the batch and the state; returns a sentence for the user."""
         if not self._processes.is_chief:
             return "The first process saves its batch and the state in front of it."
@@ -145,7 +145,7 @@ class NanPolicy:
                 state,
                 checkpoint.checkpoint_path(self._folder, state.step + 1),
                 self._identity,
-                beside={"batch.npz": content.getvalue()},
+                extra_files={"batch.npz": content.getvalue()},
             )
         except TrainingError as error:  # it must not hide what it was to be saved for
             return f"Its batch and the state in front of it could not be saved: {error}."

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.optimizer import OptimizerConfig
+from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import StageConfig
 
 
@@ -98,19 +98,17 @@ class Adam(keras.optimizers.Adam):
         return list(zip(tf.unstack(self.beta_1**number), tf.unstack(self.beta_2**number), strict=True))
 
 
+CLASSES: dict[str, type[keras.optimizers.Optimizer]] = {"RMSprop": RMSprop, "AdamW": Adam}  # in the place of Keras's
+
+
 def build_optimizer(config: OptimizerConfig, variables: Sequence[keras.Variable]) -> keras.optimizers.Optimizer:
     """Make the optimizer with its slots for all `variables`; a stage may apply it to some of them.
 
-    RMSProp's and SGD's constants are those of the official code, AdamW's are Keras's defaults. Weight decay is the
-    step's business: part of the loss with RMSProp and SGD, decoupled with AdamW, which is Adam here.
+    Weight decay is applied by the train step: part of the loss or decoupled, as `OPTIMIZERS` has it.
     """
-    optimizer: keras.optimizers.Optimizer
-    if config.name == "rmsprop":
-        optimizer = RMSprop(config.base_lr, rho=0.9, momentum=0.9, epsilon=1e-3)
-    elif config.name == "sgd":
-        optimizer = keras.optimizers.SGD(config.base_lr, momentum=0.9, nesterov=True)
-    else:
-        optimizer = Adam(config.base_lr)
+    spec = OPTIMIZERS[config.name]
+    optimizer_class = CLASSES.get(spec.keras_class) or getattr(keras.optimizers, spec.keras_class)
+    optimizer = optimizer_class(config.base_lr, **spec.arguments)
     optimizer.build(variables)
     return optimizer
 
@@ -171,7 +169,7 @@ class ModelEMA:
         """
         self.averaged = list(averaged)
         self.decay = decay
-        self._followed: set[int] = set()
+        self._tracked: set[int] = set()
         self.variables = [
             tf.Variable(variable.value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             for variable in self.averaged
@@ -179,7 +177,7 @@ class ModelEMA:
 
     def track(self, variables: Iterable[keras.Variable]) -> None:
         """Says that these change from now on, beside those named before."""
-        self._followed |= {id(variable) for variable in variables}
+        self._tracked |= {id(variable) for variable in variables}
 
     def track_restored(self) -> None:
         """The same for every variable that is not its own average, once values from elsewhere have been put in."""
@@ -188,11 +186,11 @@ class ModelEMA:
 
     def tracks_any(self, variables: Iterable[keras.Variable]) -> bool:
         """Whether the average of one of these may differ from it."""
-        return any(id(variable) in self._followed for variable in variables)
+        return any(id(variable) in self._tracked for variable in variables)
 
     def _pairs(self) -> list[tuple[keras.Variable, tf.Variable]]:
         pairs = zip(self.averaged, self.variables, strict=True)
-        return [(variable, average) for variable, average in pairs if id(variable) in self._followed]
+        return [(variable, average) for variable, average in pairs if id(variable) in self._tracked]
 
     def update(self, step: tf.Tensor, strategy: tf.distribute.Strategy) -> None:
         """Move the averages towards the present values, in cross-replica context.

@@ -14,7 +14,7 @@ class ProgressBar(Callback):
     """Show a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
 
     def __init__(
-        self, screen: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
+        self, console: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
     ) -> None:
         """Prepare the line.
 
@@ -25,8 +25,8 @@ class ProgressBar(Callback):
             steps_per_epoch: Steps between two validations.
             global_batch_size: Images of a step.
         """
-        self._screen, self._steps_per_epoch, self._total, self._batch = (
-            screen,
+        self._console, self._steps_per_epoch, self._total, self._batch = (
+            console,
             steps_per_epoch,
             total_steps,
             global_batch_size,
@@ -38,31 +38,31 @@ class ProgressBar(Callback):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=screen.rich, transient=True, speed_estimate_period=60)
+        self._progress = Progress(*columns, console=console.rich, transient=True, speed_estimate_period=60)
         self._task = self._progress.add_task(
             "preparing the first step", total=total_steps, completed=first_step, figures=""
         )
         self._rate = Throughput()
 
     def __enter__(self) -> "ProgressBar":
-        if self._screen.rich.is_terminal:
+        if self._console.rich.is_terminal:
             self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._screen.rich.is_terminal:
+        if self._console.rich.is_terminal:
             self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the line."""
-        speed = self._rate.at(step) * self._batch
+        speed = self._rate.update(step) * self._batch
         epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
         figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
         self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, figures=figures)
 
     def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
         """Says what the run waited for."""
-        self._screen.print(f"first step {duration(seconds)}, tracing and compilation included")
+        self._console.print(f"first step {format_duration(seconds)}, tracing and compilation included")
 
     def on_epoch_end(self, record: Mapping[str, float]) -> None:
         """Leaves a line for the epoch."""
@@ -73,14 +73,14 @@ class ProgressBar(Callback):
         left = self._rate.seconds_left(self._total - step)
         if self._rate.mean:
             text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (
-                f", {duration(left)} left" if step < self._total else ""
+                f", {format_duration(left)} left" if step < self._total else ""
             )
-        self._screen.print(text)
+        self._console.print(text)
         self._rate = Throughput()  # the next epoch may be another stage's, with another speed
 
     def on_early_stop(self, epochs: int) -> None:
         """Says so."""
-        self._screen.print(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
+        self._console.print(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
 
 
 class Throughput:
@@ -91,7 +91,7 @@ class Throughput:
         self._last = 0
         self.mean = 0.0
 
-    def at(self, step: int) -> float:
+    def update(self, step: int) -> float:
         """Notes that `step` steps are done; returns the mean. A run that went back to an earlier step begins anew."""
         now = time.monotonic()
         if self._first is None or step < self._last:
@@ -106,7 +106,7 @@ class Throughput:
         return steps / self.mean if self.mean else 0.0
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds in words, to the second."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -63,15 +63,15 @@ class StageData:
         config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
         constant = are_constant(config, so_far, len(manifest.indices("train")), self._features.width)
-        average = self._state.average
+        average = self._state.ema
         if constant and (average is None or not average.tracks_any(self._backbone.weights)):
-            features = self._features.of("train")
+            features = self._features.get("train")
             return StageInputs(
                 self._features.head,
                 lambda step: feature_stream(manifest, config, features, start_step=step, shard=self._shard),
                 self._validate_head,
             )
-        self._features.forget()
+        self._features.clear()
         return StageInputs(self._state.model, self.stream, self._validate)
 
     def stream(self, step: int) -> tf.data.Dataset:

@@ -62,8 +62,8 @@ class TrainState:
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
-    average: ModelEMA | None
-    totals: MetricAccumulator
+    ema: ModelEMA | None
+    metrics: MetricAccumulator
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] | None = None
@@ -78,7 +78,7 @@ class TrainState:
 
     def averaged(self) -> AbstractContextManager[None]:
         """A block inside which the network holds the moving average, where the run keeps one."""
-        return nullcontext() if self.average is None else self.average.applied()
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def describe_changes(self) -> list[str]:
         """A line for each of `changes`."""
@@ -97,15 +97,15 @@ class TrainState:
             "optimizer": {
                 f"{number:05d}/{variable.name}": variable for number, variable in enumerate(self.optimizer.variables)
             },
-            "totals": dict(self.totals.sums),
+            "totals": dict(self.metrics.sums),
         }
-        if self.average is not None:
-            groups["average"] = dict(zip(self.averaged_variables(), self.average.variables, strict=True))
+        if self.ema is not None:
+            groups["average"] = dict(zip(self.averaged_variables(), self.ema.variables, strict=True))
         return groups
 
     def averaged_variables(self) -> dict[str, keras.Variable]:
         """The network's variable behind each average, by the average's name in `groups`."""
-        averaged = [] if self.average is None else self.average.averaged
+        averaged = [] if self.ema is None else self.ema.averaged
         return {f"{number:05d}/{variable.name}": variable for number, variable in enumerate(averaged)}
 
     def digest(self) -> str:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.config.optimizer import OPTIMIZERS
 from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
@@ -48,8 +49,8 @@ class TrainStep:
         self,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-        average: ModelEMA | None,
-        totals: MetricAccumulator,
+        ema: ModelEMA | None,
+        metrics: MetricAccumulator,
         config: Config,
         runtime: Runtime,
         *,
@@ -70,7 +71,7 @@ class TrainStep:
                 gradient that is scaled changes nothing under RMSProp and Adam, which divide by its size.
             class_weights: float32 (K,), how many images an image of each class counts as; None for one each.
         """
-        self._model, self._optimizer, self._average, self._totals = model, optimizer, average, totals
+        self._model, self._optimizer, self._ema, self._metrics = model, optimizer, ema, metrics
         self._strategy = runtime.strategy
         self._trainable: Sequence[keras.Variable] = model.trainable_variables
         blocks = {
@@ -79,16 +80,16 @@ class TrainStep:
         self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
         self._class_weights = class_weights
         self._moving = mutable_variables(model)[len(self._trainable) :]
-        self._own_statistics = [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
+        self._local_statistics = [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
         self._label_smoothing = config.train.label_smoothing
         self._accumulation = config.train.gradient_accumulation_steps
         self._global_batch_size = config.train.batch_size
         self._weight_decay = [
             config.optimizer.weight_decay if uses_weight_decay(variable) else 0.0 for variable in self._trainable
         ]
-        self._decoupled = config.optimizer.name == "adamw"
-        if average is not None:
-            average.track(mutable_variables(model))
+        self._decoupled = OPTIMIZERS[config.optimizer.name].decoupled_weight_decay
+        if ema is not None:
+            ema.track(mutable_variables(model))
         self._compiled = tf.function(self._step, jit_compile=runtime.jit_compile, autograph=False)
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
@@ -108,24 +109,24 @@ class TrainStep:
         first = self._strategy.experimental_local_results
         norm = tf.linalg.global_norm([first(gradient)[0] for gradient in gradients])
         sums = {name: first(value)[0] for name, value in sums.items()}
-        good = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"]) & ~self._totals.halted
+        good = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"]) & ~self._metrics.halted
 
         def apply() -> tf.Tensor:
-            if self._average is not None:
+            if self._ema is not None:
                 step = tf.identity(self._optimizer.iterations.value)
             self._update(gradients, learning_rate)
-            for variable, mean in zip(self._own_statistics, statistics, strict=True):
+            for variable, mean in zip(self._local_statistics, statistics, strict=True):
                 self._strategy.extended.update(variable.value, lambda v, m: v.assign(m), args=(mean,), group=False)
-            if self._average is not None:
-                self._average.update(step, self._strategy)
+            if self._ema is not None:
+                self._ema.update(step, self._strategy)
             for name, value in {**sums, "gradient_norm": norm, "steps": 1.0}.items():
-                self._totals.sums[name].assign_add(tf.cast(value, tf.float64))
+                self._metrics.sums[name].assign_add(tf.cast(value, tf.float64))
             return tf.constant(True)
 
         def undo() -> tf.Tensor:
             for variable, value in zip(self._moving, before, strict=True):
                 variable.assign(value)
-            self._totals.halted.assign(True)
+            self._metrics.halted.assign(True)
             return tf.constant(False)
 
         tf.cond(good, apply, undo)
@@ -175,7 +176,7 @@ class TrainStep:
             gradients = [
                 gradient + decay * variable.value if decay else gradient for gradient, decay, variable in pairs
             ]
-        statistics = [variable.value / self._strategy.num_replicas_in_sync for variable in self._own_statistics]
+        statistics = [variable.value / self._strategy.num_replicas_in_sync for variable in self._local_statistics]
         if statistics:
             statistics = context.all_reduce(tf.distribute.ReduceOp.SUM, statistics)
         return gradients, sums, statistics
@@ -184,7 +185,7 @@ class TrainStep:
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
         target = tf.argmax(labels, -1)
-        labels, counted = self._count(labels, weights)
+        labels, counted = self._weigh(labels, weights)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([variable.value for variable in self._trainable])
             logits = self._model(tf.cast(images, tf.float32), training=True)
@@ -195,7 +196,7 @@ class TrainStep:
         hits = tf.cast(tf.argmax(logits, -1) == target, tf.float32)
         return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * hits), "images": tf.reduce_sum(weights)}
 
-    def _count(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _weigh(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The labels and how many images each counts as.
 
         Linear in the label: a mixed image counts as the shares that it is mixed from.

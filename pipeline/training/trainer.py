@@ -24,9 +24,9 @@ from pipeline.training.schedule import TrainSchedule, TrainStage, set_trainable
 from pipeline.training.state import TrainState
 from pipeline.training.train_step import TrainStep
 
-REPORTS_PER_EPOCH = 20
+LOGS_PER_EPOCH = 20
 SECONDS_PER_PROGRESS = 0.5
-STEPS_PER_DECISION = 10  # of several processes, which have to look at the same steps whether one is asked to stop
+STEPS_PER_SYNC = 10  # of several processes, which have to look at the same steps whether one is asked to stop
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Trainer:
         config: Config,
         runtime: Runtime,
         schedule: TrainSchedule,
-        hooks: Sequence[Callback],
+        callbacks: Sequence[Callback],
         stop_requested: Callable[[], bool],
-        on_not_finite: Callable[[TrainState], None] = raise_nan_error,
+        on_nan: Callable[[TrainState], None] = raise_nan_error,
         *,
         class_weights: np.ndarray | None = None,
     ) -> None:
@@ -73,12 +73,12 @@ class Trainer:
             class_weights: float32 (K,), how many images an image of each class counts as in the loss; None for one
                 each.
         """
-        self._config, self._runtime, self._hooks, self._stop_requested = config, runtime, hooks, stop_requested
-        self._on_not_finite, self._schedule, self._class_weights = on_not_finite, schedule, class_weights
+        self._config, self._runtime, self._callbacks, self._stop_requested = config, runtime, callbacks, stop_requested
+        self._on_nan, self._schedule, self._class_weights = on_nan, schedule, class_weights
         self._steps_per_epoch = schedule.steps_per_epoch
-        self._report_every = max(1, schedule.steps_per_epoch // REPORTS_PER_EPOCH)
+        self._log_every = max(1, schedule.steps_per_epoch // LOGS_PER_EPOCH)
 
-    def run(self, state: TrainState, work: Callable[[TrainStage], StageInputs]) -> list[dict[str, float]]:
+    def fit(self, state: TrainState, stage_inputs: Callable[[TrainStage], StageInputs]) -> list[dict[str, float]]:
         """Train from `state.step` to the end of the last stage.
 
         Args:
@@ -96,12 +96,12 @@ class Trainer:
         while state.step < self._schedule.total_steps:
             stage = self._schedule.stage_at(state.step)
             if self._should_stop_early(stage, state.history):
-                for hook in self._hooks:
+                for hook in self._callbacks:
                     hook.on_early_stop((stage.stop - state.step) // self._steps_per_epoch)
                 state.step = stage.stop  # the steps of an epoch stay the same whatever was left out before it
                 continue
             set_trainable(state.model, stage.config)
-            self._run_stage(stage, state, work(stage))
+            self._run_stage(stage, state, stage_inputs(stage))
         return state.history
 
     def _batches(self, work: StageInputs, start: int) -> Iterator[Any]:
@@ -118,8 +118,8 @@ class Trainer:
             return TrainStep(
                 model,
                 state.optimizer,
-                state.average,
-                state.totals,
+                state.ema,
+                state.metrics,
                 self._config,
                 self._runtime,
                 layer_decay=stage.config.layer_decay,
@@ -137,29 +137,29 @@ class Trainer:
                 began = time.monotonic()
                 train_step(batch, rate)
                 if not warm:
-                    state.totals.read()  # waits for the device
+                    state.metrics.read()  # waits for the device
                     seconds, warm = time.monotonic() - began, True
-                    for hook in self._hooks:
+                    for hook in self._callbacks:
                         hook.on_compile_end(stage.config, seconds)
             state.step += 1
             epoch_ends = state.step % self._steps_per_epoch == 0
-            report = state.step % self._report_every == 0
+            report = state.step % self._log_every == 0
             save = epoch_ends or state.step % (self._config.train.checkpoint_every_steps or self._steps_per_epoch) == 0
             if not (report or save or self._should_sync(state.step, shown)):
                 continue  # without waiting for the device
-            if bool(state.totals.halted.numpy()):
+            if bool(state.metrics.halted.numpy()):
                 state.step = (
                     self._applied_steps(state) + left_out
                 )  # steps behind one that is not finite changed nothing, like it
-                state.totals.halted.assign(False)
-                self._on_not_finite(state)
+                state.metrics.halted.assign(False)
+                self._on_nan(state)
                 if state.step < stage.first:
                     return
                 batches = self._batches(work, state.step)
                 continue
-            metrics = self._means(state, rate)
+            metrics = self._running_metrics(state, rate)
             shown = time.monotonic()
-            for hook in self._hooks:
+            for hook in self._callbacks:
                 hook.on_progress(state.step, metrics)
                 if report:
                     hook.on_log(state.step, metrics)
@@ -167,7 +167,7 @@ class Trainer:
                 self._end_epoch(state, metrics, work.validate)
             stops = self._runtime.processes.any_process(self._stop_requested())
             if save or stops:
-                for hook in self._hooks:
+                for hook in self._callbacks:
                     hook.on_checkpoint(state)
                 if stops or self._runtime.processes.any_process(self._stop_requested()):
                     raise TrainingInterrupted
@@ -177,12 +177,12 @@ class Trainer:
     def _should_sync(self, step: int, shown: float) -> bool:
         """Whether to wait for the device behind a step: to show how far it is, or to stop."""
         if self._runtime.processes.world_size > 1:
-            return step % STEPS_PER_DECISION == 0
+            return step % STEPS_PER_SYNC == 0
         return self._stop_requested() or time.monotonic() - shown > SECONDS_PER_PROGRESS
 
-    def _means(self, state: TrainState, rate: float) -> dict[str, float]:
+    def _running_metrics(self, state: TrainState, rate: float) -> dict[str, float]:
         """The epoch's means so far."""
-        sums = state.totals.read()
+        sums = state.metrics.read()
         images, steps = max(sums["images"], 1.0), max(sums["steps"], 1.0)
         return {
             "train/loss": sums["loss"] / images,
@@ -209,8 +209,8 @@ class Trainer:
         state.history.append(record)
         if self._improves(record, state.best):
             state.best = record
-        state.totals.reset()
-        for hook in self._hooks:
+        state.metrics.reset()
+        for hook in self._callbacks:
             hook.on_epoch_end(record)
 
     def _improves(self, record: Mapping[str, float], best: Mapping[str, float] | None, by: float = 0.0) -> bool:

@@ -16,7 +16,7 @@ from pipeline.distributed.devices import Runtime
 from pipeline.models.layers import disable_fused_layers
 from pipeline.models.profile import profile_model
 from pipeline.training.feature_cache import is_augmented
-from pipeline.training.progress import duration
+from pipeline.training.progress import format_duration
 from pipeline.training.schedule import TrainStage
 
 # Measured for B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores. Without XLA, only batch
@@ -88,7 +88,7 @@ def _estimate(config: Config, model: keras.Model, stages: Sequence[TrainStage]) 
     )
     on, word, than = (True, "on", "more") if saved > 0 else (False, "off", "less")
     return on, (
-        f"XLA {word}: over {sum(steps):,} steps it saves {duration(abs(saved))} {than} than compiling takes, "
+        f"XLA {word}: over {sum(steps):,} steps it saves {format_duration(abs(saved))} {than} than compiling takes, "
         "by estimate"
     )
 

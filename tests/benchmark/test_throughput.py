@@ -162,9 +162,9 @@ SPEC = {
     "resolution": 32,
     "classes": 3,
     "dtype": "float32",
-    "optimizer": "adamw",
+    "optimizer": "AdamW",
+    "optimizer_arguments": {"weight_decay": 1e-4},
     "learning_rate": 1e-3,
-    "weight_decay": 1e-4,
     "label_smoothing": 0.1,
     "batch_size": 4,
 }

@@ -213,15 +213,15 @@ def test_a_change_that_asks_for_what_a_checkpoint_lacks_is_refused_in_words(tmp_
 
 def test_what_had_an_average_of_its_own_has_it_again_whatever_is_trained_next(tmp_path):
     state = make_state()
-    apart = [variable for variable in state.average.averaged if variable.path == "dense/kernel"]
-    state.average.track(apart)
+    apart = [variable for variable in state.ema.averaged if variable.path == "dense/kernel"]
+    state.ema.track(apart)
     kernel = state.model.get_layer("dense").kernel.numpy()
     for variable in apart:
         variable.assign_add(np.ones(variable.shape))
     written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     fresh = make_state()
     checkpoint.restore(fresh, written)
-    followed = [variable.path for variable in fresh.average.averaged if fresh.average.tracks_any([variable])]
+    followed = [variable.path for variable in fresh.ema.averaged if fresh.ema.tracks_any([variable])]
     assert followed == ["dense/kernel"]
     with fresh.averaged():
         np.testing.assert_array_equal(fresh.model.get_layer("dense").kernel.numpy(), kernel)

@@ -68,7 +68,7 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
     schedule = build_schedule(CONFIG, steps_per_epoch(len(manifest.indices("train")), 16))
     stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: False)
     trainer = Trainer(CONFIG, runtime, schedule, [], lambda: False)
-    return state, trainer.run(state, stages.for_stage)
+    return state, trainer.fit(state, stages.for_stage)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_h
     stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: True)
     with pytest.raises(TrainingInterrupted):
         stages.for_stage(stage)
-    state.average.track(model.get_layer("stem_conv").weights)
+    state.ema.track(model.get_layer("stem_conv").weights)
     assert stages.for_stage(stage).model is model
 
 

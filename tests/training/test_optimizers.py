@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.optimizer import OptimizerConfig
+from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import StageConfig
 from pipeline.training.optimizers import ModelEMA, build_optimizer, learning_rate, uses_weight_decay
 
@@ -42,6 +42,38 @@ def test_sgd_is_nesterov_with_momentum():
         optimizer.update_step(tf.constant([1.0]), variable, tf.constant(0.1))
     # velocity: -0.1, -0.19; Nesterov adds 0.9 * velocity - 0.1 each time
     assert variable.numpy()[0] == pytest.approx(1 - 0.19 - 0.271, abs=1e-6)
+
+
+def test_lion_moves_by_the_sign_of_the_interpolated_momentum():
+    variable = keras.Variable(np.array([1.0, -1.0], np.float32))
+    optimizer = build_optimizer(OptimizerConfig(name="lion"), [variable])
+    momentum, expected = np.zeros(2), np.array([1.0, -1.0])
+    for gradient in ([1.0, -2.0], [-0.05, 3.0], [0.5, -0.1]):
+        expected = expected - 0.1 * np.sign(0.9 * momentum + 0.1 * np.array(gradient))
+        momentum = 0.99 * momentum + 0.01 * np.array(gradient)
+        optimizer.update_step(tf.constant(gradient), variable, tf.constant(0.1))
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-6)
+
+
+def test_lamb_scales_adams_direction_to_the_norm_of_the_weights():
+    rng = np.random.default_rng(1)
+    value = rng.normal(size=(3, 4)).astype(np.float32)
+    variable = keras.Variable(value)
+    optimizer = build_optimizer(OptimizerConfig(name="lamb"), [variable])
+    gradient = rng.normal(size=(3, 4)).astype(np.float32)
+    optimizer.update_step(tf.constant(gradient), variable, tf.constant(0.1))
+    direction = gradient / (np.abs(gradient) + 1e-7)  # both moments of the first step, corrected
+    expected = value - 0.1 * np.linalg.norm(value) / np.linalg.norm(direction) * direction
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_as_many_slots_as_its_spec_says(name):
+    variables = [keras.Variable(np.ones((5, 7), np.float32))]
+    optimizer = build_optimizer(OptimizerConfig(name=name), variables)
+    slots = [variable for variable in optimizer.variables if tuple(variable.shape) == (5, 7)]
+    assert len(slots) == OPTIMIZERS[name].num_slots
+    assert hasattr(keras.optimizers, OPTIMIZERS[name].keras_class)
 
 
 def test_weight_decay_spares_batch_normalisation_only():
@@ -141,12 +173,12 @@ def test_a_variable_that_is_thawed_late_moves_as_one_that_was_trained_from_the_s
     keras_own.build([plain])
     for step in range(300):
         gradient = tf.constant([0.1, -2.0, 3.0]) * float(np.cos(step))
-        [powers] = ours.advance([early])
+        [powers] = ours.bias_correction([early])
         ours.update_step(gradient, early, tf.constant(0.1), *powers)
         ours.iterations.assign_add(1)
         keras_own.update_step(gradient, plain, tf.constant(0.1))
         keras_own.iterations.assign_add(1)
     np.testing.assert_allclose(early.numpy(), plain.numpy(), rtol=1e-5)
-    [powers] = ours.advance([late])
+    [powers] = ours.bias_correction([late])
     ours.update_step(tf.constant([0.1, -2.0, 3.0]), late, tf.constant(0.1), *powers)
     np.testing.assert_allclose(late.numpy(), [0.9, 1.1, 0.9], rtol=1e-4)

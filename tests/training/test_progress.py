@@ -10,6 +10,6 @@ def test_a_run_that_goes_back_is_measured_anew(monkeypatch: pytest.MonkeyPatch) 
     now = iter([0.0, 10.0, 20.0, 30.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     throughput = Throughput()
-    assert [throughput.at(step) for step in (1, 21)] == [0.0, 2.0]
-    throughput.at(5)
-    assert throughput.at(45) == 4.0
+    assert [throughput.update(step) for step in (1, 21)] == [0.0, 2.0]
+    throughput.update(5)
+    assert throughput.update(45) == 4.0

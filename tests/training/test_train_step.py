@@ -282,11 +282,12 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from test_train_step import batch, make_config, small_network
+from pipeline.config.optimizer import OPTIMIZERS
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.distributed.devices import setup_devices
 from pipeline.training.state import MetricAccumulator
 from pipeline.training.train_step import TrainStep
-for name in ("rmsprop", "sgd", "adamw"):
+for name in OPTIMIZERS:
     found = []
     for runtime in ({"strategy": "single"}, {"strategy": "mirrored"}, {"strategy": "single", "xla": True}):
         config = make_config(optimizer={"name": name, "weight_decay": 0.1}, train={"global_batch_size": 8}, runtime=runtime)

@@ -126,7 +126,7 @@ def run(
     def validate() -> dict[str, float]:
         return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
 
-    return trainer.run(
+    return trainer.fit(
         state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=poisoned), validate)
     )
 
@@ -171,7 +171,7 @@ def test_a_run_keeps_history_best_epoch_and_checkpoints():
     assert recorder.steps == list(range(1, 21))
     assert recorder.first_steps == ["head", "block6"]
     assert state.best == history[1], "the first of two equal ones"
-    assert state.totals.read()["images"] == 0, "the sums begin anew with each epoch"
+    assert state.metrics.read()["images"] == 0, "the sums begin anew with each epoch"
     assert all(np.isfinite(record["train/loss"]) for record in history)
 
 
@@ -228,7 +228,7 @@ def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
         lambda: state.step == 4,
     )  # reports every 5 steps
     with pytest.raises(TrainingError, match="not finite in step 3"):
-        trainer.run(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
+        trainer.fit(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
     assert not list(tmp_path.iterdir())
 
 
@@ -240,12 +240,12 @@ def test_validation_sees_the_moving_average():
         seen.append(
             all(
                 np.array_equal(v.numpy(), a.numpy())
-                for v, a in zip(state.average.averaged, state.average.variables, strict=True)
+                for v, a in zip(state.ema.averaged, state.ema.variables, strict=True)
             )
         )
         return {}
 
-    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), build_schedule(CONFIG, STEPS), [], lambda: False).run(
+    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), build_schedule(CONFIG, STEPS), [], lambda: False).fit(
         state, lambda stage: StageInputs(state.model, stream, validate)
     )
     assert seen == [True] * 4
@@ -324,7 +324,7 @@ def test_the_average_of_a_block_goes_on_after_the_block_is_frozen_again():
     )
 
     def distance(state: TrainState) -> float:
-        pairs = zip(state.average.averaged, state.average.variables, strict=True)
+        pairs = zip(state.ema.averaged, state.ema.variables, strict=True)
         return max(np.abs(v.numpy() - a.numpy()).max() for v, a in pairs if v.path == "stem_conv/kernel")
 
     state, between = fresh_state(), []
@@ -459,7 +459,7 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
         config, setup_devices(config.runtime, config.seed), build_schedule(config, STEPS), [], lambda: False, policy
     )
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
-        trainer.run(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
+        trainer.fit(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]
     assert {path.name for path in (tmp_path / "nan").iterdir()} == {f"step-{number:08d}" for number in (1, 2, 3)}
 
@@ -563,5 +563,5 @@ def test_a_run_that_is_resumed_at_its_end_still_has_its_average(tmp_path: Path):
         with one.averaged():
             assert all(
                 np.array_equal(v.numpy(), a.numpy())
-                for v, a in zip(one.average.averaged, one.average.variables, strict=True)
+                for v, a in zip(one.ema.averaged, one.ema.variables, strict=True)
             )

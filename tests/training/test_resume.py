@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.errors import RunError
 from pipeline.training.checkpoint import MANIFEST
-from pipeline.training.compatibility import check_compatible
+from pipeline.training.resume import check_compatible
 
 
 def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
