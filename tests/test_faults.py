@@ -297,7 +297,7 @@ def contents(folder: Path) -> dict[str, bytes]:
                 for name in stored
             }
     manifest = json.loads((folder / "manifest.json").read_text())
-    return found | {name: json.dumps(manifest[name]).encode() for name in checkpoint.PLAIN_FIELDS}
+    return found | {name: json.dumps(manifest[name]).encode() for name in checkpoint.MANIFEST_FIELDS}
 
 
 def weights(model: Path) -> dict[str, bytes]:

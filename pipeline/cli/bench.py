@@ -142,7 +142,8 @@ def print_pairs(pairs: Sequence[tuple[float, float]], baseline: str, console: Co
         table.add_row(f"round {number}", f"{here:,.1f}", f"{there:,.1f}", f"{ratio:.2f}")
     console.print(table)
     console.print(
-        f"{statistics.median(ratios):.2f} times {baseline} (median of {len(pairs)}; {min(ratios):.2f} to {max(ratios):.2f})"
+        f"{statistics.median(ratios):.2f} times {baseline} "
+        f"(median of {len(pairs)}; {min(ratios):.2f} to {max(ratios):.2f})"
     )
     return ratios
 

@@ -168,7 +168,7 @@ def open_images(named: Mapping[str, RunDirectory], console: Console) -> "DataSou
     problem = ""
     for run in named.values():
         try:
-            return open_source(run.load_config().data, fetch=False)
+            return open_source(run.load_config().data, download=False)
         except UserError as error:
             problem = str(error).partition("\n")[0]
     console.print(f"the report shows no images: {problem}")

@@ -1,7 +1,6 @@
 """Export the model of a run for other runtimes. Each file is verified against the model."""
 
 import argparse
-import hashlib
 import logging
 import math
 import shutil
@@ -22,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
 from pipeline.errors import RunError, UserError, suggest
 from pipeline.export.directory import FAILED, FILES, ExportDirectory, prepare
+from pipeline.files import sha256_of
 from pipeline.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     config = load_config(run.config, arguments.overrides)
     check_packages(arguments.formats)
     with run.exclusive_lock():
-        digest = hashlib.sha256(run.model.read_bytes()).hexdigest()
+        digest = sha256_of(run.model)
         directory = prepare(arguments.out or run.export, arguments.formats, digest)
         console.redirect_library_output(run.log)
         return export(run, config, directory, arguments.formats, arguments.split, digest, console)
@@ -295,8 +295,8 @@ def print_results(
         table.add_row(name, "-" if size is None else f"{size / 1e6:.1f}", *figures, verdict)
     console.print(table)
     console.print(
-        f"over {len(reference.predictions.index):,} images of {reference.split}, where the standard deviation of the logits "
-        f"is {reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
+        f"over {len(reference.predictions.index):,} images of {reference.split}, where the standard deviation of the "
+        f"logits is {reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
     )
     for name, result in results.items():
         for failure in result.failures:

@@ -8,6 +8,7 @@ from pipeline.console import Console
 from pipeline.errors import TrainingError, UserError
 from pipeline.evaluation.results import EvaluationResults
 from pipeline.evaluation.run_evaluation import RunEvaluator
+from pipeline.files import atomic_path
 from pipeline.models.efficientnet import to_inference_model
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.tracking.mlflow_logger import MLflowLogger
@@ -90,6 +91,5 @@ def log_results(
 def save_inference_model(model: keras.Model, path: Path) -> None:
     """Save the model as it is now, with plain Keras layers in float32. The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"new-{path.name}")
-    to_inference_model(model).save(temporary)
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        to_inference_model(model).save(temporary)

@@ -25,8 +25,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(
         "pack",
-        "Write a data set as ArrayRecord shards with the unchanged bytes of each image, and read them back. Run again, the "
-        "command continues an interrupted pack, and verifies and repairs a finished one. The data set is never changed.",
+        "Write a data set as ArrayRecord shards with the unchanged bytes of each image, and read them back. Run again, "
+        "the command continues an interrupted pack, and verifies and repairs a finished one. The data set is never "
+        "changed.",
         epilog="Then: data.source=pack data.path=FOLDER data.name=null. Exit code: 0 if the pack is intact, 2 if not.",
     )
     pack_input = parser.add_mutually_exclusive_group(required=True)
@@ -113,10 +114,11 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     with console.progress("packing") as progress:
         packed = pack(origin, arguments.out, limit, progress)
     seconds, size, num_images = time.monotonic() - start, pc.sum(packed.index["bytes"]).as_py(), len(packed.index)
-    print_pack(arguments.out, packed.description, console)
+    print_pack(arguments.out, packed.metadata, console)
     if packed.written == num_images:
         console.print(
-            f"written  {size / 1e6:,.1f} MB in {seconds:,.1f} s, {size / 1e6 / seconds:,.0f} MB/s, read back and verified"
+            f"written  {size / 1e6:,.1f} MB in {seconds:,.1f} s, {size / 1e6 / seconds:,.0f} MB/s, "
+            "read back and verified"
         )
     elif packed.written:
         console.print(f"written  {packed.written:,} images in {seconds:,.1f} s; the others existed, and all are intact")
@@ -135,14 +137,14 @@ def source_origin(data: DataConfig, folder: Path) -> "PackInput":
     Raises:
         DataError: The data set is not available, or the folder lies in it.
     """
-    from pipeline.data.pack_inputs import SourceOrigin
+    from pipeline.data.pack_inputs import SourceInput
     from pipeline.data.sources.catalog import open_source
 
     if data.source == "folder" and data.path is not None and folder.resolve().is_relative_to(data.path.resolve()):
         raise DataError(
             f"--out {folder} lies in the data set, {data.path}, where it would count as a class; choose another folder"
         )
-    return SourceOrigin(open_source(data))
+    return SourceInput(open_source(data))
 
 
 def tfrecord_origin(arguments: argparse.Namespace) -> "PackInput":
@@ -151,11 +153,11 @@ def tfrecord_origin(arguments: argparse.Namespace) -> "PackInput":
     Raises:
         DataError: The files or the class names are not valid.
     """
-    from pipeline.data.tfrecord import TfrecordOrigin
+    from pipeline.data.tfrecord import TFRecordInput
 
     names = {"image": arguments.image_feature, "label": arguments.label_feature, "class_name": arguments.class_feature}
     features = {field: name for field, name in names.items() if name is not None}
-    return TfrecordOrigin(
+    return TFRecordInput(
         arguments.tfrecord,
         features,
         class_names(arguments.classes) if arguments.classes else None,

@@ -101,8 +101,8 @@ def family(arguments: argparse.Namespace, console: Console) -> None:
             phi = phi_of(variant.resolution)
             line = "" if variant.family_name != "efficientnet" else f"  {phi:8.2f} {BETA**phi:6.2f} {ALPHA**phi:6.2f}"
             rows.append(
-                f"{variant.name:<7} {variant.width:5.1f} {variant.depth:5.1f} {variant.resolution:6} {variant.dropout:7.1f} "
-                f"{size.blocks:6} {size.parameters:12,} {size.flops / 1e9:8.2f} G{line}"
+                f"{variant.name:<7} {variant.width:5.1f} {variant.depth:5.1f} {variant.resolution:6} "
+                f"{variant.dropout:7.1f} {size.blocks:6} {size.parameters:12,} {size.flops / 1e9:8.2f} G{line}"
             )
             progress(done, len(VARIANTS))
     console.print(f"{'':66} the formula at this resolution")
@@ -110,9 +110,9 @@ def family(arguments: argparse.Namespace, console: Console) -> None:
     for row in rows:
         console.print(row)
     console.print(
-        f"\nThe formula: width {BETA}^phi, depth {ALPHA}^phi, 224 * {GAMMA}^phi pixels. The published B1 to B7 were chosen by "
-        f"hand near it.\nTrainable parameters with {arguments.classes:,} classes; multiply-adds per image. Both are counted "
-        "on the model as built."
+        f"\nThe formula: width {BETA}^phi, depth {ALPHA}^phi, 224 * {GAMMA}^phi pixels. The published B1 to B7 "
+        f"were chosen by hand near it.\nTrainable parameters with {arguments.classes:,} classes; multiply-adds per "
+        "image. Both are counted on the model as built."
     )
 
 
@@ -132,13 +132,14 @@ def search(arguments: argparse.Namespace, console: Console) -> None:
     console.print("alpha (depth)  beta (width)  gamma (resolution)  product  measured")
     for candidate in candidates[: arguments.top]:
         console.print(
-            f"{candidate.alpha:13g}  {candidate.beta:12g}  {candidate.gamma:18g}  {candidate.product:7.3f}  {candidate.flops_ratio:8.3f}"
+            f"{candidate.alpha:13g}  {candidate.beta:12g}  {candidate.gamma:18g}  "
+            f"{candidate.product:7.3f}  {candidate.flops_ratio:8.3f}"
         )
     console.print(
         f"\n{min(arguments.top, len(candidates))} of {len(candidates)} triples with alpha * beta^2 * gamma^2 within "
-        f"{arguments.tolerance:g} of 2. measured: the multiply-adds of the\nscaled model over those of B0. It differs from "
-        "the product because repeats are rounded up and channels are rounded\nto multiples of 8. Only training shows which "
-        f"triple is the most accurate: the paper trained them, and chose {ALPHA}, {BETA}, {GAMMA}."
+        f"{arguments.tolerance:g} of 2. measured: the multiply-adds of the\nscaled model over those of B0. It differs "
+        "from the product because repeats are rounded up and channels are rounded\nto multiples of 8. Only training "
+        f"shows which triple is the most accurate: the paper trained them, and chose {ALPHA}, {BETA}, {GAMMA}."
     )
 
 
@@ -181,7 +182,8 @@ def solve(arguments: argparse.Namespace, console: Console) -> None:
         value = budget.measure(variant)
         binds = "  binds" if budget.name == solution.binding else ""
         lines.append(
-            f"{budget.name:<14} {budget.show(budget.limit):>14} {budget.show(value):>14} {1 - value / budget.limit:6.1%}{binds}"
+            f"{budget.name:<14} {budget.show(budget.limit):>14} {budget.show(value):>14} "
+            f"{1 - value / budget.limit:6.1%}{binds}"
         )
     if solution.binding is None:
         lines.append("no budget binds: this is the largest phi that a config accepts")
@@ -194,13 +196,16 @@ def solve(arguments: argparse.Namespace, console: Console) -> None:
         )
     profile = size(variant)
     console.print(
-        f"phi = {solution.phi:g}: {{width: {variant.width:.4f}, depth: {variant.depth:.4f}, resolution: {variant.resolution}}}"
+        f"phi = {solution.phi:g}: {{width: {variant.width:.4f}, depth: {variant.depth:.4f}, "
+        f"resolution: {variant.resolution}}}"
     )
     console.print(
-        f"{profile.parameters:,} parameters with {arguments.classes:,} classes, {profile.flops / 1e9:.3f} G multiply-adds"
+        f"{profile.parameters:,} parameters with {arguments.classes:,} classes, "
+        f"{profile.flops / 1e9:.3f} G multiply-adds"
     )
     console.print(
-        f"nearest published: {nearest.name}, {{width: {nearest.width}, depth: {nearest.depth}, resolution: {nearest.resolution}}}\n"
+        f"nearest published: {nearest.name}, {{width: {nearest.width}, depth: {nearest.depth}, "
+        f"resolution: {nearest.resolution}}}\n"
     )
     console.print("\n".join(lines))
     if arguments.write is not None:

@@ -270,7 +270,7 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
     ):
         try:
             training.nan_policy.prepare(state)
-            return training.trainer.run(state, training.stage_data.for_stage)
+            return training.trainer.fit(state, training.stage_data.for_stage)
         except TrainingInterrupted:
             processes.barrier()  # until the state is saved
             run.console.print(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.data.manifest import Manifest, differences
+from pipeline.data.manifest import Manifest, describe_changes
 from pipeline.errors import RunError
 from pipeline.evaluation.statistics import (
     ALPHA,
@@ -228,7 +228,7 @@ def compare(runs: Sequence[RunPredictions]) -> list[RunComparison]:
 def _check_same_images(first: RunPredictions, other: RunPredictions) -> None:
     """Check that both runs saw the same images; groups and sizes may differ, because they change no prediction."""
     a, b = (Manifest(run.images.class_names, run.images.table.assign(split="test")) for run in (first, other))
-    if listing := differences(a, b):
+    if listing := describe_changes(a, b):
         raise RunError(
             f"{first.name} ({len(a.table):,} {first.split} images) and {other.name} ({len(b.table):,}) cannot be "
             f"compared: they were not evaluated on the same images\nFrom the first to the second:\n{listing}\n"

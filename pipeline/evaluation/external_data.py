@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from pipeline.config.data import DataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources.base import DataSource, FileStat, Sample, format_list
+from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
@@ -37,9 +37,9 @@ class SplitSource:
         """The class names of the data set."""
         return self.source.class_names
 
-    def samples(self) -> list[Sample]:
+    def list_images(self) -> list[LabeledImage]:
         """Return the samples of the split, without the split."""
-        return [sample._replace(split=None) for sample in self.source.samples() if self.split in (None, sample.split)]
+        return [sample._replace(split=None) for sample in self.source.list_images() if self.split in (None, sample.split)]
 
     def stat(self, key: str) -> FileStat | None:
         """Return size and time of an image file."""
@@ -73,7 +73,7 @@ def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, Data
         source="csv" if path.suffix.lower() == ".csv" else folder_source, path=path, group_near_duplicates=False
     )
     source = SplitSource(open_source(config), split)
-    if split is not None and not source.samples():
+    if split is not None and not source.list_images():
         raise DataError(f"{path}: the data have no split {split}; omit --split to evaluate all images")
     return source, config
 
@@ -84,7 +84,7 @@ def scan_external_data(source: SplitSource, config: DataConfig, progress: Callab
     Raises:
         DataError: Images cannot be read; the message names all of them.
     """
-    manifest = scan(source, config, seed=0, progress=progress, fewest_classes=1, whole=source.split is None)
+    manifest = scan(source, config, seed=0, progress=progress, min_classes=1, full_dataset=source.split is None)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
 
 

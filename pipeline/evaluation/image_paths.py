@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from pipeline.data.image_files import pictures_below
+from pipeline.data.image_files import iter_image_files
 from pipeline.errors import UserError
 
 STDIN = "-"
@@ -43,7 +43,7 @@ def _expand(argument: str, stdin: Iterable[bytes]) -> Iterator[Path]:
         files = (path for path in matches if not path.is_dir())
         return _require_one(files, f"{argument}: no file matches")
     if Path(argument).is_dir():
-        return _require_one(pictures_below(Path(argument)), f"{argument}: the folder contains no image")
+        return _require_one(iter_image_files(Path(argument)), f"{argument}: the folder contains no image")
     return iter((Path(argument),))
 
 

@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.inspection import read_header, too_large
+from pipeline.data.inspection import read_header, size_problem
 from pipeline.data.preprocessing import Resize, preprocess
 from pipeline.errors import RunError
 
@@ -100,7 +100,7 @@ def predict_files(
 def _read(preprocess_fn: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
     """Return the image as uint8 (R, R, 3), or the reason why the file cannot be read."""
     try:
-        if reason := too_large(path.stat().st_size):
+        if reason := size_problem(path.stat().st_size):
             return reason
         encoded = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
+from pipeline import files
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.runs.provenance import mask_credentials
@@ -69,7 +68,7 @@ def exclusive_lock(uri: str, lock: str = ".lock") -> Iterator[None]:
         yield
     else:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}{lock}"):
+        with files.exclusive_lock(Path(f"{database}{lock}")):
             yield
 
 

@@ -54,10 +54,10 @@ def test_bad_files_end_with_2_unless_they_are_skipped(config: Path) -> None:
     code, said = run(config)
     assert code == 2
     assert "cat/cut.png: is a damaged PNG" in said
-    assert "not usable: 1 of 21 pictures cannot be used" in said
+    assert "not usable: 1 of 21 images cannot be used" in said
     code, said = run(config, "data.on_bad_image=skip")
     assert code == 0
-    assert "1 of 21 pictures cannot be used and are left out: cat/cut.png: is a damaged PNG" in said
+    assert "1 of 21 images cannot be used and are left out: cat/cut.png: is a damaged PNG" in said
 
 
 def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
@@ -98,7 +98,7 @@ def test_data_that_cannot_be_learned_from_are_told_without_a_table(config: Path,
     (config.parent / "photos/dog/bad.png").touch()
     code, said = run(config, "data.on_bad_image=skip", "--json", str(tmp_path / "found.json"))
     assert code == 2
-    assert "1 classes have no picture that can be used:\n           dog\n" in said
+    assert "1 classes have no image that can be used:\n           dog\n" in said
     assert json.loads((tmp_path / "found.json").read_text())["classes"] is None
 
 

@@ -1,16 +1,21 @@
 """python -m pipeline as a user runs it."""
 
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli.arguments import BYTES, COUNT, SECONDS, quantity, value_range
+from pipeline.__main__ import COMMANDS
+from pipeline.cli import check, predict, train
+from pipeline.cli.arguments import BYTES, COUNT, SECONDS, program_name, quantity, value_range
 from pipeline.config.loader import load_config
+from pipeline.console import DEBUG, is_debugging
 
 PROJECT = Path(__file__).parents[2]
 BENCH = ("bench", "--config", "configs/lite0_digits.yaml")
@@ -22,15 +27,80 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("program", "option"), [("scale", "--latency"), ("export", "--formats"), ("pack", "--tfrecord")]
-)
-def test_help_is_instant(program: str, option: str) -> None:
-    start = time.monotonic()
-    result = run(program, "--help")
-    assert time.monotonic() - start < 2
+OPTIONS = {
+    "train": "--resume",
+    "evaluate": "--tta",
+    "predict": "--top",
+    "compare": "--split",
+    "export": "--formats",
+    "check": "--json",
+    "pack": "--tfrecord",
+    "data-server": "--address",
+    "bench": "--baseline",
+    "scale": "--latency",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_instant_and_loads_no_tensorflow(command: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline", command, "--help"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2, "seconds of processor time"
+    assert f"usage: python -m pipeline {command} " in result.stdout
+    assert OPTIONS[command] in result.stdout
+    assert "--debug" in result.stdout
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "pipeline" in loaded
+    assert not loaded & {"tensorflow", "keras", "mlflow", "pandas"}
+
+
+def test_the_commands_are_listed_and_an_unknown_one_is_refused() -> None:
+    result = run("--help")
     assert result.returncode == 0
-    assert option in result.stdout
+    assert re.findall(r"^    ([a-z][a-z-]*)", result.stdout, re.MULTILINE) == list(COMMANDS)
+    result = run("serve")
+    assert result.returncode == 2
+    assert "invalid choice: 'serve'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("train.py", "train.py"),
+        ("/usr/bin/efficientnet", "efficientnet train"),
+        ("pipeline/__main__.py", "python -m pipeline train"),
+        ("evaluate.py", "python -m pipeline train"),
+    ],
+)
+def test_the_usage_names_the_program_as_it_was_started(
+    program: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    assert program_name("train") == words
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (train, ["--config", "x.yaml", "a=1", "--debug", "b=2"]),
+        (predict, ["--run", "latest", "a.png", "--debug", "b.png"]),
+        (check, ["--debug", "--config", "x.yaml"]),
+    ],
+)
+def test_debug_is_an_option_of_every_command_and_sets_what_the_console_reads(
+    command: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DEBUG, "0")
+    assert not is_debugging()
+    command.parse_arguments(arguments)
+    assert is_debugging()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""python evaluate.py on pictures: what it refuses, and what it writes."""
+"""The labeling of images by the command predict and by evaluate.py: what they refuse, and what they write."""
 
 import csv
 import io
@@ -9,50 +9,75 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import keras
 import pytest
 from PIL import Image
 
-from pipeline.cli.predict import predict_images
+from pipeline.cli import evaluate, predict
 from pipeline.console import Console
 
 PROJECT = Path(__file__).parents[2]
 LITE0 = ("--weights", "imagenet", "--variant", "lite0")
 
 
+LABELING = [
+    ([*LITE0, "x.jpg"], "x.jpg: there is no such file"),
+    ([*LITE0, "photos/*.gif"], "photos/*.gif: no file matches"),
+    ([*LITE0, "empty"], "empty: the folder contains no image"),
+    ([*LITE0, "photos", "--top", "0"], "--top must be at least 1. Received: 0"),
+    ([*LITE0, "photos", "--format", "xml"], "invalid choice: 'xml'"),
+    ([*LITE0, "photos", "--out", "figures"], "a new file that ends in .csv or .jsonl. Received: figures"),
+    ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format belongs to standard output"),
+    ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; create it first"),
+    ([*LITE0, "photos", "--out", "old.csv"], "old.csv: exists already"),
+    (["--weights", "imagenet", "photos"], "--weights needs --variant"),
+    (["--run", "latest", "--variant", "b0", "photos"], "--variant belongs to --weights"),
+    (["--run", "photos", "photos"], "photos: is not the directory of a run"),
+    (["photos"], "one of the arguments --run --weights is required"),
+]
+EVALUATE_ONLY = [
+    (
+        [*LITE0, "photos", "--data", "photos"],
+        "--split, --data, --class-map, --tta and --corruptions are for evaluation",
+    ),
+    ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top are for labeling"),
+    (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to images"),
+    (["--run", "latest", "--tta", "flip", "--corruptions"], "use one of them"),
+    (
+        ["--run", "latest", "--tta", "flip", "photos"],
+        "--tta and --corruptions are for evaluation; omit them to label images",
+    ),
+    ([*LITE0], "--weights needs images to label, or labeled images: --data"),
+    (["--run", "latest", "--views", "flip"], "unrecognized arguments: --views"),
+]
+PREDICT_ONLY = [
+    ([*LITE0], "the following arguments are required: IMAGE"),
+    ([*LITE0, "photos", "--corruptions"], "unrecognized arguments: --corruptions"),
+]
+EVALUATE, PREDICT = [str(PROJECT / "evaluate.py")], ["-m", "pipeline", "predict"]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        ([*LITE0, "x.jpg"], "x.jpg: there is no such file"),
-        ([*LITE0, "photos/*.gif"], "photos/*.gif: no file matches"),
-        ([*LITE0, "empty"], "empty: the folder contains no image"),
-        ([*LITE0, "photos", "--top", "0"], "--top must be at least 1. Received: 0"),
-        ([*LITE0, "photos", "--format", "xml"], "invalid choice: 'xml'"),
-        ([*LITE0, "photos", "--out", "figures"], "a new file that ends in .csv or .jsonl. Received: figures"),
-        ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format belongs to standard output"),
-        ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; create it first"),
-        ([*LITE0, "photos", "--out", "old.csv"], "old.csv: exists already"),
-        ([*LITE0, "photos", "--data", "photos"], "--split, --data, --class-map, --tta and --corruptions are for evaluation"),
-        ([*LITE0, "--data", "photos", "--format", "csv"], "--format and --top are for labeling"),
-        (["--run", "latest", "--out", "x.csv"], "--out belongs to --data or to images"),
-        (["--run", "latest", "--tta", "flip", "--corruptions"], "use one of them"),
-        (
-            ["--run", "latest", "--tta", "flip", "photos"],
-            "--tta and --corruptions are for evaluation; omit them to label images",
-        ),
+        *((EVALUATE, *case) for case in [*LABELING, *EVALUATE_ONLY]),
+        *((PREDICT, *case) for case in [*LABELING, *PREDICT_ONLY]),
     ],
 )
-def test_a_wrong_request_is_refused_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_wrong_request_is_refused_at_once(
+    tmp_path: Path, program: list[str], arguments: list[str], message: str
+) -> None:
     for name in ("photos/a.png", "empty/readme.txt", "old.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("what was there")
     start = time.monotonic()
     result = subprocess.run(
-        [sys.executable, str(PROJECT / "evaluate.py"), *arguments],
+        [sys.executable, *program, *arguments],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
         check=False,
@@ -84,7 +109,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 def label(network: Any, paths: list[Path], **options: Any) -> int:
-    return predict_images(network, paths, Console(), **options)
+    return predict.predict_images(network, paths, Console(), **options)
 
 
 def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> None:
@@ -100,7 +125,7 @@ def test_csv_has_a_row_for_every_picture(network: Any, pictures: list[Path]) -> 
         "g green, dark",
     )
     assert float(red["probability1"]) == pytest.approx(1)
-    assert none["error"] == "is not a picture, or of a format that is not read here"
+    assert none["error"] == "is not an image, or of a format that is not read here"
     assert (red["error"], none["class1"], none["probability2"]) == ("", "", "")
 
 
@@ -115,7 +140,7 @@ def test_json_lines_have_an_object_for_every_picture(network: Any, pictures: lis
     assert none == {
         "path": str(pictures[1]),
         "top": [],
-        "error": "is not a picture, or of a format that is not read here",
+        "error": "is not an image, or of a format that is not read here",
     }
 
 
@@ -127,7 +152,7 @@ def test_rows_go_into_a_new_file_and_what_is_said_to_the_screen(
     said = capfd.readouterr()
     assert said.out == "2 images labeled, 2 could not be read\n"
     assert [line.partition(": ")[2] for line in said.err.splitlines()] == [
-        "is not a picture, or of a format that is not read here",
+        "is not an image, or of a format that is not read here",
         "cannot be opened: No such file or directory",
     ]
     rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
@@ -150,3 +175,15 @@ def test_an_output_that_nobody_reads_any_more_ends_it_quietly(network: Any, pict
     with pytest.raises(BrokenPipeError):  # its last row is still in it
         output.close()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", [evaluate, predict])
+def test_both_commands_label_images_with_a_loaded_model(
+    network: Any, pictures: list[Path], command: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(predict, "load_model", lambda arguments, console: network)
+    arguments = ["--run", "latest", *map(str, pictures[::2]), "--format", "jsonl", "--top", "1"]
+    assert command.main(Console(), arguments) == 0
+    shown = capfd.readouterr()
+    assert [json.loads(line)["top"][0]["class"] for line in shown.out.splitlines()] == ["r red", "b blue"]
+    assert shown.err == "2 images labeled\n", "standard output holds the rows alone"

@@ -26,7 +26,7 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.errors import UserError
 from pipeline.evaluation import robustness as corruptions
 from pipeline.runs import run_directory
-from pipeline.training.resolve import read_data
+from pipeline.training.resolve import scan_images
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = """
@@ -251,7 +251,7 @@ def test_evaluate_labels_pictures_as_it_measured_them(finished):
         directory.parent, "evaluate.py", "--run", "whole", *(f"photos/{key}" for key in rows["key"]), "broken.jpg"
     )
     assert code == 1, "one of the files is no picture"
-    assert "is not a picture" in out
+    assert "is not an image" in out
     for row in rows.itertuples():
         assert f"{row.probability:6.1%}" in out
         assert row.predicted_class in out
@@ -428,7 +428,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path
     arguments = ["--config", "config.yaml", f"data.path={tmp_path / 'photos'}", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(UserError) as caught:
         call(monkeypatch, folder, train, *arguments)
-    assert "2 of 48 pictures cannot be used" in str(caught.value)
+    assert "2 of 48 images cannot be used" in str(caught.value)
     assert "a/7.png" in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -442,13 +442,13 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
             )
     config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad_image=skip"])
     run, screen = run_directory.create(tmp_path / "run", "test"), FakeConsole()
-    first = read_data(open_source(config.data), config, run, screen)
+    first = scan_images(open_source(config.data), config, run, screen)
     assert len(first.table) == 46
     listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
     assert f"left out: 2 pictures that cannot be used, listed in {run.skipped_images}" in screen.output
-    assert read_data(open_source(config.data), config, run, screen).digest() == first.digest()
+    assert scan_images(open_source(config.data), config, run, screen).digest() == first.digest()
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline.data.pack_inputs import SourceOrigin
+from pipeline.data.pack_inputs import SourceInput
 from pipeline.data.packing import ShardLimit, pack
 from pipeline.data.sources.files import FileSource
 from pipeline.data.sources.folder import open_folder
@@ -96,7 +96,7 @@ def test_all_images_are_measured_or_those_of_one_split(photos: Path, split: str 
 
 
 def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> None:
-    pack(SourceOrigin(open_folder(photos)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
+    pack(SourceInput(open_folder(photos)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
     (tmp_path / "pack" / "cat").mkdir()  # a pack is recognized by its description, whatever lies beside it
     tables = [
         scan_external_data(*open_external_data(data, "test"), lambda done, of: None).table

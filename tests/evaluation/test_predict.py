@@ -113,7 +113,7 @@ def test_unreadable_files_are_reported_and_the_others_predicted(color_model: ker
     assert list(reasons) == [path.name for path in bad]
     assert "No such file" in reasons["missing.jpg"]
     assert reasons["cut.jpg"] == "is a damaged JPEG"
-    assert reasons["text.jpg"] == "is not a picture, or of a format that is not read here"
+    assert reasons["text.jpg"] == "is not an image, or its format is not supported"
     assert reasons["empty.jpg"] == "is empty"
     assert "TIFF" in reasons["odd.tiff"]
     assert "10000 x 10000 pixels" in reasons["huge.png"]

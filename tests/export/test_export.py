@@ -186,7 +186,7 @@ def test_the_table_and_the_metadata_say_what_was_found(run: RunDirectory, finish
             f"{proof['latency_ms']:.1f}",
             "passed",
         ]
-    assert f"standard deviation is {found['formats']['onnx']['proof']['logit_std']:.3g}" in said
+    assert f"standard deviation of the logits is {found['formats']['onnx']['proof']['logit_std']:.3g}" in said
     assert (directory / "labels.txt").read_text().splitlines() == sorted(NAMES)
     assert sorted(path.name for path in directory.iterdir()) == sorted(
         [*export_directory.FILES.values(), "labels.txt", "metadata.json"]

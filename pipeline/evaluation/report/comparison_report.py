@@ -1,7 +1,6 @@
 """The comparison of runs as one self-contained HTML file, for small and large screens."""
 
 import base64
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pipeline.evaluation.compare import RunComparison, RunPredictions, format_pe
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.report.figures import curve, format_epoch_axis
 from pipeline.evaluation.report.html_report import template_environment
+from pipeline.files import sha256_of
 
 MAX_THUMBNAILS = 24  # for each pair and direction; the tables hold all images
 THUMBNAIL_SIZE = 208  # pixels of the longer side
@@ -114,7 +114,7 @@ def _thumbnail(source: DataSource, stored: Any) -> str | None:
         encoded = source.read(str(stored.name))
     except (OSError, LookupError, ValueError):
         return None
-    if hashlib.sha256(encoded).hexdigest() != stored["sha256"]:
+    if sha256_of(encoded) != stored["sha256"]:
         return None
     with tf.device("CPU:0"):
         thumbnail = Image.fromarray(decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy())
