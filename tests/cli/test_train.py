@@ -75,12 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of generated photos in three classes, and a config."""
     root = tmp_path_factory.mktemp("train")
     rng = np.random.default_rng(0)
-    for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
+    for label, color in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
         (root / "photos" / f"class {label}").mkdir(parents=True)
         for number in range(24):
             noise = rng.integers(0, 56, (36 + number % 3, 40, 3))
             pattern = 40 * rng.integers(0, 2, (5, 5, 3)).repeat(8, 0).repeat(8, 1)[: noise.shape[0], :40]
-            Image.fromarray((np.array(colour) // 2 + noise + pattern).astype(np.uint8)).save(
+            Image.fromarray((np.array(color) // 2 + noise + pattern).astype(np.uint8)).save(
                 root / "photos" / f"class {label}" / f"{number}.png"
             )
     (root / "config.yaml").write_text(CONFIG)
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(folder: Path) -> tuple[Path, str, str]:
     """A run from beginning to end: its directory and what the screen showed."""
     code, out, err = run(
-        folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.registered_model_name=colours"
+        folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.registered_model_name=colors"
     )
     assert code == 0, out + err
     return folder / "whole", out, err
@@ -140,7 +140,7 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
         len([line for line in lines if re.fullmatch(r"first step \d+ s, tracing and compilation included", line)]) == 2
     ), "of each stage"
     assert load_config(directory / "config.yaml").runtime.xla is False, "auto is settled"
-    assert "registered as colours version 1: it is the champion, because there was none" in out
+    assert "registered as colors version 1: it is the champion, because there was none" in out
     assert f"the model        {directory.name}/model.keras" in out
     assert "mlflow ui" in out
     for noise in ("WARNING", "I0000", "oneDNN", "INFO", "retracing", "Deprecat"):
@@ -178,7 +178,7 @@ def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished,
     [model] = client.search_logged_models([logged.info.experiment_id])
     linked = {metric.key: metric.dataset_digest for metric in model.metrics}
     assert linked["test/accuracy"] == logged.inputs.dataset_inputs[0].dataset.digest
-    assert client.get_model_version_by_alias("colours", "champion").source == model.model_uri
+    assert client.get_model_version_by_alias("colors", "champion").source == model.model_uri
     mlflow.set_tracking_uri(f"sqlite:///{directory.parent / 'mlflow.db'}")
     loaded = mlflow.keras.load_model(model.model_uri)
     images = np.random.default_rng(1).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
@@ -223,7 +223,7 @@ def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, 
     table = pd.read_csv(directory / "evaluation/test/corruptions.csv", index_col="corruption")
     assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
     assert figures["accuracy"] == plain["accuracy"]
-    assert "Corrupted pictures" in (directory / "report/index.html").read_text()
+    assert "Corrupted images" in (directory / "report/index.html").read_text()
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     )
     (tmp_path / "map.yaml").write_text("0: class 0\n1: class 1\n2: class 2\n")
     arguments = ("--run", str(directory), "--data", "list.csv")
-    with pytest.raises(UserError, match="3 of the data's 3 classes are none of the model's 3"):
+    with pytest.raises(UserError, match="3 of the data's 3 classes are not among the model's 3"):
         call(monkeypatch, tmp_path, evaluate, *arguments)
     said = call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
     assert f"list.csv: 15 images, accuracy {before['accuracy']:.2%}" in said
@@ -302,7 +302,7 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     assert after.pop("corruption_accuracy") is before.pop("corruption_accuracy") is None
     del before["temperature_scaled"]
     assert after == pytest.approx(before, rel=1e-5)
-    with pytest.raises(UserError, match="figures: exists already and nothing in it is overwritten"):
+    with pytest.raises(UserError, match="figures: exists already and is not overwritten"):
         call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
 
 
@@ -325,7 +325,7 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finish
 
     code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", name)
     assert code == 2, "without --resume nothing is overwritten"
-    assert "holds an unfinished run; go on with it by --resume" in err
+    assert "holds an unfinished run; continue it with --resume" in err
     code, out, err = run(
         folder,
         "train.py",
@@ -382,7 +382,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *ar
         (["data.path=absent"], "absent"),
         (["data.path=config.yaml"], "config.yaml"),
         (["model.weights=absent.h5"], "absent.h5"),
-        (["--run-dir", "photos"], "nothing in it is overwritten"),
+        (["--run-dir", "photos"], "already exists and is not overwritten"),
         (["--run-dir", "nowhere", "--resume"], "is neither a directory"),
         (["augment.backend=albumentations", "augment.transforms=[{HorizontalFlip: {p: 5}}]"], "HorizontalFlip"),
         (["augment.backend=albumentations", "augment.transforms=[Normalize]"], "Normalize"),
@@ -447,7 +447,7 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
     listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
-    assert f"left out: 2 pictures that cannot be used, listed in {run.skipped_images}" in screen.output
+    assert f"left out: 2 images that cannot be used, listed in {run.skipped_images}" in screen.output
     assert scan_images(open_source(config.data), config, run, screen).digest() == first.digest()
 
 
@@ -479,7 +479,7 @@ def test_published_weights_label_a_picture_without_a_run(folder, monkeypatch):
     assert len(re.findall(r"\d+\.\d%.* n\d{8} [A-Za-z]", said)) == 5
 
 
-def test_published_weights_are_measured_on_labelled_pictures(tmp_path, monkeypatch):
+def test_published_weights_are_measured_on_labeled_pictures(tmp_path, monkeypatch):
     for name in ("zebra", "n02510455"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (50, 40), (10, 20, 30 + len(name))).save(tmp_path / "photos" / name / "a.png")
@@ -491,7 +491,7 @@ def test_published_weights_are_measured_on_labelled_pictures(tmp_path, monkeypat
 
 def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monkeypatch):
     directory, _, _ = finished
-    with pytest.raises(UserError, match=r"no backbone layer fits|not the weights of a whole"):
+    with pytest.raises(UserError, match=r"no backbone layer fits|not the weights of a complete"):
         call(
             monkeypatch,
             directory.parent,
