@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,10 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
-DEVICES = {
-    "digits": 1,
-    "augmented": 1,
-    "augmented_albumentations": 1,
-    "head": 1,
-    "two_devices": 2,
-}  # logical, by config
-TIME_DEPENDENT = (
-    "seconds",
-    "duration",
-    "timestamp",
-    "per_second",
-)  # parts of the names in metrics.json that are left out
+# Logical CPU devices by config, the longest run first.
+DEVICES = {"two_devices": 2, "augmented": 1, "digits": 1, "augmented_albumentations": 1, "head": 1}
+# Parts of the names in metrics.json that are left out.
+TIME_DEPENDENT = ("seconds", "per_second", "duration", "timestamp")
 ON_DEVICES = """
 import sys
 try:
@@ -127,7 +119,9 @@ def digest_run(run: Path) -> dict[str, Any]:
         figures = path.with_name("metrics.json")
         metrics[figures.relative_to(run).as_posix()] = flatten(json.loads(figures.read_text(encoding="utf-8")))
     if not metrics or len(arrays) < 3 or not all(arrays.values()):
-        raise SystemExit(f"{run}: has no checkpoint, no predictions or an empty file; digests.py no longer knows a run")
+        raise RuntimeError(
+            f"{run}: has no checkpoint, no predictions or an empty file; digests.py no longer knows a run"
+        )
     return {"arrays": arrays, "metrics": metrics}
 
 
@@ -156,19 +150,24 @@ def train(name: str, devices: int, folder: Path) -> Path:
         command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if ended.returncode:
-        raise SystemExit(f"{name}: training ended with {ended.returncode}\n{ended.stdout}")
+        raise RuntimeError(f"{name}: training ended with {ended.returncode}\n{ended.stdout}")
     return folder / name
 
 
-def record(out: Path) -> None:
-    """Run every config and write the digests to a file."""
-    runs: dict[str, Any] = {}
+def record_run(name: str, devices: int) -> dict[str, Any]:
+    """Run a config in a folder of its own; return the digests."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
-        for name, devices in DEVICES.items():
-            start = time.perf_counter()
-            runs[name] = digest_run(train(name, devices, Path(folder)))
-            number = sum(map(len, runs[name]["arrays"].values()))
-            print(f"{name}: {number} arrays in {time.perf_counter() - start:.0f} s", flush=True)
+        digests = digest_run(train(name, devices, Path(folder)))
+    number = sum(map(len, digests["arrays"].values()))
+    print(f"{name}: {number} arrays in {time.perf_counter() - start:.0f} s", flush=True)
+    return digests
+
+
+def record(out: Path) -> None:
+    """Run every config, two at a time, and write the digests to a file."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(DEVICES, pool.map(record_run, DEVICES, DEVICES.values()), strict=True))
     out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
 
 
