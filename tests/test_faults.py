@@ -532,9 +532,9 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
     assert launcher.run(survivor, "--resume", *allowed, traps=TERMINATED.traps(8)) == 143
     newest, _ = checkpoint.latest_valid_checkpoint(directory / "checkpoints")
     assert newest == directory / "checkpoints" / "step-00000008"
-    changes = ["optimizer.ema_decay: 0.9 -> 0.8 behind step 7", "train.label_smoothing: 0.1 -> 0.2 behind step 7"]
+    changes = ["optimizer.ema_decay: 0.9 -> 0.8 after step 7", "train.label_smoothing: 0.1 -> 0.2 after step 7"]
     noted = checkpoint.read_manifest(newest)["changes"]
-    assert [f"{one['key']}: {one['was']} -> {one['is']} behind step {one['step']}" for one in noted] == changes
+    assert [f"{one['key']}: {one['was']} -> {one['is']} after step {one['step']}" for one in noted] == changes
     config = load_config(directory / "config.yaml")
     assert (config.optimizer.ema_decay, config.train.label_smoothing) == (0.8, 0.2)
     assert launcher.mlflow_run(survivor).data.tags["changes"].splitlines() == changes
@@ -577,7 +577,7 @@ def test_a_run_survives_a_full_disk(launcher, small_disk):
     resize(2 * size + size // 2)
     assert launcher.run("full", "--resume") == 1
     said = launcher.screen("full").read_text()
-    assert "step-00000006: cannot be written (No space left on device); what was saved before is untouched" in said
+    assert "step-00000006: cannot be written (No space left on device); older checkpoints are unchanged" in said
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000002", "step-00000004"]
     assert assert_checkpoints_are_those_of(launcher.folder / whole, folder.parent) == 4
     logged = launcher.mlflow_run("full")

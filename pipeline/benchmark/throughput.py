@@ -97,18 +97,20 @@ class ThroughputBenchmark:
             update={"stages": (endless,), "early_stopping": None, "checkpoint_every_steps": None}
         )
         self.config = config.model_copy(update={"train": train})
-        schedule = build_schedule(self.config, resolved.schedule.steps_per_epoch)
+        schedule = build_schedule(self.config.train, self.config.optimizer, resolved.schedule.steps_per_epoch)
         self.state: TrainState = create_train_state(self.config.optimizer, self.runtime, model)
         self.stage_data = StageData(
             self.config, self.runtime, schedule, self.manifest, self.source, self.state, console, lambda: False
         )
         self.clock = ThroughputTimer()
         self._trainer = OneStepTrainer(
-            self.config,
+            self.config.train,
+            self.config.optimizer,
             self.runtime,
             schedule,
             [self.clock],
             self.clock.is_over,
+            data_servers=self.config.runtime.data_service,
             class_weights=class_weights(
                 config.train, self.manifest.class_names, self.manifest.class_counts()["train"].tolist()
             ),

@@ -206,7 +206,7 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
     stop_signal = StopSignal(console.print)
     stage_data = StageData(config, run.runtime, schedule, run.manifest, run.source, state, console, stop_signal)
     nan_policy = NanPolicy(
-        config,
+        config.train.on_nan,
         directory.nan_batches,
         directory.checkpoints,
         run.identity,
@@ -231,7 +231,15 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
         # The logger precedes the checkpoints: what is in a checkpoint is in MLflow, too.
         callbacks = [mlflow_logger, checkpoints, progress_bar]
     trainer = Trainer(
-        config, run.runtime, schedule, callbacks, stop_signal, nan_policy, class_weights=run.class_weights
+        config.train,
+        config.optimizer,
+        run.runtime,
+        schedule,
+        callbacks,
+        stop_signal,
+        nan_policy,
+        data_servers=config.runtime.data_service,
+        class_weights=run.class_weights,
     )
     return Training(trainer, stage_data, nan_policy, stop_signal, mlflow_logger, progress_bar)
 

@@ -1,4 +1,4 @@
-"""What a training loop tells those who want to know of it."""
+"""The interface through which the training loop reports its progress."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -9,31 +9,37 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """A listener that hears nothing. Each method is called between steps, for all hooks in the order of their list."""
+    """A callback that does nothing.
+
+    Each method is called between two steps, for all callbacks in the order of their list.
+    """
 
     def on_compile_end(self, stage: "StageConfig", seconds: float) -> None:
-        """After the first step that this process takes of a stage, with its seconds.
+        """Handle the end of the first step that this process takes in a stage.
 
-        Tracing, compilation and the step.
+        Args:
+            stage: The stage.
+            seconds: Duration of tracing, compilation and the step.
         """
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """About twice a second, with the means of the epoch so far."""
+        """Show the means over the epoch so far; called about twice a second."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """At fixed steps, some twenty in an epoch, with the means of the epoch so far."""
+        """Log the means over the epoch so far; called at fixed steps, about twenty in an epoch."""
 
     def on_epoch_end(self, record: Mapping[str, float]) -> None:
-        """After each epoch and its validation, with its record."""
+        """Handle the record of an epoch, after its validation."""
 
     def on_early_stop(self, epochs: int) -> None:
-        """When early stopping leaves a stage, with the number of epochs that it leaves out.
+        """Handle the end of a stage by early stopping; called again after a resume or a rollback.
 
-        Also behind a resume or a rollback.
+        Args:
+            epochs: Number of epochs of the stage that are omitted.
         """
 
     def on_checkpoint(self, state: "TrainState") -> None:
-        """When the state should be kept.
+        """Save the state.
 
-        After each epoch, at the steps that the config names, and before the run is interrupted.
+        Called after each epoch, at the steps that the config names, and before the run is interrupted.
         """

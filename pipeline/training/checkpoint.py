@@ -1,8 +1,8 @@
-"""Checkpoints that survive being killed: written aside, hashed, renamed into place, and verified before they are believed.
+"""Checkpoints that survive a kill: written into a hidden folder, hashed, renamed, and verified before they are used.
 
-Most of the state of a run with a frozen backbone says nothing: slots that no step has touched, averages of weights that
-never moved. By their values, bit for bit, an array of one value is kept as that value, and an average that is its
-variable is not kept.
+Most of the state of a run with a frozen backbone is redundant: slots that no step has changed, and averages of weights
+that never changed. Constant arrays are stored as one value; an EMA entry equal to its weight is omitted. Both are
+compared bit for bit.
 """
 
 import io
@@ -25,27 +25,25 @@ from pipeline.files import fsync, sha256_of
 from pipeline.training.callbacks import Callback
 from pipeline.training.state import TrainState
 
-MANIFEST = "manifest.json"  # with the hashes of all files but itself and the next
+MANIFEST = "manifest.json"  # contains the hashes of all files except itself and MANIFEST_HASH
 MANIFEST_HASH = "manifest.sha256"
-
-
-MANIFEST_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, kept in the manifest
+MANIFEST_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, stored in the manifest
 
 
 def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint, then removes those that are older than the newest `keep`, not the best and not the last epoch's.
+    """Write a checkpoint, then remove old ones: all but the newest `keep`, the best epoch's and the last epoch's.
 
     Args:
-        state: What to write.
-        directory: The run's folder of checkpoints; made if missing.
-        identity: What a resuming run must agree with; JSON values. Kept in the manifest.
-        keep: Number of newest checkpoints to leave, at least 1.
+        state: State to write.
+        directory: The run's folder of checkpoints; created if missing.
+        identity: Values in which a resumed run must agree; JSON values, stored in the manifest.
+        keep: Number of newest checkpoints to keep, at least 1.
 
     Returns:
         The checkpoint's folder, `step-<step>`.
 
     Raises:
-        TrainingError: If the disk does not take it. The older checkpoints are as they were.
+        TrainingError: The checkpoint cannot be written. The older checkpoints are unchanged.
     """
     final = write(state, checkpoint_path(directory, state.step), identity)
     protected = {final, checkpoint_path(directory, state.epoch_start), *_checkpoints(directory)[-keep:]}
@@ -60,22 +58,22 @@ def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, kee
 def write(
     state: TrainState, final: Path, identity: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None
 ) -> Path:
-    """Write a state into a folder of its own.
+    """Write a state into a folder.
 
-    The files go into a hidden folder, each is synced to the disk, and the folder is renamed into place: a kill at any
-    moment leaves either the whole checkpoint or none.
+    The files are written into a hidden folder, each is synced to the disk, and the folder is renamed into place: after
+    a kill at any moment there is either a complete checkpoint or none.
 
     Args:
-        state: What to write.
-        final: The folder, `step-<number>`; one that stands there is replaced.
-        identity: As of `save`.
-        beside: Further files by name.
+        state: State to write.
+        final: The folder, `step-<number>`; an existing one is replaced.
+        identity: Values in which a resumed run must agree, as in `save`.
+        extra_files: Contents of additional files, by name.
 
     Returns:
         The folder.
 
     Raises:
-        TrainingError: If the disk does not take it.
+        TrainingError: The checkpoint cannot be written.
     """
     aside = final.with_name(f".{final.name}")
     implied = {"average": state.averaged_variables()}
@@ -93,10 +91,9 @@ def write(
         for leftover in (*final.parent.glob(".step-*"), *final.parent.glob(".old-step-*")):
             shutil.rmtree(leftover)
         aside.mkdir()
-        with ThreadPoolExecutor(
-            len(files)
-        ) as side_by_side:  # while one file is written and hashed, the next is packed; that holds the GIL
-            hashes = {name: side_by_side.submit(put, name, pack()) for name, pack in files.items()}
+        # While a file is written and hashed, the next one is packed, which holds the GIL.
+        with ThreadPoolExecutor(len(files)) as executor:
+            hashes = {name: executor.submit(put, name, pack()) for name, pack in files.items()}
         manifest = {
             **{name: getattr(state, name) for name in MANIFEST_FIELDS},
             "identity": dict(identity),
@@ -107,24 +104,24 @@ def write(
         for name, content in {MANIFEST: packed, MANIFEST_HASH: sha256_of(packed).encode()}.items():
             _write_synced(aside / name, content)
         fsync(aside)
-        if final.exists():  # damaged: the run was resumed from an older one and has come here again
+        if final.exists():  # a damaged one: the run was resumed from an older one and has reached this step again
             _remove(final)
         aside.rename(final)
         fsync(final.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)  # what little room it takes may be needed
+        shutil.rmtree(aside, ignore_errors=True)  # to free its space on the disk
         raise TrainingError(
-            f"{final}: cannot be written ({error.strerror or error}); what was saved before is untouched. "
-            "Put that right, such as by making room on the disk, and go on with --resume"
+            f"{final}: cannot be written ({error.strerror or error}); older checkpoints are unchanged. "
+            "Correct the cause, for instance by freeing disk space, and continue with --resume"
         ) from error
     return final
 
 
 class CheckpointCallback(Callback):
-    """A hook of the training loop that saves the state whenever it should be kept."""
+    """A callback that saves the state at every checkpoint of the training loop."""
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int) -> None:
-        """Take what `save` wants beside the state."""
+        """Create the callback; for the arguments, see `save`."""
         self._directory, self._identity, self._keep = directory, identity, keep
 
     def on_checkpoint(self, state: TrainState) -> None:
@@ -133,46 +130,48 @@ class CheckpointCallback(Callback):
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Return the folder of the checkpoint of a step."""
     return directory / f"step-{step:08d}"
 
 
 def latest_valid_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint whose files all have the contents that its manifest says.
+    """Return the newest checkpoint whose files all match the hashes in its manifest.
 
     Returns:
-        The checkpoint's folder, None where there is none, and a sentence for each newer one that had to be passed over.
+        The checkpoint's folder, or None if there is none, and a message for each newer one that had to be skipped.
     """
     problems: list[str] = []
     for checkpoint in reversed(_checkpoints(directory)):
-        found = verify_checkpoint(checkpoint)
-        if found is None:
+        problem = verify_checkpoint(checkpoint)
+        if problem is None:
             return checkpoint, problems
-        problems.append(f"{checkpoint}: {found}")
+        problems.append(f"{checkpoint}: {problem}")
     return None, problems
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a verified checkpoint."""
+    """Return the manifest of a verified checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
 def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
-    """Put a verified checkpoint into a state that was built for the same config. A best epoch whose checkpoint is damaged is forgotten.
+    """Restore a state, built for the same config, from a verified checkpoint.
+
+    If the checkpoint of the best epoch is damaged, the state has no best epoch.
 
     Args:
-        state: To be changed; of several processes, each its own.
-        checkpoint: Read by the chief, which need not share its disk with the others.
-        processes: Those of the run; None for this one alone.
+        state: State to change; every process has its own.
+        checkpoint: Folder, read by the chief; the other processes need no access to its disk.
+        processes: Processes of the run; None for this process alone.
 
     Raises:
-        RunError: If the checkpoint's variables are not those of the state.
+        RunError: The variables of the checkpoint are not those of the state.
     """
     contents = (processes or ProcessGroup()).broadcast_from_chief(lambda: _read(checkpoint))
     advice = "resume with the program, network and optimizer that wrote it, or start a new run from its weights"
     for group, variables in state.groups().items():
         if f"{group}.npz" not in contents:
-            raise RunError(f"{checkpoint}: has no {group}, which this run wants; {advice}")
+            raise RunError(f"{checkpoint}: has no {group}, which this run needs; {advice}")
         with np.load(io.BytesIO(contents[f"{group}.npz"]), allow_pickle=False) as stored:
             arrays, implied = dict(stored), state.averaged_variables() if group == "average" else {}
             differing = sorted((set(arrays) ^ set(variables)) - set(implied)) or [
@@ -187,27 +186,22 @@ def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None 
                 variable.assign(np.broadcast_to(value, variable.shape))
     if state.ema is not None:
         state.ema.track_restored()
-    for name, value in json.loads(contents["plain"]).items():
+    for name, value in json.loads(contents["fields"]).items():
         setattr(state, name, value)
 
 
 def _read(checkpoint: Path) -> dict[str, bytes]:
-    """The files of the groups by name, and the plain fields as JSON."""
+    """Return the files of the groups by name, and the fields of the manifest as JSON under the name `fields`."""
     manifest = read_manifest(checkpoint)
-    plain = {name: manifest[name] for name in MANIFEST_FIELDS}
-    if (
-        plain["best"] is not None
-        and verify_checkpoint(checkpoint_path(checkpoint.parent, int(plain["best"]["step"]))) is not None
-    ):
-        plain["best"] = None  # its weights are lost; the best of the epochs to come takes its place
-    return {file.name: file.read_bytes() for file in checkpoint.glob("*.npz")} | {"plain": json.dumps(plain).encode()}
+    fields = {name: manifest[name] for name in MANIFEST_FIELDS}
+    best = fields["best"]
+    if best is not None and verify_checkpoint(checkpoint_path(checkpoint.parent, int(best["step"]))) is not None:
+        fields["best"] = None  # its weights are damaged; the best of the following epochs replaces it
+    return {file.name: file.read_bytes() for file in checkpoint.glob("*.npz")} | {"fields": json.dumps(fields).encode()}
 
 
 def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mapping[str, keras.Variable]) -> bytes:
-    """An .npz without the variables that are equal to those of `implied`.
-
-    One value in place of an array that holds no other.
-    """
+    """Return an .npz without the variables that equal those of `implied`; constant arrays are stored as one value."""
     arrays = {}
     for name, variable in variables.items():
         array = _value(variable)
@@ -220,15 +214,15 @@ def _pack(variables: Mapping[str, keras.Variable | tf.Variable], implied: Mappin
 
 
 def _value(variable: keras.Variable | tf.Variable) -> np.ndarray:
-    """What a variable holds now, not to be written to.
+    """Return the value of a variable, which must not be written to.
 
-    On the CPU it is its own memory, which `numpy()` would copy twice.
+    On the CPU it is the variable's memory, which `numpy()` would copy twice.
     """
     return np.asarray(tf.convert_to_tensor(variable))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """To be compared as they are: zero has two signs, and NaN is not equal to itself."""
+    """Return the bits of an array, flat, to compare: zero has two signs, and NaN does not equal itself."""
     return array.reshape(-1).view(f"u{array.itemsize}")
 
 
@@ -237,7 +231,7 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 
 def verify_checkpoint(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as its manifest says."""
+    """Return the problem with a checkpoint's files, or None if they match its manifest."""
     try:
         if sha256_of((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
             return f"{MANIFEST} is damaged"
@@ -250,14 +244,14 @@ def verify_checkpoint(checkpoint: Path) -> str | None:
 
 
 def delete_checkpoints_after(directory: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: the run went back."""
+    """Remove the checkpoints of later steps, after a rollback."""
     for checkpoint in _checkpoints(directory):
         if checkpoint > checkpoint_path(directory, step):
             _remove(checkpoint)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Out of sight first, so that a kill leaves no half of it to be believed."""
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no incomplete one that could be read."""
     old = checkpoint.with_name(f".old-{checkpoint.name}")
     shutil.rmtree(old, ignore_errors=True)
     checkpoint.rename(old)

@@ -1,25 +1,24 @@
-"""What becomes of a run when the loss or the gradient of a step is not finite: `train.on_nan` decides.
+"""The reaction of a run to a step whose loss or gradient is not finite, as set by `train.on_nan`.
 
-Nothing of such a step was applied. Its batch, as it was fed (of a frozen backbone's features, the pictures that they
-are of), and the state in front of it are saved for inspection. Then the run
+Nothing of such a step is applied. Its batch, as fed to the model, and the state before the step are saved for
+inspection. If the model is fed the features of a frozen backbone, the images are saved instead. Then the run
 
 - stops (`stop`),
-- or goes on with the next batch (`{skip: N}`, for a bad batch now and then), N times at most,
-- or goes back to the checkpoint at the start of the epoch with the learning rate halved from there on (`rollback`, for
-  a run that diverges: shortly before the bad step the weights are spoilt already), three times at most.
+- continues with the next batch (`{skip: N}`, for an occasional bad batch), at most N times,
+- or returns to the checkpoint at the start of the epoch and halves the learning rate from there on (`rollback`, for a
+  run that diverges: the weights are unusable some steps before the loss overflows), at most three times.
 
-All of it is a function of the state, so a run that is killed in between does the same again when it is resumed.
+Everything depends on the state alone, so that a run that is killed in between does the same when it is resumed.
 """
 
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.schema import Config
 from pipeline.config.train import SkipNanConfig
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import TrainingError
@@ -30,30 +29,30 @@ MAX_ROLLBACKS = 3
 ADVICE = "Try a lower optimizer.base_lr, a longer optimizer.warmup_epochs, or runtime.precision=float32."
 
 
-def raise_nan_error(state: TrainState, further: str = "") -> NoReturn:
-    """End the run.
+def raise_nan_error(state: TrainState, details: str = "") -> NoReturn:
+    """Raise the error that ends the run.
 
     Args:
-        state: In front of the step.
-        further: What else there is to know.
+        state: State before the step.
+        details: Text to append to the message.
 
     Raises:
         TrainingError: Always.
     """
-    raise TrainingError(f"{_finding(state)} {ADVICE}{further}")
+    raise TrainingError(f"{_message(state)} {ADVICE}{details}")
 
 
 def learning_rate_factor(state: TrainState) -> float:
-    """What the rollbacks so far leave of the learning rate."""
+    """Return the factor of the learning rate: it is halved by each rollback."""
     return 0.5**state.rollbacks
 
 
 class NanPolicy:
-    """Does what the config says."""
+    """The reaction to steps that are not finite. Its instance is called with the state before such a step."""
 
     def __init__(
         self,
-        config: Config,
+        policy: Literal["stop", "rollback"] | SkipNanConfig,
         folder: Path,
         checkpoints: Path,
         identity: Mapping[str, Any],
@@ -61,79 +60,77 @@ class NanPolicy:
         log: Callable[[str], None],
         processes: ProcessGroup | None = None,
     ) -> None:
-        """Take what it needs of the run.
+        """Create the policy of a run.
 
         Args:
-            config: `train.on_nan` is used.
-            folder: Where batches and states are saved, each in `step-<number of the bad step, from 1>`.
-            checkpoints: The run's.
-            identity: As of `checkpoint.save`.
-            training_stream: The stream of global batches from a step on.
-            say: Tells the user.
-            processes: Those of the run, the chief of which writes; None for this one alone.
+            policy: Value of `train.on_nan`.
+            folder: Folder for batches and states, each in `step-<number of the bad step, from 1>`.
+            checkpoints: Folder of the run's checkpoints.
+            identity: Values in which a resumed run must agree with a checkpoint, as in `checkpoint.save`.
+            training_stream: Maps a step to the stream of global batches that starts there.
+            log: Prints a line for the user.
+            processes: Processes of the run, of which the chief writes; None for this process alone.
         """
         self._processes = processes or ProcessGroup()
-        self._policy, self._folder, self._checkpoints, self._identity = (
-            config.train.on_nan,
-            folder,
-            checkpoints,
-            identity,
-        )
+        self._policy, self._folder, self._checkpoints, self._identity = policy, folder, checkpoints, identity
         self._training_stream, self._log = training_stream, log
 
     def prepare(self, state: TrainState) -> None:
-        """Sees to it that there is something to go back to in the first epoch, too."""
+        """Write a checkpoint before the first step, so that a rollback is possible in the first epoch."""
         if self._policy == "rollback" and state.step == 0 and self._processes.is_chief:
             checkpoint.write(state, checkpoint.checkpoint_path(self._checkpoints, 0), self._identity)
 
     def __call__(self, state: TrainState) -> None:
-        """Leaves the state where the run should go on.
+        """Change the state so that the run can continue.
 
         Args:
-            state: In front of the step that is not finite.
+            state: State before the step that is not finite.
 
         Raises:
-            TrainingError: If the run should not go on.
+            TrainingError: The run ends.
         """
-        where = self._save_step(state)
+        saved = self._save_step(state)
         if isinstance(self._policy, SkipNanConfig) and len(state.skipped) < self._policy.skip:
             self._log(
-                f"{_finding(state)} Passed over, {len(state.skipped) + 1} of {self._policy.skip} times at most. {where}"
+                f"{_message(state)} Skipped, {len(state.skipped) + 1} of at most {self._policy.skip} steps. {saved}"
             )
             state.skipped.append(state.step)
         elif self._policy == "rollback" and state.rollbacks < MAX_ROLLBACKS:
-            self._roll_back(state, where)
+            self._roll_back(state, saved)
         else:
-            spent = {"stop": "", "rollback": f"\nThe run went back {state.rollbacks} times already."}
-            further = (
-                spent[self._policy]
-                if isinstance(self._policy, str)
-                else f"\n{len(state.skipped)} steps were passed over already."
-            )
+            if self._policy == "stop":
+                details = ""
+            elif self._policy == "rollback":
+                details = f"\nThe run has already been rolled back {state.rollbacks} times."
+            else:
+                details = f"\n{len(state.skipped)} steps have already been skipped."
             raise_nan_error(
                 state,
-                f"{further}\n{where} Go on with --resume and --allow-change of what you change, or with another train.on_nan.",
+                f"{details}\n{saved} Continue with --resume and --allow-change of the keys that you change, or with "
+                "another train.on_nan.",
             )
 
-    def _roll_back(self, state: TrainState, where: str) -> None:
-        finding, rollbacks, changes = _finding(state), state.rollbacks + 1, state.changes
+    def _roll_back(self, state: TrainState, saved: str) -> None:
+        message, rollbacks, changes = _message(state), state.rollbacks + 1, state.changes
         start = checkpoint.checkpoint_path(self._checkpoints, state.epoch_start)
         problem = checkpoint.verify_checkpoint(start) if self._processes.is_chief else None
         if self._processes.any_process(problem is not None):
             raise_nan_error(
-                state, f"\n{where} The run cannot go back to {start}: {problem or 'the first process says why'}."
+                state, f"\n{saved} The run cannot go back to {start}: {problem or 'the first process reports why'}."
             )
         checkpoint.restore(state, start, self._processes)
         if self._processes.is_chief:
             checkpoint.delete_checkpoints_after(self._checkpoints, state.step)
-        state.rollbacks, state.changes = rollbacks, changes  # what the checkpoint is too old to know
-        times = f"{rollbacks} of {MAX_ROLLBACKS} times at most"
-        self._log(f"{finding} Back to the end of step {state.step:,}, the learning rate halved, {times}. {where}")
+        state.rollbacks, state.changes = rollbacks, changes  # these are newer than the checkpoint
+        self._log(
+            f"{message} Rolled back to the end of step {state.step:,} with half the learning rate, "
+            f"{rollbacks} of at most {MAX_ROLLBACKS} times. {saved}"
+        )
 
     def _save_step(self, state: TrainState) -> str:
-        """Save the batch and the state; returns a sentence for the user."""
+        """Save the batch and the state, and return a sentence for the user that says where."""
         if not self._processes.is_chief:
-            return "The first process saves its batch and the state in front of it."
+            return "The first process saves its batch and the state before it."
         batch = next(iter(self._training_stream(state.step).take(1)))
         content = io.BytesIO()
         np.savez_compressed(
@@ -147,10 +144,10 @@ class NanPolicy:
                 self._identity,
                 extra_files={"batch.npz": content.getvalue()},
             )
-        except TrainingError as error:  # it must not hide what it was to be saved for
-            return f"Its batch and the state in front of it could not be saved: {error}."
-        return f"Its batch and the state in front of it are in {folder}."
+        except TrainingError as error:  # it must not hide the error of the step
+            return f"Its batch and the state before it could not be saved: {error}."
+        return f"Its batch and the state before it are in {folder}."
 
 
-def _finding(state: TrainState) -> str:
+def _message(state: TrainState) -> str:
     return f"the loss or its gradient is not finite in step {state.step + 1}; nothing of that step was applied."

@@ -1,4 +1,4 @@
-"""A run's progress on the screen."""
+"""The progress of a run on the console."""
 
 import time
 from collections.abc import Mapping
@@ -11,88 +11,94 @@ from pipeline.training.callbacks import Callback
 
 
 class ProgressBar(Callback):
-    """Show a run's progress: in a terminal one line that moves, elsewhere a line for each epoch."""
+    """A progress bar in a terminal; elsewhere a line for each epoch."""
 
     def __init__(
         self, console: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int
     ) -> None:
-        """Prepare the line.
+        """Create the bar; it is shown inside a `with` block.
 
         Args:
-            screen: Where to show it.
-            first_step: Steps taken before this process started.
-            total_steps: Steps of the whole run.
-            steps_per_epoch: Steps between two validations.
-            global_batch_size: Images of a step.
+            console: Console to print to.
+            first_step: Number of steps taken before this process started.
+            total_steps: Number of steps of the run.
+            steps_per_epoch: Number of steps between two validations.
+            global_batch_size: Images per step.
         """
-        self._console, self._steps_per_epoch, self._total, self._batch = (
-            console,
-            steps_per_epoch,
-            total_steps,
-            global_batch_size,
-        )
+        self._console, self._steps_per_epoch = console, steps_per_epoch
+        self._total_steps, self._batch_size = total_steps, global_batch_size
         self._epochs = total_steps // steps_per_epoch
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console.rich, transient=True, speed_estimate_period=60)
         self._task = self._progress.add_task(
-            "preparing the first step", total=total_steps, completed=first_step, figures=""
+            "preparing the first step", total=total_steps, completed=first_step, metrics=""
         )
-        self._rate = Throughput()
+        self._throughput = Throughput()
 
     def __enter__(self) -> "ProgressBar":
+        """Show the bar, in a terminal."""
         if self._console.rich.is_terminal:
             self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Remove the bar."""
         if self._console.rich.is_terminal:
             self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Move the line."""
-        speed = self._rate.update(step) * self._batch
+        """Update the bar."""
+        speed = self._throughput.update(step) * self._batch_size
         epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
-        figures = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
-        self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, figures=figures)
+        text = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
+        self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, metrics=text)
 
     def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
-        """Says what the run waited for."""
-        self._console.print(f"first step {format_duration(seconds)}, tracing and compilation included")
+        """Print the duration of the first step."""
+        self._console.print(f"first step {format_duration(seconds)}, including tracing and compilation")
 
     def on_epoch_end(self, record: Mapping[str, float]) -> None:
-        """Leaves a line for the epoch."""
+        """Print a line for the epoch."""
         step = int(record["step"])
-        text = f"epoch {record['epoch']:>3}/{self._epochs}  loss {record['train/loss']:.3f}  accuracy {record['train/accuracy']:.1%}"
+        text = (
+            f"epoch {record['epoch']:>3}/{self._epochs}  "
+            f"loss {record['train/loss']:.3f}  accuracy {record['train/accuracy']:.1%}"
+        )
         if "val/loss" in record:
             text += f"  |  validation loss {record['val/loss']:.3f}  accuracy {record['val/accuracy']:.1%}"
-        left = self._rate.seconds_left(self._total - step)
-        if self._rate.mean:
-            text += f"  |  {self._rate.mean * self._batch:,.0f} images/s" + (
-                f", {format_duration(left)} left" if step < self._total else ""
+        left = self._throughput.seconds_left(self._total_steps - step)
+        if self._throughput.mean:
+            text += f"  |  {self._throughput.mean * self._batch_size:,.0f} images/s" + (
+                f", {format_duration(left)} left" if step < self._total_steps else ""
             )
         self._console.print(text)
-        self._rate = Throughput()  # the next epoch may be another stage's, with another speed
+        self._throughput = Throughput()  # the next epoch may belong to another stage, which has another speed
 
     def on_early_stop(self, epochs: int) -> None:
-        """Says so."""
-        self._console.print(f"no improvement any more: the stage ends, its last {epochs} epochs are left out")
+        """Print that the stage ends."""
+        self._console.print(f"early stopping: no improvement; the last {epochs} epochs of the stage are omitted")
 
 
 class Throughput:
-    """Steps per second since the first call of `at`; that one waits for the compilation, which does not count."""
+    """Steps per second since the first call of `update`, which waits for the compilation and is not counted.
+
+    Attributes:
+        mean: Steps per second; 0 before the second call.
+    """
 
     def __init__(self) -> None:
+        """Create a measurement without steps."""
         self._first: tuple[float, float] | None = None
         self._last = 0
         self.mean = 0.0
 
     def update(self, step: int) -> float:
-        """Notes that `step` steps are done; returns the mean. A run that went back to an earlier step begins anew."""
+        """Record that `step` steps are done, and return the mean. After a rollback the measurement starts again."""
         now = time.monotonic()
         if self._first is None or step < self._last:
             self._first = (step, now)
@@ -102,12 +108,12 @@ class Throughput:
         return self.mean
 
     def seconds_left(self, steps: int) -> float:
-        """Time that `steps` will take at the mean."""
+        """Return the time that `steps` take at the mean speed."""
         return steps / self.mean if self.mean else 0.0
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in words, to the second."""
+    """Return a text such as `2 min 05 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

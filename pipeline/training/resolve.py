@@ -89,7 +89,8 @@ def resolve(
     config = resolve_batch(config, runtime, model, previous=previous)
     config = resolve_recipe(config, manifest, uninitialized_layers, previous=previous)
     batch_size = config.train.batch_size
-    schedule = build_schedule(config, steps_per_epoch(len(manifest.indices("train")), batch_size))
+    steps = steps_per_epoch(len(manifest.indices("train")), batch_size)
+    schedule = build_schedule(config.train, config.optimizer, steps)
     config, runtime, reason = resolve_xla(config, runtime, model, schedule.stages, previous=previous)
     return ResolvedConfig(config, runtime, batch_size, schedule, reason)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 
-from pipeline.config.schema import Config
-from pipeline.config.train import StageConfig
+from pipeline.config.optimizer import OptimizerConfig
+from pipeline.config.train import StageConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
-from pipeline.training.optimizers import learning_rate
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,46 @@ class TrainSchedule:
         return next(stage for stage in self.stages if step < stage.stop)
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> TrainSchedule:
+def learning_rate_schedule(
+    optimizer: OptimizerConfig, stage: StageConfig, *, global_batch_size: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """Return the learning rate of a stage as a function of the step within the stage.
+
+    It warms up linearly from zero; after that it is `exponential`
+    (base * decay_rate^floor(step / (decay_epochs * steps_per_epoch)), where step counts from the start of the stage,
+    warm-up included, as in the official code), `cosine` (from the end of warm-up to zero at the end of the stage) or
+    `constant`. The base is base_lr * global_batch_size / 256.
+    """
+    base = (stage.base_lr or optimizer.base_lr) * global_batch_size / 256
+    schedule = stage.schedule or optimizer.schedule
+    warmup_epochs = optimizer.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+    warmup, total = warmup_epochs * steps_per_epoch, stage.epochs * steps_per_epoch
+
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return base * (step + 1) / (warmup + 1)
+        if schedule == "exponential":
+            return base * optimizer.decay_rate ** int(step / (optimizer.decay_epochs * steps_per_epoch))
+        if schedule == "cosine":
+            return base * 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / (total - warmup))))
+        return base
+
+    return learning_rate
+
+
+def build_schedule(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> TrainSchedule:
     """Convert the epochs of `train.stages` to steps.
 
     Args:
-        config: A config whose batch size is a number.
+        train: Section `train` of a config, whose batch size is a number.
+        optimizer: Section `optimizer` of the config.
         steps_per_epoch: Steps between two validations.
     """
     stages: list[TrainStage] = []
-    for stage in config.train.stages:
+    for stage in train.stages:
         first = stages[-1].stop if stages else 0
-        rate = learning_rate(
-            config.optimizer, stage, global_batch_size=config.train.batch_size, steps_per_epoch=steps_per_epoch
+        rate = learning_rate_schedule(
+            optimizer, stage, global_batch_size=train.batch_size, steps_per_epoch=steps_per_epoch
         )
         stages.append(TrainStage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
     return TrainSchedule(steps_per_epoch, tuple(stages))

@@ -62,7 +62,7 @@ class StageData:
         """Return the inputs of a stage: features in place of images where these are the same in every epoch."""
         config, manifest = self._config, self._manifest
         so_far = config.train.stages[: stage.number + 1]
-        constant = are_constant(config, so_far, len(manifest.indices("train")), self._features.width)
+        constant = are_constant(config.augment, so_far, len(manifest.indices("train")), self._features.width)
         average = self._state.ema
         if constant and (average is None or not average.tracks_any(self._backbone.weights)):
             features = self._features.get("train")

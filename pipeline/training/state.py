@@ -13,20 +13,19 @@ from pipeline.training.optimizers import ModelEMA
 
 
 class MetricAccumulator:
-    """Sums over the steps since the last reset, kept on the device so that reading them is the only wait for it.
+    """Sums over the steps since the last reset. They stay on the device, so that only `read` waits for it.
 
     Attributes:
-        loss: Sum of the images' losses (nats, label smoothing and mixing included), float64 scalar.
-        correct: Images whose largest logit is at their largest label, float64 scalar.
-        images: Images seen, float64 scalar.
-        gradient_norm: Sum over the steps of the gradient's Euclidean norm, float64 scalar.
-        steps: Steps applied, float64 scalar.
-        halted: Whether a step was not finite. That step and those after it changed nothing.
+        sums: float64 scalars by name. `loss`: sum of the losses of the images (nats, including label smoothing and
+            mixing); `correct`: images whose largest logit is at their largest label; `images`: number of images;
+            `gradient_norm`: sum over the steps of the gradient's Euclidean norm; `steps`: number of applied steps.
+        halted: True if a step was not finite. That step and the steps after it changed nothing.
     """
 
     NAMES = ("loss", "correct", "images", "gradient_norm", "steps")
 
     def __init__(self) -> None:
+        """Create sums of zero."""
         aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
         self.sums = {
             name: tf.Variable(0.0, dtype=tf.float64, trainable=False, aggregation=aggregation) for name in self.NAMES
@@ -34,7 +33,7 @@ class MetricAccumulator:
         self.halted = tf.Variable(False, trainable=False, aggregation=aggregation)
 
     def read(self) -> dict[str, float]:
-        """The sums on the host; waits for the steps under way."""
+        """Return the sums by name, after the steps that the device still computes."""
         return {name: float(variable.numpy()) for name, variable in self.sums.items()}
 
     def reset(self) -> None:
@@ -45,19 +44,19 @@ class MetricAccumulator:
 
 @dataclass
 class TrainState:
-    """All that a run is at one point between two steps.
+    """The complete state of a run between two steps.
 
     Attributes:
-        model: The network, its batch normalisation statistics and the state of its random generators included.
-        optimizer: With the slots of all the network's trainable variables.
-        average: The moving average, if the run keeps one.
-        totals: Sums of the metrics of the epoch under way.
-        step: Steps taken since the start of the run.
-        history: One record for each epoch that ended.
-        best: The record of the best epoch so far, None before the first.
-        skipped: Steps of the stream that were passed over because they were not finite, counted from 0.
-        rollbacks: How often the run went back to the start of an epoch because a step was not finite.
-        changes: What `--allow-change` let pass: `step`, `key`, `was` and `is` of each change.
+        model: The network, including its batch normalization statistics and the state of its random generators.
+        optimizer: Optimizer with slots for all trainable variables of the network.
+        ema: Moving average; None if the run keeps none.
+        metrics: Sums of the metrics over the current epoch.
+        step: Number of steps since the start of the run.
+        history: A record for each completed epoch.
+        best: The record of the best epoch so far; None before the first.
+        skipped: Steps of the stream that were skipped because they were not finite, counted from 0.
+        rollbacks: Number of returns to the start of an epoch because a step was not finite.
+        changes: Changes that `--allow-change` accepted: `step`, `key`, `was` and `is` of each.
     """
 
     model: keras.Model
@@ -73,22 +72,22 @@ class TrainState:
 
     @property
     def epoch_start(self) -> int:
-        """The step behind the last epoch that ended."""
+        """The step after the last completed epoch."""
         return int(self.history[-1]["step"]) if self.history else 0
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A block inside which the network holds the moving average, where the run keeps one."""
+        """Return a context in which the network holds the moving average, if the run keeps one."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def describe_changes(self) -> list[str]:
-        """A line for each of `changes`."""
+        """Return a line for each of `changes`."""
         return [
-            f"{change['key']}: {change['was']!r} -> {change['is']!r} behind step {change['step']}"
+            f"{change['key']}: {change['was']!r} -> {change['is']!r} after step {change['step']}"
             for change in self.changes
         ]
 
     def groups(self) -> dict[str, dict[str, keras.Variable | tf.Variable]]:
-        """Every variable by group and by a name that is the same in every process."""
+        """Return all variables by group and by a name that is the same in every process."""
         weights = {
             f"{layer.name}/{variable.name}": variable for layer in self.model.layers for variable in layer.variables
         }
@@ -104,12 +103,12 @@ class TrainState:
         return groups
 
     def averaged_variables(self) -> dict[str, keras.Variable]:
-        """The network's variable behind each average, by the average's name in `groups`."""
+        """Return the network's variable that belongs to each average, by the name of the average in `groups`."""
         averaged = [] if self.ema is None else self.ema.averaged
         return {f"{number:05d}/{variable.name}": variable for number, variable in enumerate(averaged)}
 
     def digest(self) -> str:
-        """SHA-256 of every variable, hexadecimal."""
+        """Return the SHA-256 of all variables, hexadecimal."""
         digest = hashlib.sha256()
         for group in self.groups().values():
             for variable in group.values():

@@ -1,6 +1,7 @@
 """One training step.
 
-Micro-batches, gradients, a guard against values that are not finite, the update, the moving average.
+It computes the gradients of the micro-batches, checks that they are finite, and updates the weights and their moving
+average.
 """
 
 from collections.abc import Sequence
@@ -9,20 +10,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.optimizer import OPTIMIZERS
-from pipeline.config.schema import Config
+from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
+from pipeline.config.train import TrainConfig
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
-from pipeline.training.optimizers import Adam, ModelEMA, uses_weight_decay
+from pipeline.training.optimizers import ModelEMA, update_arguments, uses_weight_decay
 from pipeline.training.state import MetricAccumulator
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
 
 
 def mutable_variables(model: keras.Model) -> list[keras.Variable]:
-    """The variables that a step changes.
+    """Return the variables that a step changes.
 
-    Those that gradients reach, and the statistics and generators of layers that are not frozen.
+    These are the trainable weights, and the statistics and random generators of layers that are not frozen.
     """
     return [
         *model.trainable_variables,
@@ -31,18 +32,17 @@ def mutable_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def batch_norm_statistics(model: keras.Model) -> list[keras.Variable]:
-    """The moving means and variances that a step moves."""
+    """Return the moving means and variances that a step changes."""
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
     return [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
 
 
 class TrainStep:
-    """A compiled step for one set of trainable variables; a stage that changes the set makes a new one.
+    """A compiled step for one set of trainable variables; a stage that changes the set needs another step.
 
-    Neither Keras's `fit` nor its `train_step` serves here: under MirroredStrategy a conditional around the update
-    raises, and a value that is not finite is seen only after batch normalisation and metrics have moved. The gradients
-    come from `strategy.run`, everything that changes the state from the cross-replica context, inside one
-    `tf.function`.
+    Keras's `fit` and `train_step` do not suffice: under MirroredStrategy a conditional around the update raises an
+    error, and a value that is not finite is detected only after batch normalization and metrics have changed. Here
+    `strategy.run` computes the gradients, and the cross-replica context changes the state, inside one `tf.function`.
     """
 
     def __init__(
@@ -51,25 +51,27 @@ class TrainStep:
         optimizer: keras.optimizers.Optimizer,
         ema: ModelEMA | None,
         metrics: MetricAccumulator,
-        config: Config,
+        train: TrainConfig,
+        optimizer_config: OptimizerConfig,
         runtime: Runtime,
         *,
         layer_decay: float = 1.0,
         class_weights: np.ndarray | None = None,
     ) -> None:
-        """Prepare a step that trains what is trainable in `model` now.
+        """Create a step for the weights that are trainable in `model` now; the first call compiles it.
 
         Args:
-            model: From float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K); or its head, from features to
-                logits.
-            optimizer: Built for at least the model's trainable variables.
-            average: Updated after each step; None for no moving average.
-            totals: Added to by each step.
-            config: Label smoothing, weight decay, micro-batches and global batch size are taken from it.
+            model: Network from float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K); or its head, from
+                features to logits.
+            optimizer: Optimizer, built for at least the model's trainable variables.
+            ema: Moving average to update after each step; None for no moving average.
+            metrics: Sums to which each step adds.
+            train: Label smoothing, micro-batches and global batch size are used.
+            optimizer_config: Name and weight decay are used.
             runtime: Strategy and compilation.
-            layer_decay: The learning rate of a block, over that of the block behind it. It scales the update: a
-                gradient that is scaled changes nothing under RMSProp and Adam, which divide by its size.
-            class_weights: float32 (K,), how many images an image of each class counts as; None for one each.
+            layer_decay: Ratio of a block's learning rate to that of the next block, nearer the head. It scales the
+                update, since scaling the gradient has no effect under RMSProp and Adam, which normalize it.
+            class_weights: float32 (K,), the weight of each class in the loss; None if all classes weigh the same.
         """
         self._model, self._optimizer, self._ema, self._metrics = model, optimizer, ema, metrics
         self._strategy = runtime.strategy
@@ -79,15 +81,17 @@ class TrainStep:
         }
         self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
         self._class_weights = class_weights
-        self._moving = mutable_variables(model)[len(self._trainable) :]
-        self._local_statistics = [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
-        self._label_smoothing = config.train.label_smoothing
-        self._accumulation = config.train.gradient_accumulation_steps
-        self._global_batch_size = config.train.batch_size
+        self._mutable_non_trainable = mutable_variables(model)[len(self._trainable) :]
+        self._local_statistics = (
+            [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
+        )
+        self._label_smoothing = train.label_smoothing
+        self._accumulation = train.gradient_accumulation_steps
+        self._global_batch_size = train.batch_size
         self._weight_decay = [
-            config.optimizer.weight_decay if uses_weight_decay(variable) else 0.0 for variable in self._trainable
+            optimizer_config.weight_decay if uses_weight_decay(variable) else 0.0 for variable in self._trainable
         ]
-        self._decoupled = OPTIMIZERS[config.optimizer.name].decoupled_weight_decay
+        self._decoupled = OPTIMIZERS[optimizer_config.name].decoupled_weight_decay
         if ema is not None:
             ema.track(mutable_variables(model))
         self._compiled = tf.function(self._step, jit_compile=runtime.jit_compile, autograph=False)
@@ -96,20 +100,20 @@ class TrainStep:
         """Take one step.
 
         Args:
-            batch: Of the stream: images uint8 (B, R, R, 3) or features float32 (B, C), labels float32 (B, K), weights
-                float32 (B,), index int64 (B,); or their per-replica values.
-            learning_rate: Of this step.
+            batch: Images uint8 (B, R, R, 3) or features float32 (B, C), labels float32 (B, K), weights float32 (B,) and
+                index int64 (B,); or their per-replica values.
+            learning_rate: Learning rate of this step.
         """
         with self._strategy.scope():  # the update below runs in cross-replica context
             self._compiled(batch, tf.constant(learning_rate, tf.float32))
 
     def _step(self, batch: Batch, learning_rate: tf.Tensor) -> None:
-        before = [tf.identity(variable.value) for variable in self._moving]
+        before = [tf.identity(variable.value) for variable in self._mutable_non_trainable]
         gradients, sums, statistics = self._strategy.run(self._gradients, args=batch)
         first = self._strategy.experimental_local_results
         norm = tf.linalg.global_norm([first(gradient)[0] for gradient in gradients])
         sums = {name: first(value)[0] for name, value in sums.items()}
-        good = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"]) & ~self._metrics.halted
+        is_finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"]) & ~self._metrics.halted
 
         def apply() -> tf.Tensor:
             if self._ema is not None:
@@ -124,31 +128,30 @@ class TrainStep:
             return tf.constant(True)
 
         def undo() -> tf.Tensor:
-            for variable, value in zip(self._moving, before, strict=True):
+            for variable, value in zip(self._mutable_non_trainable, before, strict=True):
                 variable.assign(value)
             self._metrics.halted.assign(True)
             return tf.constant(False)
 
-        tf.cond(good, apply, undo)
+        tf.cond(is_finite, apply, undo)
 
     def _update(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor) -> None:
-        """Move the weights.
+        """Update the weights.
 
-        `Optimizer.apply` cannot do it here: it needs the replica context, where it may not be conditional.
+        `Optimizer.apply` cannot be used here: it needs the replica context, where it must not be conditional.
         """
 
         def update(
-            variable: tf.Variable, gradient: tf.Tensor, powers: Sequence[tf.Tensor], decay: float, factor: float
+            variable: tf.Variable, gradient: tf.Tensor, further: Sequence[tf.Tensor], decay: float, factor: float
         ) -> None:
             rate = learning_rate * factor
             if self._decoupled and decay:
                 variable.assign_sub(rate * decay * variable)
-            self._optimizer.update_step(gradient, variable, rate, *powers)
+            self._optimizer.update_step(gradient, variable, rate, *further)
 
-        adam = isinstance(self._optimizer, Adam)
-        powers = self._optimizer.bias_correction(self._trainable) if adam else [()] * len(self._trainable)
+        further = update_arguments(self._optimizer, self._trainable)
         for variable, *arguments in zip(
-            self._trainable, gradients, powers, self._weight_decay, self._rate_factors, strict=True
+            self._trainable, gradients, further, self._weight_decay, self._rate_factors, strict=True
         ):
             self._strategy.extended.update(variable.value, update, args=tuple(arguments), group=False)
         self._optimizer.iterations.assign_add(1)
@@ -156,9 +159,11 @@ class TrainStep:
     def _gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, index: tf.Tensor
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor], list[tf.Tensor]]:
-        """One replica's share.
+        """Return the results of one replica's shard of the batch, combined over all replicas.
 
-        Gradients and sums added up over the replicas, batch normalisation's own statistics averaged over them.
+        Returns:
+            Gradients, one for each trainable variable, and metrics by name, both summed over the replicas; and the
+            local statistics of batch normalization, averaged over the replicas.
         """
         del index
         parts = zip(*(tf.split(tensor, self._accumulation) for tensor in (images, labels, weights)), strict=True)
@@ -169,9 +174,7 @@ class TrainStep:
         sums = {name: tf.add_n([sums[name] for _, sums in micro_batches]) for name in micro_batches[0][1]}
         context = tf.distribute.get_replica_context()
         gradients, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (gradients, sums))
-        if (
-            not self._decoupled
-        ):  # the gradient of 1/2 * weight_decay * ||w||^2, which the official code adds to the loss
+        if not self._decoupled:  # gradient of 1/2 * weight_decay * ||w||^2, which the official code adds to the loss
             pairs = zip(gradients, self._weight_decay, self._trainable, strict=True)
             gradients = [
                 gradient + decay * variable.value if decay else gradient for gradient, decay, variable in pairs
@@ -185,24 +188,29 @@ class TrainStep:
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
         target = tf.argmax(labels, -1)
-        labels, counted = self._weigh(labels, weights)
+        labels, loss_weights = self._apply_class_weights(labels, weights)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([variable.value for variable in self._trainable])
             logits = self._model(tf.cast(images, tf.float32), training=True)
             smoothed = labels * (1 - self._label_smoothing) + self._label_smoothing / labels.shape[-1]
-            loss = tf.reduce_sum(counted * tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
+            loss = tf.reduce_sum(loss_weights * tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
             objective = loss / self._global_batch_size
         gradients = tape.gradient(objective, [variable.value for variable in self._trainable])
-        hits = tf.cast(tf.argmax(logits, -1) == target, tf.float32)
-        return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * hits), "images": tf.reduce_sum(weights)}
+        correct = tf.cast(tf.argmax(logits, -1) == target, tf.float32)
+        return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * correct), "images": tf.reduce_sum(weights)}
 
-    def _weigh(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The labels and how many images each counts as.
+    def _apply_class_weights(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Apply the class weights; they are linear in the label, so that a mixed image is weighted by its soft label.
 
-        Linear in the label: a mixed image counts as the shares that it is mixed from.
+        Args:
+            labels: float32 (B, K).
+            weights: float32 (B,), 0 for padding.
+
+        Returns:
+            Labels, float32 (B, K), whose rows sum to 1, and the weight of each image in the loss, float32 (B,).
         """
         if self._class_weights is None:
             return labels, weights
-        shares = labels * self._class_weights
-        counts = tf.reduce_sum(shares, -1)
-        return shares / counts[:, tf.newaxis], weights * counts
+        weighted_labels = labels * self._class_weights
+        image_weights = tf.reduce_sum(weighted_labels, -1)
+        return weighted_labels / image_weights[:, tf.newaxis], weights * image_weights

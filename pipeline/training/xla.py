@@ -95,4 +95,4 @@ def _estimate(config: Config, model: keras.Model, stages: Sequence[TrainStage]) 
 
 def _runs_backbone(config: Config, stage: StageConfig) -> bool:
     """Return True if the steps of a stage run the whole network, False if they start from cached features."""
-    return stage.trainable != "head" or is_augmented(config, stage)
+    return stage.trainable != "head" or is_augmented(config.augment, stage)

@@ -137,7 +137,7 @@ def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
     lines = out.splitlines()
     assert len([line for line in lines if line.startswith("epoch ")]) == 4
     assert (
-        len([line for line in lines if re.fullmatch(r"first step \d+ s, tracing and compilation included", line)]) == 2
+        len([line for line in lines if re.fullmatch(r"first step \d+ s, including tracing and compilation", line)]) == 2
     ), "of each stage"
     assert load_config(directory / "config.yaml").runtime.xla is False, "auto is settled"
     assert "registered as colors version 1: it is the champion, because there was none" in out
@@ -530,7 +530,7 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
         "history"
     ]
     assert len(history) < 17
-    assert "no improvement any more: the stage ends, its last" in said
+    assert "early stopping: no improvement; the last" in said
     assert weights(run_dir / "model.keras") == weights(run_dir / "best/model.keras")
     before, after = (read_layers(path / "model.keras") for path in (directory, run_dir))
     assert any("predictions" in name and before[name] != after[name] for name in before), "the head was trained"

@@ -298,5 +298,5 @@ def test_a_process_that_is_asked_to_stop_stops_all_and_another_number_of_them_go
     assert "\n  replicas: was 2, is 1\n" in first.shown("asked")
     first.start("asked", *further, "--allow-change", "replicas")
     assert first.ended() == 0
-    assert "changed: replicas: 2 -> 1 behind step" in first.shown("asked")
+    assert "changed: replicas: 2 -> 1 after step" in first.shown("asked")
     assert stored(first, "asked", 27)["totals/images"] == 0

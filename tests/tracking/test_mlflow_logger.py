@@ -187,7 +187,7 @@ def test_what_a_kill_kept_from_being_noted_at_the_start_is_noted_on_resume(
         second.log_dataset("digits", "abc", "scikit-learn", {"train": {"0": 1}})
     assert client.get_run(first.run_id).data.params["seed"] == "42"
     assert len(client.get_run(first.run_id).inputs.dataset_inputs) == 1
-    changes = ["seed: 42 -> 7 behind step 3"]
+    changes = ["seed: 42 -> 7 after step 3"]
     changed = config_for(Path(config.tracking.uri.removeprefix("sqlite:///")).parent, seed=7)
     with MLflowLogger(changed, tmp_path / "run", resumed=(first.uri, first.run_id), changes=changes):
         pass

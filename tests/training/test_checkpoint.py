@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, is believed only when verified, and gives back every bit."""
+"""A checkpoint is complete or absent, is used only if verified, and restores every bit."""
 
 import json
 
@@ -7,22 +7,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.errors import RunError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.training import checkpoint
-from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.optimizers import ModelEMA, build_optimizer, update_arguments
 from pipeline.training.state import MetricAccumulator, TrainState
 
 IDENTITY = {"config": {"seed": 1}}
 
 
-def make_state(units: int = 3, *, average: bool = True) -> TrainState:
-    from pipeline.config.optimizer import OptimizerConfig
-
+def make_state(units: int = 3, *, average: bool = True, optimizer_name: str = "rmsprop") -> TrainState:
     inputs = keras.Input((4,))
     x = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(units, name="dense")(inputs))
     model = keras.Model(inputs, PerReplicaDropout(0.5, seed=7, name="drop")(x))
-    optimizer = build_optimizer(OptimizerConfig(), model.trainable_variables)
+    optimizer = build_optimizer(OptimizerConfig(name=optimizer_name), model.trainable_variables)
     return TrainState(model, optimizer, ModelEMA(model.weights, 0.9) if average else None, MetricAccumulator())
 
 
@@ -65,6 +64,32 @@ def test_every_bit_comes_back_random_generators_included(tmp_path):
     np.testing.assert_array_equal(
         fresh.model.layers[-1](ones, training=True), state.model.layers[-1](ones, training=True)
     )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_continues_bit_identically_from_a_checkpoint_with_every_optimizer(tmp_path, name):
+    def train(state: TrainState, steps: range) -> None:
+        trainable = state.model.trainable_variables
+        for step in steps:
+            rng = np.random.default_rng(step)
+            for variable, further in zip(trainable, update_arguments(state.optimizer, trainable), strict=True):
+                gradient = tf.constant(rng.normal(size=variable.shape), tf.float32)
+                state.optimizer.update_step(gradient, variable, tf.constant(0.01), *further)
+            state.optimizer.iterations.assign_add(1)
+            state.step += 1
+
+    uninterrupted, stopped, resumed = (make_state(optimizer_name=name) for _ in range(3))
+    for state in (stopped, resumed):
+        for ours, other in zip(state.model.variables, uninterrupted.model.variables, strict=True):
+            ours.assign(other)
+    train(uninterrupted, range(7))
+    train(stopped, range(3))
+    checkpoint.restore(resumed, checkpoint.save(stopped, tmp_path, IDENTITY, keep=1))
+    train(resumed, range(resumed.step, 7))
+    optimizer_and_model = [key for key in contents(resumed) if not key.startswith("average")]
+    assert {key: contents(resumed)[key] for key in optimizer_and_model} == {
+        key: contents(uninterrupted)[key] for key in optimizer_and_model
+    }
 
 
 def test_one_changed_bit_is_noticed_by_the_comparison_itself():
@@ -194,7 +219,7 @@ def test_a_disk_that_takes_no_more_is_named_and_loses_nothing(tmp_path, monkeypa
     )
     state.step = 7
     with pytest.raises(
-        TrainingError, match=r"step-00000007: cannot be written \(No space left on device\).*go on with --resume"
+        TrainingError, match=r"step-00000007: cannot be written \(No space left on device\).*continue with --resume"
     ):
         checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]

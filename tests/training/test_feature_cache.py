@@ -65,9 +65,9 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    schedule = build_schedule(CONFIG, steps_per_epoch(len(manifest.indices("train")), 16))
+    schedule = build_schedule(CONFIG.train, CONFIG.optimizer, steps_per_epoch(len(manifest.indices("train")), 16))
     stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: False)
-    trainer = Trainer(CONFIG, runtime, schedule, [], lambda: False)
+    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, [], lambda: False)
     return state, trainer.fit(state, stages.for_stage)
 
 
@@ -123,13 +123,13 @@ def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
 )
 def test_features_are_kept_where_nothing_before_the_head_changes(augment: dict, stages: list, constant: bool) -> None:
     config = Config.model_validate({"data": {"source": "digits"}, "augment": augment})
-    assert are_constant(config, stages, num_images=1000, width=1280) is constant
+    assert are_constant(config.augment, stages, num_images=1000, width=1280) is constant
 
 
 def test_features_that_would_fill_the_memory_are_not_kept() -> None:
     most = MAX_BYTES // (4 * 1280)
-    assert are_constant(CONFIG, [HEAD], most, 1280)
-    assert not are_constant(CONFIG, [HEAD], most + 1, 1280)
+    assert are_constant(CONFIG.augment, [HEAD], most, 1280)
+    assert not are_constant(CONFIG.augment, [HEAD], most + 1, 1280)
 
 
 def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
@@ -144,7 +144,7 @@ def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_h
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    schedule = build_schedule(CONFIG, 4)
+    schedule = build_schedule(CONFIG.train, CONFIG.optimizer, 4)
     [stage, *_] = schedule.stages
     stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: True)
     with pytest.raises(TrainingInterrupted):
@@ -164,4 +164,6 @@ def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_
     with pytest.raises(
         TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"
     ):
-        StageData(CONFIG, runtime, build_schedule(CONFIG, 4), manifest, source, state, Console(), bool).evaluate("val")
+        StageData(
+            CONFIG, runtime, build_schedule(CONFIG.train, CONFIG.optimizer, 4), manifest, source, state, Console(), bool
+        ).evaluate("val")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import StageConfig
-from pipeline.training.optimizers import ModelEMA, build_optimizer, learning_rate, uses_weight_decay
+from pipeline.training.optimizers import ModelEMA, build_optimizer, uses_weight_decay
+from pipeline.training.schedule import learning_rate_schedule
 
 
 def test_rmsprop_equals_five_steps_of_the_official_rule_from_an_accumulator_of_ones():
@@ -28,11 +29,11 @@ def test_rmsprop_equals_five_steps_of_the_official_rule_from_an_accumulator_of_o
     np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5, atol=1e-6)
 
     from_zeros = keras.Variable(value)
-    kerases_own = keras.optimizers.RMSprop(0.016, rho=0.9, momentum=0.9, epsilon=1e-3)
-    kerases_own.build([from_zeros])
+    keras_own = keras.optimizers.RMSprop(0.016, rho=0.9, momentum=0.9, epsilon=1e-3)
+    keras_own.build([from_zeros])
     for gradient in gradients:
-        kerases_own.update_step(tf.constant(gradient), from_zeros, tf.constant(0.016))
-    assert np.abs(from_zeros.numpy() - expected).max() > 0.01, "the test must tell the two starts apart"
+        keras_own.update_step(tf.constant(gradient), from_zeros, tf.constant(0.016))
+    assert np.abs(from_zeros.numpy() - expected).max() > 0.01, "the test must distinguish the two starts"
 
 
 def test_sgd_is_nesterov_with_momentum():
@@ -76,7 +77,7 @@ def test_every_optimizer_keeps_as_many_slots_as_its_spec_says(name):
     assert hasattr(keras.optimizers, OPTIMIZERS[name].keras_class)
 
 
-def test_weight_decay_spares_batch_normalisation_only():
+def test_weight_decay_spares_batch_normalization_only():
     inputs = keras.Input((4, 4, 3))
     outputs = keras.layers.Dense(2)(keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(inputs)))
     names = [
@@ -89,7 +90,7 @@ def rate(
     step: float, *, steps_per_epoch: int = 10, batch: int = 256, stage: StageConfig | None = None, **optimizer: object
 ) -> float:
     config = OptimizerConfig(**{"base_lr": 0.016, "warmup_epochs": 5, **optimizer})
-    return learning_rate(
+    return learning_rate_schedule(
         config, stage or StageConfig(epochs=350), global_batch_size=batch, steps_per_epoch=steps_per_epoch
     )(step)
 

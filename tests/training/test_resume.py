@@ -1,4 +1,4 @@
-"""A run goes on as what it was, or as what it was allowed to become."""
+"""A resumed run agrees with its checkpoint, apart from allowed changes."""
 
 import json
 

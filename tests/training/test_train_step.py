@@ -1,4 +1,4 @@
-"""One step: micro-batches, the guard, weight decay, frozen layers; and the same step on several replicas."""
+"""The train step: micro-batches, the check for NaN, weight decay, frozen layers; and the step on several replicas."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipeline.config.optimizer import OPTIMIZERS
 from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.errors import ConfigError
@@ -51,24 +52,27 @@ def batch(size: int = 8, seed: int = 0) -> tuple[tf.Tensor, ...]:
 
 
 class Bench:
-    """A network with all that a step changes, and a look at it."""
+    """A network with everything that a step changes."""
 
     def __init__(self, model: keras.Model, config: Config) -> None:
         self.model, self.config = model, config
         self.runtime = setup_devices(config.runtime, config.seed)
         self.optimizer = build_optimizer(config.optimizer, model.trainable_variables)
-        self.average = ModelEMA(model.weights, 0.99)
-        self.totals = MetricAccumulator()
+        self.ema = ModelEMA(model.weights, 0.99)
+        self.metrics = MetricAccumulator()
 
     def step(self) -> TrainStep:
-        return TrainStep(self.model, self.optimizer, self.average, self.totals, self.config, self.runtime)
+        config = self.config
+        return TrainStep(
+            self.model, self.optimizer, self.ema, self.metrics, config.train, config.optimizer, self.runtime
+        )
 
     def everything(self) -> list[np.ndarray]:
         variables = [
             *self.model.variables,
             *self.optimizer.variables,
-            *self.average.variables,
-            *self.totals.sums.values(),
+            *self.ema.variables,
+            *self.metrics.sums.values(),
         ]
         return [variable.numpy() for variable in variables]
 
@@ -93,16 +97,17 @@ def test_gradient_is_that_of_the_smoothed_soft_label_loss_with_half_squared_norm
         np.testing.assert_allclose(
             variable.numpy(), old - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6
         )  # Nesterov's first step
-    sums = bench.totals.read()
+    sums = bench.metrics.read()
     assert sums["images"] == 8
     assert sums["loss"] / 8 == pytest.approx(float(loss), rel=1e-5)
     assert sums["gradient_norm"] == pytest.approx(float(tf.linalg.global_norm(gradients)), rel=1e-5)
     assert sums["correct"] == np.sum(np.argmax(logits, -1) == np.argmax(labels, -1))
 
 
-def test_decoupled_weight_decay_of_adamw():
-    config = make_config(optimizer={"name": "adamw", "weight_decay": 0.5}, train={"global_batch_size": 8})
-    without = make_config(optimizer={"name": "adamw", "weight_decay": 0.0}, train={"global_batch_size": 8})
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.decoupled_weight_decay])
+def test_decoupled_weight_decay_shrinks_the_weights_before_the_update(name):
+    config = make_config(optimizer={"name": name, "weight_decay": 0.5}, train={"global_batch_size": 8})
+    without = make_config(optimizer={"name": name, "weight_decay": 0.0}, train={"global_batch_size": 8})
     results = []
     for one in (config, without):
         bench = Bench(small_network(), one)
@@ -111,10 +116,12 @@ def test_decoupled_weight_decay_of_adamw():
         results.append({variable.path: variable.numpy() for variable in bench.model.trainable_variables})
     for path, old in before.items():
         shrink = 0.0 if path.startswith("norm") else 0.01 * 0.5
-        np.testing.assert_allclose(results[0][path], results[1][path] - shrink * old, atol=1e-6)
+        shrunk = 1 - shrink if name == "lamb" and np.any(old) else 1.0  # LAMB's update is as long as the weights
+        update = (results[1][path] - old) * shrunk
+        np.testing.assert_allclose(results[0][path], old - shrink * old + update, atol=1e-6)
 
 
-def test_micro_batches_give_the_same_update_as_the_whole_batch():
+def test_micro_batches_give_the_same_update_as_the_full_batch():
     results = []
     for accumulation in (1, 4):
         bench = Bench(
@@ -125,8 +132,8 @@ def test_micro_batches_give_the_same_update_as_the_whole_batch():
         for number in range(3):
             step(batch(seed=number), 0.01)
         results.append([variable.numpy() for variable in bench.model.weights])
-    for whole, parts in zip(*results, strict=True):
-        np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
+    for full, accumulated in zip(*results, strict=True):
+        np.testing.assert_allclose(full, accumulated, rtol=1e-4, atol=1e-6)
 
 
 def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from():
@@ -143,7 +150,14 @@ def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from()
     images, labels, _, index = batch()
     bench = Bench(small_network(batch_norm=False), config)
     step = TrainStep(
-        bench.model, bench.optimizer, bench.average, bench.totals, config, bench.runtime, class_weights=counts
+        bench.model,
+        bench.optimizer,
+        bench.ema,
+        bench.metrics,
+        config.train,
+        config.optimizer,
+        bench.runtime,
+        class_weights=counts,
     )
     with tf.GradientTape() as tape:
         logits = bench.model(tf.cast(images, tf.float32))
@@ -160,7 +174,7 @@ def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from()
     step((images, labels, tf.ones(8), index), 0.1)
     for old, gradient, variable in zip(before, gradients, bench.model.trainable_variables, strict=True):
         np.testing.assert_allclose(variable.numpy(), old - 0.1 * 1.9 * gradient, rtol=1e-4, atol=1e-6)
-    sums = bench.totals.read()
+    sums = bench.metrics.read()
     assert sums["loss"] / 8 == pytest.approx(float(loss), rel=1e-5)
     assert sums["images"] == 8
     assert sums["correct"] == np.sum(np.argmax(logits, -1) == np.argmax(labels, -1)), "the accuracy counts images"
@@ -175,7 +189,7 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(poison):
     images, labels, weights, index = batch(seed=1)
     bad = (images, labels * np.inf, weights, index) if poison == "labels" else (images, labels, weights * np.nan, index)
     step(bad, 0.01)
-    assert bool(bench.totals.halted)
+    assert bool(bench.metrics.halted)
     for old, new in zip(before, bench.everything(), strict=True):
         np.testing.assert_array_equal(old, new)
     step(batch(seed=2), 0.01)
@@ -203,7 +217,7 @@ def test_the_averages_follow_the_steps():
     bench = Bench(small_network(), make_config(train={"global_batch_size": 8}))
     start = [variable.numpy() for variable in bench.model.weights]
     bench.step()(batch(), 0.1)
-    for old, variable, average in zip(start, bench.model.weights, bench.average.variables, strict=True):
+    for old, variable, average in zip(start, bench.model.weights, bench.ema.variables, strict=True):
         np.testing.assert_allclose(
             average.numpy(), 0.1 * old + 0.9 * variable.numpy(), rtol=1e-5, atol=1e-6
         )  # min(0.99, 1 / 10)
@@ -232,11 +246,11 @@ def test_two_replicas_draw_different_masks(tmp_path):
     masks = np.load(tmp_path / "masks.npy")
     assert masks.shape == (2, 64, 5)
     assert np.mean(masks[0] != masks[1]) > 0.3
-    assert np.all(masks == masks[:, :, :1]), "the noise shape makes one draw for a whole sample"
+    assert np.all(masks == masks[:, :, :1]), "the noise shape makes one draw per image"
     assert set(np.unique(masks)) == {0.0, 2.0}
 
 
-OWN_STATISTICS = """
+LOCAL_STATISTICS = """
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -251,25 +265,27 @@ config = make_config(train={"global_batch_size": 8}, runtime={"strategy": "mirro
 runtime = setup_devices(config.runtime, config.seed)
 with runtime.strategy.scope():
     inputs = keras.Input((8, 8, 3))
-    norm = layer_types(jit_compile=bool(runtime.jit_compile), sync_batch_norm=runtime.sync_batch_norm).norm(momentum=0.5, name="norm")
+    types = layer_types(jit_compile=bool(runtime.jit_compile), sync_batch_norm=runtime.sync_batch_norm)
+    norm = types.norm(momentum=0.5, name="norm")
     x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
     model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
-    optimizer, average, totals = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9), MetricAccumulator()
-    step = TrainStep(model, optimizer, average, totals, config, runtime)
+    optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
+    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime)
 images = batch()[0].numpy().astype(float)
 for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
     step(one, 0.01)
 first = runtime.strategy.experimental_local_results
 for variable, start, statistic in ((norm.moving_mean, 0, np.mean), (norm.moving_variance, 1, np.var)):
-    expected = 0.5 * start + 0.5 * np.mean([statistic(images[part], axis=(0, 1, 2)) for part in (slice(4), slice(4, 8))], axis=0)
+    of_replicas = [statistic(shard, axis=(0, 1, 2)) for shard in (images[:4], images[4:])]
+    expected = 0.5 * start + 0.5 * np.mean(of_replicas, axis=0)
     for copy in first(variable.value):
         np.testing.assert_allclose(copy.numpy(), expected, rtol=1e-5)
 """
 
 
 @pytest.mark.slow
-def test_statistics_of_each_replicas_own_are_kept_as_their_mean():
-    command = [sys.executable, "-c", OWN_STATISTICS]
+def test_local_statistics_of_the_replicas_are_averaged():
+    command = [sys.executable, "-c", LOCAL_STATISTICS]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     ran = subprocess.run(
         command, cwd=PROJECT / "tests" / "training", env=environment, capture_output=True, text=True, check=False
@@ -288,22 +304,24 @@ from pipeline.distributed.devices import setup_devices
 from pipeline.training.state import MetricAccumulator
 from pipeline.training.train_step import TrainStep
 for name in OPTIMIZERS:
-    found = []
+    results = []
     for runtime in ({"strategy": "single"}, {"strategy": "mirrored"}, {"strategy": "single", "xla": True}):
-        config = make_config(optimizer={"name": name, "weight_decay": 0.1}, train={"global_batch_size": 8}, runtime=runtime)
+        optimizer = {"name": name, "weight_decay": 0.1}
+        config = make_config(optimizer=optimizer, train={"global_batch_size": 8}, runtime=runtime)
         runtime = setup_devices(config.runtime, config.seed)
         with runtime.strategy.scope():
             model = small_network(batch_norm=False)
             start = [variable.numpy() for variable in model.trainable_variables]
-            optimizer, average = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
-            step = TrainStep(model, optimizer, average, MetricAccumulator(), config, runtime)
+            optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
+            step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime)
         for one in runtime.feed(tf.data.Dataset.from_tensors(batch()).repeat(3)):
             step(one, 0.01)
-        found.append([variable.numpy() for variable in [*model.trainable_variables, *average.variables, *optimizer.variables]])
-        moved = [np.abs(after - before).max() for after, before in zip(found[-1], start)]
+        variables = [*model.trainable_variables, *ema.variables, *optimizer.variables]
+        results.append([variable.numpy() for variable in variables])
+        moved = [np.abs(after - before).max() for after, before in zip(results[-1], start)]
         assert min(moved) > 1e-4, (name, moved)
-    for other in found[1:]:
-        for expected, value in zip(found[0], other, strict=True):
+    for other in results[1:]:
+        for expected, value in zip(results[0], other, strict=True):
             np.testing.assert_allclose(value, expected, rtol=2e-3, atol=2e-5, err_msg=name)
 """
 
@@ -330,7 +348,7 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     )
     average, totals = ModelEMA(model.weights, 0.9), MetricAccumulator()
     optimizer = build_optimizer(config.optimizer, model.trainable_variables)
-    step = TrainStep(model, optimizer, average, totals, config, runtime)
+    step = TrainStep(model, optimizer, average, totals, config.train, config.optimizer, runtime)
     before = model.get_layer("stem_conv").kernel.numpy()
     rng = np.random.default_rng(0)
     images = tf.constant(rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))

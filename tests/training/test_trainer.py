@@ -1,4 +1,4 @@
-"""The loop: stages turned into steps, freezing, history, the best epoch, stopping and going on."""
+"""The training loop: stages as steps, freezing, history, the best epoch, stopping and resuming."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def stream(start: int, *, poisoned: int | None = None) -> tf.data.Dataset:
 
 
 class Recorder(Callback):
-    """A hook that keeps what it is told, and checks what it sees of the network."""
+    """A callback that records its calls and checks their arguments."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -106,21 +106,22 @@ class Recorder(Callback):
 
 def run(
     state: TrainState,
-    hooks: list,
+    callbacks: list,
     *,
     accuracies: tuple[float, ...] = (0.1, 0.9, 0.5, 0.9),
     stop_at: int | None = None,
     config: Config = CONFIG,
-    not_finite: Callable[[TrainState], None] = raise_nan_error,
+    on_nan: Callable[[TrainState], None] = raise_nan_error,
     poisoned: int | None = None,
 ) -> list[dict]:
     trainer = Trainer(
-        config,
+        config.train,
+        config.optimizer,
         setup_devices(config.runtime, config.seed),
-        build_schedule(config, STEPS),
-        hooks,
+        build_schedule(config.train, config.optimizer, STEPS),
+        callbacks,
         lambda: state.step == stop_at,
-        not_finite,
+        on_nan,
     )
 
     def validate() -> dict[str, float]:
@@ -140,7 +141,7 @@ def contents(state: TrainState) -> dict[str, bytes]:
 
 
 def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
-    stages = build_schedule(CONFIG, STEPS).stages
+    stages = build_schedule(CONFIG.train, CONFIG.optimizer, STEPS).stages
     assert [(stage.first, stage.stop) for stage in stages] == [(0, 10), (10, 20)]
     assert stages[0].learning_rate(0) == pytest.approx(4 / 256)
     assert stages[1].learning_rate(0) == pytest.approx(0.5 * 4 / 256)
@@ -221,9 +222,10 @@ def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int
 def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
     state = fresh_state()
     trainer = Trainer(
-        CONFIG,
+        CONFIG.train,
+        CONFIG.optimizer,
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        build_schedule(CONFIG, 100),
+        build_schedule(CONFIG.train, CONFIG.optimizer, 100),
         [CheckpointCallback(tmp_path, {}, keep=1)],
         lambda: state.step == 4,
     )  # reports every 5 steps
@@ -245,9 +247,12 @@ def test_validation_sees_the_moving_average():
         )
         return {}
 
-    Trainer(CONFIG, setup_devices(CONFIG.runtime, CONFIG.seed), build_schedule(CONFIG, STEPS), [], lambda: False).fit(
-        state, lambda stage: StageInputs(state.model, stream, validate)
+    runtime, schedule = (
+        setup_devices(CONFIG.runtime, CONFIG.seed),
+        build_schedule(CONFIG.train, CONFIG.optimizer, STEPS),
     )
+    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, [], lambda: False)
+    trainer.fit(state, lambda stage: StageInputs(state.model, stream, validate))
     assert seen == [True] * 4
     assert state.best is None, "without a validation metric no epoch is best"
 
@@ -400,13 +405,18 @@ def test_checkpoints_are_kept_between_epochs_as_the_config_says():
 
 
 class Policy(NanPolicy):
-    """A policy with all that it needs, and what it said."""
+    """A policy with a record of its messages."""
 
     def __init__(self, config: Config, folder: Path, **kwargs: int) -> None:
-        self.said: list[str] = []
-        self.keeper = CheckpointCallback(folder / "checkpoints", {}, keep=1)
+        self.messages: list[str] = []
+        self.checkpoint_callback = CheckpointCallback(folder / "checkpoints", {}, keep=1)
         super().__init__(
-            config, folder / "nan", folder / "checkpoints", {}, lambda start: stream(start, **kwargs), self.said.append
+            config.train.on_nan,
+            folder / "nan",
+            folder / "checkpoints",
+            {},
+            lambda start: stream(start, **kwargs),
+            self.messages.append,
         )
 
 
@@ -415,7 +425,7 @@ def test_a_bad_batch_is_passed_over_and_the_schedule_and_the_epochs_go_on(tmp_pa
     config = with_train(on_nan={"skip": 1})
     state, whole = fresh_state(), fresh_state()
     policy, recorder = Policy(config, tmp_path, poisoned=bad), Recorder()
-    history = run(state, [recorder], config=config, not_finite=policy, poisoned=bad)
+    history = run(state, [recorder], config=config, on_nan=policy, poisoned=bad)
     reference = run(whole, [])
     assert state.skipped == [bad]
     assert int(state.optimizer.iterations.numpy()) == 19, "all but one of the steps were applied"
@@ -424,14 +434,14 @@ def test_a_bad_batch_is_passed_over_and_the_schedule_and_the_epochs_go_on(tmp_pa
     assert recorder.kept == [5, 10, 15, 20]
     assert history[0] == reference[0]
     assert history[bad // STEPS]["train/loss"] != reference[bad // STEPS]["train/loss"]
-    [said] = policy.said
-    assert f"not finite in step {bad + 1}; nothing of that step was applied. Passed over, 1 of 1 times" in said
+    [said] = policy.messages
+    assert f"not finite in step {bad + 1}; nothing of that step was applied. Skipped, 1 of at most 1 steps" in said
 
 
 def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_path: Path):
     state, good = fresh_state(), fresh_state()
     with pytest.raises(TrainingError) as caught:
-        run(state, [], not_finite=Policy(CONFIG, tmp_path, poisoned=7), poisoned=7)
+        run(state, [], on_nan=Policy(CONFIG, tmp_path, poisoned=7), poisoned=7)
     folder = tmp_path / "nan" / "step-00000008"
     for words in ("not finite in step 8", "Try a lower optimizer.base_lr", str(folder), "--allow-change"):
         assert words in str(caught.value)
@@ -455,10 +465,12 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
     policy._training_stream = lambda start: stream(start).map(
         lambda images, labels, weights, index: (images, labels, weights * np.nan, index)
     )
-    trainer = Trainer(
-        config, setup_devices(config.runtime, config.seed), build_schedule(config, STEPS), [], lambda: False, policy
+    runtime, schedule = (
+        setup_devices(config.runtime, config.seed),
+        build_schedule(config.train, config.optimizer, STEPS),
     )
-    with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps were passed over already"):
+    trainer = Trainer(config.train, config.optimizer, runtime, schedule, [], lambda: False, policy)
+    with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps have already been skipped"):
         trainer.fit(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]
     assert {path.name for path in (tmp_path / "nan").iterdir()} == {f"step-{number:08d}" for number in (1, 2, 3)}
@@ -483,7 +495,7 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     config = with_train(on_nan="rollback", checkpoint_every_steps=1)
     rates = [
         stage.learning_rate(step - stage.first)
-        for stage in build_schedule(config, STEPS).stages
+        for stage in build_schedule(config.train, config.optimizer, STEPS).stages
         for step in range(stage.first, stage.stop)
     ]
     diverging(monkeypatch, bad, above=0.6 * rates[bad])
@@ -491,14 +503,17 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     policy = Policy(config, tmp_path)
     policy.prepare(state)
     state.changes = [{"step": 0, "key": "seed", "was": 1, "is": 2}]  # allowed since that checkpoint
-    history = run(state, [policy.keeper], config=config, not_finite=policy)
+    history = run(state, [policy.checkpoint_callback], config=config, on_nan=policy)
     assert [change["key"] for change in state.changes] == ["seed"]
     epoch = bad // STEPS
     assert state.rollbacks == 1
     assert [record["epoch"] for record in history] == [1, 2, 3, 4], "no epoch is lost or counted twice"
     factors = [record["learning_rate"] / rates[int(record["step"]) - 1] for record in history]
     np.testing.assert_allclose(factors, [1.0] * epoch + [0.5] * (4 - epoch))
-    assert f"Back to the end of step {epoch * STEPS}, the learning rate halved, 1 of 3 times" in policy.said[0]
+    assert (
+        f"Rolled back to the end of step {epoch * STEPS} with half the learning rate, 1 of at most 3 times"
+        in policy.messages[0]
+    )
     [newest] = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name == "step-00000020"]
     assert json.loads((tmp_path / "checkpoints" / newest / "manifest.json").read_text())["rollbacks"] == 1
 
@@ -509,9 +524,9 @@ def test_a_run_goes_back_a_few_times_only(tmp_path: Path, monkeypatch):
     state = fresh_state()
     policy = Policy(config, tmp_path)
     policy.prepare(state)
-    with pytest.raises(TrainingError, match=r"not finite in step 8; .*\nThe run went back 3 times already"):
-        run(state, [policy.keeper], config=config, not_finite=policy)
-    assert len(policy.said) == MAX_ROLLBACKS
+    with pytest.raises(TrainingError, match=r"not finite in step 8; .*\nThe run has already been rolled back 3 times"):
+        run(state, [policy.checkpoint_callback], config=config, on_nan=policy)
+    assert len(policy.messages) == MAX_ROLLBACKS
 
 
 def test_a_run_does_not_go_back_to_a_damaged_checkpoint(tmp_path: Path, monkeypatch):
@@ -526,7 +541,7 @@ def test_a_run_does_not_go_back_to_a_damaged_checkpoint(tmp_path: Path, monkeypa
     with pytest.raises(
         TrainingError, match=r"not finite in step 8; .*\n.*cannot go back to .*step-00000005: model.npz is damaged"
     ):
-        run(fresh_state(), [policy.keeper, Damage()], config=config, not_finite=policy)
+        run(fresh_state(), [policy.checkpoint_callback, Damage()], config=config, on_nan=policy)
 
 
 def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_path: Path, monkeypatch):
@@ -538,17 +553,17 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
         "stages": stages,
     }
     config = Config.model_validate({"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": train})
-    rate = build_schedule(config, STEPS).stages[1].learning_rate(2)
+    rate = build_schedule(config.train, config.optimizer, STEPS).stages[1].learning_rate(2)
     diverging(monkeypatch, 12, above=0.6 * rate)  # the third step of the second stage, ten of the first being left out
     state = fresh_state()
     policy, recorder = Policy(config, tmp_path), Recorder()
     policy.prepare(state)
     accuracies = (0.5, 0.6, None, None, 0.5, 0.9)  # the second epoch is the best so far, but too little better to go on
-    history = run(state, [policy.keeper, recorder], config=config, not_finite=policy, accuracies=accuracies)
+    history = run(state, [policy.checkpoint_callback, recorder], config=config, on_nan=policy, accuracies=accuracies)
     assert [record["epoch"] for record in history] == [1, 2, 5, 6]
     assert state.rollbacks == 1
-    assert "not finite in step 23" in policy.said[0]
-    assert "Back to the end of step 10" in policy.said[0]
+    assert "not finite in step 23" in policy.messages[0]
+    assert "Rolled back to the end of step 10" in policy.messages[0]
     assert recorder.left_out == [2, 2]
     assert state.best["epoch"] == 6
 
@@ -562,6 +577,5 @@ def test_a_run_that_is_resumed_at_its_end_still_has_its_average(tmp_path: Path):
     for one in (state, resumed):
         with one.averaged():
             assert all(
-                np.array_equal(v.numpy(), a.numpy())
-                for v, a in zip(one.ema.averaged, one.ema.variables, strict=True)
+                np.array_equal(v.numpy(), a.numpy()) for v, a in zip(one.ema.averaged, one.ema.variables, strict=True)
             )

@@ -66,7 +66,11 @@ def network(runtime: Runtime) -> keras.Model:
 def settle(wanted: Config, steps: int, before: Config | None = None) -> tuple[bool | str, str]:
     runtime = setup_devices(wanted.runtime, wanted.seed)
     settled, decided, reason = resolve_xla(
-        wanted, runtime, network(runtime), build_schedule(wanted, steps).stages, previous=before
+        wanted,
+        runtime,
+        network(runtime),
+        build_schedule(wanted.train, wanted.optimizer, steps).stages,
+        previous=before,
     )
     assert settled.runtime.xla == decided.jit_compile
     assert Config.model_validate(settled.model_dump(mode="json")) == settled
@@ -122,6 +126,7 @@ def test_what_the_config_says_is_done(given: bool) -> None:
 def test_batch_normalisation_is_left_to_xla_where_it_compiles(steps: int) -> None:
     runtime = setup_devices(config().runtime, config().seed)
     model = network(runtime)
-    _, decided, _ = resolve_xla(config(), runtime, model, build_schedule(config(), steps).stages)
+    schedule = build_schedule(config().train, config().optimizer, steps)
+    _, decided, _ = resolve_xla(config(), runtime, model, schedule.stages)
     fused = {layer.fused for layer in model.layers if isinstance(layer, FusedBatchNormalization)}
     assert fused == {not decided.jit_compile}
