@@ -231,7 +231,7 @@ def test_a_change_that_asks_for_what_a_checkpoint_lacks_is_refused_in_words(tmp_
     written = checkpoint.save(state, tmp_path, IDENTITY, keep=1)
     with pytest.raises(
         RunError,
-        match=r"has no average, which this run wants; resume with the program, network and optimizer that wrote it",
+        match=r"has no average, which this run needs; resume with the program, network and optimizer that wrote it",
     ):
         checkpoint.restore(make_state(), written)
 
