@@ -263,7 +263,10 @@ class OneStepTrainer(Trainer):
 
 
 class ThroughputTimer(Callback):
-    """A timer of rounds of the training loop. It starts after the first step, which may be compiled, and after pauses."""
+    """A timer of rounds of the training loop.
+
+    It starts after the first step, which may be compiled, and after pauses.
+    """
 
     def __init__(self) -> None:
         """Create a timer without rounds, so that it is over."""

@@ -266,6 +266,7 @@ class AlbumentationsTransforms:
     """
 
     def __init__(self, transforms: Sequence[TransformConfig], resolution: int) -> None:
+        """Create the transforms."""
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import cv2
 

@@ -176,7 +176,7 @@ def inspect_all(
         cache: Looked up for every file before it is read; the results are saved to it, also when the scan is
             interrupted.
         progress: Called with the number of images done and of all, from the calling thread.
-        whole: Whether these are all images of the data set; the cache then drops the results of other files.
+        full_dataset: Whether these are all images of the data set; the cache then drops the results of other files.
 
     Returns:
         FACTS (N,), and for each image that cannot be used its position and the reason; its facts are zeros.

@@ -45,8 +45,8 @@ def mixup_and_cutmix(group_size: int, resolution: int, mixup_alpha: float, cutmi
     """Return a function that applies MixUp, CutMix, or for each group one of the two at random.
 
     Every image is mixed with another one of its group, with its own weight: from Beta(alpha, alpha) in MixUp; in CutMix
-    the share of its pixels that remain after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came from
-    the partner.
+    the share of its pixels that remain after a rectangle of area 1 - Beta(alpha, alpha), cut off at the border, came
+    from the partner.
 
     Args:
         group_size: Images per group, see `mixing_group_size`.

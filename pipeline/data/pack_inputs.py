@@ -84,6 +84,7 @@ class SourceInput:
     """The data set of a config, as an input of packing."""
 
     def __init__(self, source: DataSource) -> None:
+        """Create the input."""
         self._source, self._images = source, source.list_images()
         self.total, self.settings = len(self._images), dict[str, Any]()
         digest = hashlib.sha256(json.dumps(source.class_names).encode())
@@ -96,6 +97,7 @@ class SourceInput:
         }
 
     def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
+        """Yield the records in the order of the pack."""
         del last
         ahead: deque[Future[PackRecord]] = deque()
         with ThreadPoolExecutor(PREFETCH) as pool:
@@ -122,6 +124,7 @@ class SourceInput:
         return PackRecord(image.key, image.label, None, image.split, 0 if status is None else status.version, data)
 
     def changes(self, rows: pa.Table) -> list[str]:
+        """List what has changed since the pack was begun."""
         changes = []
         current = {image.key: image for image in self._images}
         columns = (rows[name].to_pylist() for name in ("key", "label", "split", "bytes", "modified", "sha256"))
@@ -140,4 +143,5 @@ class SourceInput:
         return status is not None and status != (size, modified)
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return the class names in the order of the labels."""
         return self._source.class_names, rows["label"].to_numpy().astype(np.int32)

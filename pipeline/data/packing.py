@@ -118,7 +118,7 @@ def _is_pack_folder(folder: Path) -> bool:
 
 @contextmanager
 def _exclusive_lock(staging: Path) -> Iterator[None]:
-    """A block that no other process can be in for the same folder. A finished pack is left without a staging folder."""
+    """Hold the staging folder for this process. Remove it where the pack is finished."""
     staging.mkdir(parents=True, exist_ok=True)
     busy = f"{staging.parent}: another process is packing into it; wait for its end, or choose another --out"
     with exclusive_lock(staging / LOCK, DataError(busy)):

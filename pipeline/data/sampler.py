@@ -1,9 +1,9 @@
 """The order of the images: a function of the position in the stream, so memory does not grow with the data set.
 
-The order of an epoch, that is one pass over all n images, is a swap-or-not shuffle (Hoang, Morris, Rogaway: An Enciphering Scheme Based on a Card Shuffle,
-2012). Each round takes a number k below n from the key and pairs every position x with (k - x) mod n. One bit, which is
-the same for both positions, decides whether the pair is swapped. A position is followed through all rounds without
-computing any other position.
+The order of an epoch, that is one pass over all n images, is a swap-or-not shuffle (Hoang, Morris, Rogaway: An
+Enciphering Scheme Based on a Card Shuffle, 2012). Each round takes a number k below n from the key and pairs every
+position x with (k - x) mod n. One bit, which is the same for both positions, decides whether the pair is swapped. A
+position is followed through all rounds without computing any other position.
 """
 
 import tensorflow as tf

@@ -75,7 +75,7 @@ class ScanCache:
 
         Args:
             facts: Results of a scan.
-            whole: Whether the scan covered the full data set and was completed. If so, the results replace the
+            full_dataset: Whether the scan covered the full data set and was completed. If so, the results replace the
                 cache; else they are added to it.
         """
         if self._path is None or not self._has_changes:

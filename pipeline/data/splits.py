@@ -162,11 +162,12 @@ def assign_splits(
 ) -> np.ndarray:
     """Assign every image to a split.
 
-    Splits that the data bring are used unchanged. All three are made where the data bring none or only train; where they bring
-    train and test, val is taken out of train. Splits are made class by class. Groups are not divided; they are put in an
-    order drawn from the seed and the images' contents, and cut at the shares. So each split's part is within one
-    group of exact, a few files more or less move few others, and names play no part. A class of three groups or more is
-    in every split that is made; of two, in train and test (or val, where only that is made); of one, in train.
+    Splits that the data bring are used unchanged. All three are made where the data bring none or only train; where
+    they bring train and test, val is taken out of train. Splits are made class by class. Groups are not divided; they
+    are put in an order drawn from the seed and the images' contents, and cut at the shares. So each split's part is
+    within one group of exact, a few files more or less move few others, and names play no part. A class of three groups
+    or more is in every split that is made; of two, in train and test (or val, where only that is made); of one, in
+    train.
 
     Args:
         label: int (N,).

@@ -105,6 +105,7 @@ class TFRecordInput:
         }
 
     def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
+        """Yield the records in the order of the pack."""
         del start
         place, number = 0, 0
         if last is not None:
@@ -122,6 +123,7 @@ class TFRecordInput:
         return []
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return the class names in the order of the labels."""
         labels = rows["label"].to_numpy()
         if self._first is None and labels.min() > 0:
             raise DataError(

@@ -101,8 +101,8 @@ def scan(
         config: `splits`, `group_near_duplicates`, `on_bad_image`, `on_leak` and `path` are used.
         seed: Seed of the splits.
         progress: Called with the number of images done and of all, from the calling thread.
-        fewest_classes: That must have images; to learn, two.
-        whole: Whether the source is the full data set that `config` names, not a part of it.
+        min_classes: Number of classes that must have images; training needs two.
+        full_dataset: Whether the source is the full data set that `config` names, not a part of it.
 
     Raises:
         DataError: Nothing can be learned from the data, or images cannot be used, or leak between splits; the message
@@ -130,8 +130,8 @@ def validate(
         config: See `scan`.
         seed: Seed of the splits.
         progress: See `scan`.
-        fewest_classes: See `scan`.
-        whole: See `scan`.
+        min_classes: See `scan`.
+        full_dataset: See `scan`.
     """
     images, classes = source.list_images(), len(source.class_names)
     labeled = [image for image in images if 0 <= image.label < classes]
@@ -158,7 +158,10 @@ def validate(
 
 
 def _table(images: Sequence[LabeledImage], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
-    """Return the manifest's rows. Texts are built by Arrow, which takes a fraction of the memory of as many Python strings."""
+    """Return the manifest's rows.
+
+    Texts are built by Arrow, which takes a fraction of the memory of as many Python strings.
+    """
     label = np.fromiter((image.label for image in images), np.int32, len(images))
     group = np.arange(len(images), dtype=np.int64)
     if config.group_near_duplicates:

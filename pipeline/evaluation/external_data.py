@@ -39,7 +39,9 @@ class SplitSource:
 
     def list_images(self) -> list[LabeledImage]:
         """Return the samples of the split, without the split."""
-        return [sample._replace(split=None) for sample in self.source.list_images() if self.split in (None, sample.split)]
+        return [
+            sample._replace(split=None) for sample in self.source.list_images() if self.split in (None, sample.split)
+        ]
 
     def stat(self, key: str) -> FileStat | None:
         """Return size and time of an image file."""

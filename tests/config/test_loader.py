@@ -107,7 +107,10 @@ train:
         ),
         ("data: {source: digits}\nmodel: {variant: {phi: 1}, weights: 'imagenet:b'}\n", "not for 'b'; did you mean 'b"),
         ("data: {source: digits}\nmodel: {weights: 'imagenet:b8'}\n", "not for 'b8'"),
-        ("data: {source: digits}\nmodel: {weights: 'imagenet:lite0'}\n", "imagenet:lite0 does not fit b0: the lite variants"),
+        (
+            "data: {source: digits}\nmodel: {weights: 'imagenet:lite0'}\n",
+            "imagenet:lite0 does not fit b0: the lite variants",
+        ),
         (
             "data: {source: digits}\ntrain: {global_batch_size: 10, gradient_accumulation_steps: 4}\n",
             "must be a multiple of gradient_accumulation_steps",

@@ -356,7 +356,9 @@ def test_a_data_set_that_has_changed_is_refused(
     else:
         (photos / "dog/zz.png").write_bytes(encoded(77))
     before = files(tmp_path / "pack") if finished else files(tmp_path / "pack/.packing")
-    with pytest.raises(DataError, match=rf"(?s)is of another data set, or of an earlier state of this one:\n.*{message}"):
+    with pytest.raises(
+        DataError, match=rf"(?s)is of another data set, or of an earlier state of this one:\n.*{message}"
+    ):
         make(open_folder(photos), tmp_path / "pack", 3)
     after = files(tmp_path / "pack") if finished else files(tmp_path / "pack/.packing")
     assert {name: after[name] for name in before} == before
@@ -460,7 +462,9 @@ def test_a_disk_that_is_full_is_told_with_the_way_on(
             raise RuntimeError("write() failed: No space left on device")
 
     monkeypatch.setattr(packing, "ArrayRecordWriter", Full)
-    with pytest.raises(DataError, match=r"00000.array_record cannot be written: .*No space left.*it continues from here"):
+    with pytest.raises(
+        DataError, match=r"00000.array_record cannot be written: .*No space left.*it continues from here"
+    ):
         make(open_folder(photos), tmp_path / "pack")
 
 

@@ -75,6 +75,7 @@ class DatasetNotDownloadedError(DataError):
     """
 
     def __init__(self, message: str, class_names: tuple[str, ...]) -> None:
+        """Create the error."""
         super().__init__(message)
         self.class_names = class_names
 
@@ -87,6 +88,7 @@ class CorruptImageError(DataError):
     """
 
     def __init__(self, key: str, problem: str) -> None:
+        """Create the error."""
         super().__init__(f"{key} {problem}")
         self.problem = problem
 

@@ -15,6 +15,7 @@ class DigitsSource:
     class_names = tuple("0123456789")
 
     def __init__(self) -> None:
+        """Create the source."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -23,15 +24,19 @@ class DigitsSource:
         self._labels = [int(label) for label in digits.target]
 
     def list_images(self) -> list[LabeledImage]:
+        """List all images, always in the same order."""
         return [LabeledImage(str(i), label, None) for i, label in enumerate(self._labels)]
 
     def stat(self, key: str) -> None:
-        return None
+        """Return the size and version of the file of an image."""
+        return
 
     def read(self, key: str) -> bytes:
+        """Return the encoded file of an image."""
         return self._files[int(key)]
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+        """Return the encoded file of an image in a tf.data graph."""
         return tf.gather(tf.constant(self._files), tf.strings.to_number(key, tf.int32))
 
 

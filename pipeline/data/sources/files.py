@@ -13,20 +13,25 @@ class FileSource:
     """Image files under one root."""
 
     def __init__(self, root: Path, class_names: tuple[str, ...], images: Sequence[LabeledImage]) -> None:
+        """Create the source."""
         self.root, self.class_names = root, class_names
         # Millions of Python's strings and tuples would take several times the memory.
         kinds = (pa.string(), pa.int32(), pa.string())
         self._columns = [pa.array([image[number] for image in images], kind) for number, kind in enumerate(kinds)]
 
     def list_images(self) -> list[LabeledImage]:
+        """List all images, always in the same order."""
         return list(map(LabeledImage, *(column.to_pylist() for column in self._columns)))
 
     def stat(self, key: str) -> FileStat:
+        """Return the size and version of the file of an image."""
         status = (self.root / key).stat()
         return FileStat(status.st_size, status.st_mtime_ns)
 
     def read(self, key: str) -> bytes:
+        """Return the encoded file of an image."""
         return (self.root / key).read_bytes()
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+        """Return the encoded file of an image in a tf.data graph."""
         return tf.io.read_file(tf.strings.join([self.root.as_posix(), "/", key]))

@@ -144,6 +144,7 @@ class PackSource:
     """The images of a pack; it may be read from several threads."""
 
     def __init__(self, folder: Path, description: PackMetadata, index: pa.Table) -> None:
+        """Create the source."""
         self.class_names = description.class_names
         self._paths = [folder / shard.name for shard in description.shards]
         self._columns = {name: index[name].combine_chunks() for name in index.column_names}
@@ -154,13 +155,16 @@ class PackSource:
         self._reader = lru_cache(OPEN_SHARDS)(self._open)
 
     def list_images(self) -> list[LabeledImage]:
+        """List all images, always in the same order."""
         return list(map(LabeledImage, *(self._columns[name].to_pylist() for name in ("key", "label", "split"))))
 
     def stat(self, key: str) -> FileStat:
+        """Return the size and version of the file of an image."""
         size, sha256 = self._look_up(key, "bytes", "sha256")
         return FileStat(size, int.from_bytes(sha256[:8], signed=True))
 
     def read(self, key: str) -> bytes:
+        """Return the encoded file of an image."""
         shard, position, sha256 = self._look_up(key, "shard", "position", "sha256")
         try:
             reader = self._reader(shard)
@@ -169,6 +173,7 @@ class PackSource:
         return read_record(self._paths[shard], reader, position, sha256, key)
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+        """Return the encoded file of an image in a tf.data graph."""
         file, damage = tf.numpy_function(self._read_or_message, [key], (tf.string, tf.string), stateful=False)
         with tf.control_dependencies(
             [tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]

@@ -33,6 +33,7 @@ class TfdsSource:
     """Examples per split, by the data set's own split names, images still encoded."""
 
     def list_images(self) -> list[LabeledImage]:
+        """List all images, always in the same order."""
         return [
             LabeledImage(f"{name}/{i}", int(example["label"]), SPLIT_NAMES[name])
             for name, examples in self.records.items()
@@ -40,13 +41,16 @@ class TfdsSource:
         ]
 
     def stat(self, key: str) -> None:
-        return None
+        """Return the size and version of the file of an image."""
+        return
 
     def read(self, key: str) -> bytes:
+        """Return the encoded file of an image."""
         name, _, position = key.rpartition("/")
         return self.records[name][int(position)]["image"]
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
+        """Return the encoded file of an image in a tf.data graph."""
         file = tf.numpy_function(lambda key: self.read(key.decode()), [key], tf.string, stateful=False)
         return tf.ensure_shape(file, ())
 
