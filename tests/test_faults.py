@@ -69,7 +69,7 @@ SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evalu
 FIGURES = "pipeline.evaluation.metrics:evaluate_predictions"
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def drawn(life: str) -> list[tuple[Fault, int]]:
             return sorted(zip(LIVES[life][1], steps, strict=True), key=lambda pair: pair[1])
 
 
-# --- runs --------------------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 class Launcher(LauncherProcess):

@@ -1,4 +1,4 @@
-"""The way from a picture to lite0's published logits, pinned: preprocessing, normalisation, network and weights at once.
+"""The way from a picture to lite0's published logits, pinned: preprocessing, normalization, network and weights.
 
 `python tests/test_golden.py` writes the file anew. That is right only after a change which is meant to move every
 prediction.

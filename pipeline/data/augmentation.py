@@ -72,7 +72,7 @@ def image_augmentation(augment: AugmentConfig, resolution: int, resize: Resize) 
     return build(augment.transforms, resolution, resize)
 
 
-# --- native ------------------------------------------------------------------------------------------------------------------------
+# --- native -----------------------------------------------------------------------------------------------------------
 
 
 def decode_full_image(
@@ -87,7 +87,8 @@ def _native(configs: Sequence[TransformConfig], resolution: int, resize: Resize)
     transforms = {transform.name: transform.args for transform in configs}
     if len(transforms) < len(configs):
         raise ConfigError(
-            "augment.transforms: the native backend takes each transform once; for more, set augment.backend: albumentations"
+            "augment.transforms: the native backend takes each transform once; for more, set augment.backend: "
+            "albumentations"
         )
     crop, flip = transforms.get("RandomResizedCrop"), transforms.get("HorizontalFlip")
 
@@ -300,7 +301,8 @@ class AlbumentationsTransforms:
         for transform in self._transforms:
             if transform.name in REJECTED_TRANSFORMS:
                 raise ConfigError(
-                    f"augment.transforms: {transform.name} is refused: {REJECTED_TRANSFORMS[transform.name]}; leave it out"
+                    f"augment.transforms: {transform.name} is refused: {REJECTED_TRANSFORMS[transform.name]}; leave "
+                    "it out"
                 )
             args = sized_arguments(transform, self._resolution)
             try:
@@ -335,7 +337,8 @@ class AlbumentationsTransforms:
                     ) from None
                 if result.dtype != np.uint8 or result.shape != (side, side, 3):
                     raise ConfigError(
-                        f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into {result.dtype} of "
+                        f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into "
+                        f"{result.dtype} of "
                         f"{' x '.join(map(str, result.shape))}; the network takes uint8 of {side} x {side} x 3. "
                         "Begin with RandomResizedCrop or end with Resize or a crop"
                     )

@@ -46,7 +46,8 @@ def start_server(
         )
     except (OSError, OverflowError, tf.errors.OpError) as error:
         raise RunError(
-            f"--address {address}: cannot be served at ({error}); choose another port that is free, as is the one above it"
+            f"--address {address}: cannot be served at ({error}); choose another port that is free, as is the one "
+            "above it"
         ) from None
     return dispatcher, worker
 
@@ -64,7 +65,8 @@ def check_servers(addresses: Sequence[str]) -> None:
                 socket.create_connection((host, number), timeout=10).close()
             except (OSError, OverflowError) as error:
                 raise RunError(
-                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python -m pipeline data-server "
+                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python "
+                    "-m pipeline data-server "
                     f"--address {address}"
                 ) from None
 
@@ -131,7 +133,8 @@ def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: fl
                 continue
             if isinstance(item, tf.errors.OpError):
                 raise TrainingError(
-                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the servers again and "
+                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the "
+                    "servers again and "
                     "continue with --resume"
                 )
             if isinstance(item, StopIteration):

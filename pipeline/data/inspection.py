@@ -90,7 +90,8 @@ def read_header(data: bytes) -> ImageHeader | str:
     if kind not in FORMATS:
         return f"is {kind}, which TensorFlow does not decode"
     if kind == "WEBP" and data[12:16] == b"VP8X" and data[20] & 2:
-        return "is an animated WebP, on which TensorFlow's decoder overruns its memory"  # 2.21 ends the process: "malloc(): invalid size"
+        # TensorFlow 2.21 ends the process: "malloc(): invalid size"
+        return "is an animated WebP, on which TensorFlow's decoder overruns its memory"
     if kind == "BMP" and mode == "P":
         return "is a BMP with a palette, which TensorFlow does not look up"
     if width * height > MAX_PIXELS:

@@ -36,7 +36,8 @@ def mixing_group_size(global_batch_size: int, accumulation: int) -> int:
         if micro_batch % size == 0:
             return size
     raise ConfigError(
-        f"augment.mixup and augment.cutmix need an even number of images per micro-batch; train.global_batch_size / train.gradient_accumulation_steps is "
+        "augment.mixup and augment.cutmix need an even number of images per micro-batch; train.global_batch_size / "
+        "train.gradient_accumulation_steps is "
         f"{global_batch_size} / {accumulation} = {micro_batch}. Make it even, or set mixup and cutmix to 0"
     )
 
@@ -104,7 +105,9 @@ def partners(size: int, seed: tf.Tensor) -> tf.Tensor:
 
 
 def beta(shape: tuple[int, ...], alpha: float, seed: tf.Tensor) -> tf.Tensor:
-    """Draw from Beta(alpha, alpha), as the share of one gamma draw in two; float64, where small alphas do not underflow.
+    """Draw from Beta(alpha, alpha), as the share of one gamma draw in two.
+
+    The draws are float64, where small alphas do not underflow.
 
     Args:
         shape: Of the result.

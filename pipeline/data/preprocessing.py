@@ -50,7 +50,9 @@ def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
-    """Decode a JPEG as stored, at 1 / `ratio` of its size: uint8 (ceil(H / ratio), ceil(W / ratio), 3), ratio 1, 2, 4 or 8.
+    """Decode a JPEG as stored, at 1 / `ratio` of its size.
+
+    The result is uint8 (ceil(H / ratio), ceil(W / ratio), 3); `ratio` is 1, 2, 4 or 8.
 
     Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every
     other.
@@ -106,7 +108,7 @@ def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.
 
 
 def resample(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) -> tf.Tensor:
-    """Resize for evaluation: bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow does.
+    """Resize for evaluation: bicubic (Keys, a = -0.5), antialiased where a side shrinks, as in Pillow.
 
     Args:
         image: uint8 (H, W, 3).
@@ -185,7 +187,9 @@ def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Te
 
 
 def crop_view(image: tf.Tensor, resolution: int, resize: Resize, position: tuple[float, float]) -> tf.Tensor:
-    """Crop one of several overlapping views of an image, each R / (R + 32) of its sides (of the shorter one under `resize` crop).
+    """Crop one of several overlapping views of an image.
+
+    Each has R / (R + 32) of its sides, or of the shorter one under `resize` crop.
 
     Args:
         image: uint8 (H, W, 3).
@@ -240,16 +244,19 @@ def describe(resolution: int, resize: Resize) -> list[str]:
             f"resize it to {r} x {r} pixels, {bicubically}",
         ],
         "letterbox": [
-            f"resize the image to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / max(H, W))), "
+            f"resize the image to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / "
+            "max(H, W))), "
             f"{bicubically}",
             f"put it into a square of {r} x {r} pixels of the value {PADDING_GRAY} in every channel, "
             f"its top at floor(({r} - h) / 2), its left at floor(({r} - w) / 2)",
         ],
     }[resize]
     return [
-        "decode to 8 bits a channel, RGB: gray becomes three equal channels, transparency is dropped, an animation gives its first frame",
+        "decode to 8 bits a channel, RGB: gray becomes three equal channels, transparency is dropped, an animation "
+        "gives its first frame",
         "turn the image upright by its EXIF orientation; H and W are its height and width from here on",
         *square,
-        "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; nothing is divided or subtracted, "
+        "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; nothing is divided or "
+        "subtracted, "
         "normalization is inside the network",
     ]

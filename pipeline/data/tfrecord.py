@@ -91,7 +91,8 @@ class TFRecordInput:
             raise DataError(
                 f"{file.path}: record 0 has no {self._features.class_name or 'text'} to call its class by (it has "
                 f"{', '.join(sorted(example))});\n"
-                "give --classes FILE with a name a line, such as the label.labels.txt of tensorflow-datasets, or --class-feature NAME"
+                "give --classes FILE with a name a line, such as the label.labels.txt of tensorflow-datasets, or "
+                "--class-feature NAME"
             )
         self.identity = {
             file.name: f"{(s := file.path.stat()).st_size} bytes, changed at {s.st_mtime_ns} ns" for file in self._files
@@ -127,7 +128,8 @@ class TFRecordInput:
         labels = rows["label"].to_numpy()
         if self._first is None and labels.min() > 0:
             raise DataError(
-                f"The least label is {labels.min()}: do they count from 1? Say --first-label 1 if so, and --first-label 0 if the classes "
+                f"The least label is {labels.min()}: do they count from 1? Say --first-label 1 if so, and "
+                "--first-label 0 if the classes "
                 "in front of it have no images. What has been written remains."
             )
         labels = labels - (self._first or 0)
@@ -136,7 +138,8 @@ class TFRecordInput:
             names
         ):  # of images that were packed before the command line was changed
             raise DataError(
-                f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which --first-label or "
+                f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which "
+                "--first-label or "
                 f"the number of names in --classes ({len(names)}) does not fit. What has been written remains."
             )
         return names, labels.astype(np.int32)
@@ -146,7 +149,8 @@ class TFRecordInput:
             yield from tf.data.TFRecordDataset(str(file.path)).skip(skip).as_numpy_iterator()
         except tf.errors.OpError as error:
             raise DataError(
-                f"{file.path} is damaged, or no uncompressed TFRecord file: {error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
+                f"{file.path} is damaged, or no uncompressed TFRecord file: "
+                f"{error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
             ) from None
 
     def _to_record(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> PackRecord:
@@ -154,7 +158,8 @@ class TFRecordInput:
         image, labels = example.get(features.image), example.get(features.label)
         if not image or not isinstance(image[0], bytes) or not labels or not isinstance(labels[0], int):
             raise DataError(
-                f"{where} has no bytes {features.image} or no number {features.label}; it has {', '.join(sorted(example)) or 'nothing'}: "
+                f"{where} has no bytes {features.image} or no number {features.label}; it has "
+                f"{', '.join(sorted(example)) or 'nothing'}: "
                 "give their names with --image-feature and --label-feature"
             )
         if len(image) + len(labels) > 2:
@@ -190,7 +195,8 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"--tfrecord: {len(doubled)} files are given twice, or have the same name:\n{format_list(doubled)}\nRename them."
+            f"--tfrecord: {len(doubled)} files are given twice, or have the same "
+            f"name:\n{format_list(doubled)}\nRename them."
         )
     return files
 
@@ -233,7 +239,8 @@ def _class_names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]
     if problems:
         raise DataError(
             f"The names of the classes are not clear:\n{format_list(list(problems))}\n"
-            "Give --classes FILE with a name a line, in the order of the labels: what has been written remains. Or start anew in another "
+            "Give --classes FILE with a name a line, in the order of the labels: what has been written remains. Or "
+            "start anew in another "
             "--out with another --class-feature."
         )
     return [str(names[label]) for label in sorted(names)]

@@ -258,7 +258,8 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         items = _groups(leaks, "group", "split")
         if on_leak == "error":
             remedy = (
-                "Figures on val and test would be too good. Delete the copies or move them into one split; or let the program make the "
+                "Figures on val and test would be too good. Delete the copies or move them into one split; or let the "
+                "program make the "
                 "splits, from data without any; or accept it by data.on_leak=warn."
             )
             yield Finding("leaks", "error", text, items, remedy)

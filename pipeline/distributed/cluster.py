@@ -83,7 +83,8 @@ class ProcessInfo:
                 reported = True
                 time.sleep(0.5)
         raise RunError(
-            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, has ended (see its output), "
+            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, has ended (see its "
+            "output), "
             "or is behind a firewall"
         )
 

@@ -171,7 +171,8 @@ def test_near_duplicates_stay_together_and_are_reported(tmp_path):
         assert table["split"][f"cat/copy{i}.png"] == table["split"][f"cat/{i:03}.jpg"]
         assert table["group"][f"cat/copy{i}.png"] == table["group"][f"cat/{i:03}.jpg"]
     assert manifest.notes == (
-        "18 images are near-duplicates of another, in 9 groups: cat/000.jpg = cat/copy0.png; cat/001.jpg = cat/copy1.png; "
+        "18 images are near-duplicates of another, in 9 groups: cat/000.jpg = cat/copy0.png; cat/001.jpg = "
+        "cat/copy1.png; "
         "cat/002.jpg = cat/copy2.png; ...",
         "2 near-duplicate images have different labels: cat/009.jpg (cat) = dog/copy.png (dog).",
     )

@@ -69,7 +69,7 @@ def pictures(resolution: int, count: int = 8) -> np.ndarray:
 def assert_kept_logits_identical(
     old: keras.Model, new: keras.Model, places: dict[int, int], images: np.ndarray
 ) -> None:
-    """Bit for bit, in one and the same product: the last bit of a matrix product depends on its number of columns, and the processor.
+    """Bit for bit, in one product: its last bit depends on its number of columns, and on the processor.
 
     Args:
         old: The source.
@@ -193,7 +193,7 @@ def test_a_head_that_nothing_matches_stays_as_it_was_built(run: Path) -> None:
     assert "predictions" not in report.copied
 
 
-# --- Names -------------------------------------------------------------------------------------------------------------------------
+# --- Names ------------------------------------------------------------------------------------------------------------
 
 
 def test_imagenets_classes_go_by_synset_or_by_name() -> None:

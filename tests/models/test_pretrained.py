@@ -54,7 +54,7 @@ def assert_same_backbone(model: keras.Model, expected: keras.Model) -> None:
             np.testing.assert_array_equal(array, wanted, err_msg=name)
 
 
-# --- Files -------------------------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def legacy_h5(model: keras.Model, path: Path, under: str = "/") -> None:

@@ -10,7 +10,7 @@ from pipeline.errors import DataError
 
 
 def open_csv(path: Path) -> FileSource:
-    """Open a CSV file with a header that has the columns path, label and, if the splits are given, split; others are ignored.
+    """Open a CSV file with the columns path, label and, if the splits are given, split; ignore others.
 
     Raises:
         DataError: The file cannot be read; or rows are wrong, all of which are listed with their line numbers.
@@ -54,7 +54,8 @@ def open_csv(path: Path) -> FileSource:
         problems += [f"line {number}: {fault}" for fault in faults]
     if problems:
         raise DataError(
-            f"{path}: {len(problems)} things are wrong:\n{format_list(problems)}\nPaths are relative to the folder of the CSV file."
+            f"{path}: {len(problems)} things are wrong:\n{format_list(problems)}\nPaths are relative to the folder of "
+            "the CSV file."
         )
     names = sorted({row["label"] for _, row in lines})
     labels = {name: label for label, name in enumerate(names)}

@@ -19,7 +19,8 @@ def open_folder(root: Path) -> FileSource:
     """
     if not root.is_dir():
         raise DataError(
-            f"data.path: {root} is {'a file, not a folder' if root.exists() else 'missing'}; give a folder that holds <class>/<image>"
+            f"data.path: {root} is {'a file, not a folder' if root.exists() else 'missing'}; give a folder that holds "
+            "<class>/<image>"
         )
     parents = _class_parents(root)
     strays = [
@@ -60,7 +61,8 @@ def _class_parents(root: Path) -> dict[Path, str | None]:
         return {root: None}
     if others:
         raise DataError(
-            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other folders:\n{format_list(others)}\nMove the others away."
+            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other "
+            f"folders:\n{format_list(others)}\nMove the others away."
         )
     named = [SPLIT_NAMES[folder.name] for folder in splits]
     doubled = [folder.name for folder in splits if named.count(SPLIT_NAMES[folder.name]) > 1]

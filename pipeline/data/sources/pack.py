@@ -109,7 +109,8 @@ def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
         ) from None
     if found != description.index:
         raise DataError(
-            f"{index} is not the one that {path.name} names (by SHA-256); restore it from a copy, or pack the data set again"
+            f"{index} is not the one that {path.name} names (by SHA-256); restore it from a copy, or pack the data "
+            "set again"
         )
     return description, pq.read_table(index, schema=INDEX, memory_map=False)
 

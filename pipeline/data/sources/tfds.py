@@ -83,7 +83,8 @@ def open_tfds(name: str, data_dir: Path, *, download: bool = True) -> TfdsSource
         features.get("label"), tfds.features.ClassLabel
     ):
         raise DataError(
-            f"data.name: {name} has the features {', '.join(features)}; needed are an image named image and a class named label"
+            f"data.name: {name} has the features {', '.join(features)}; needed are an image named image and a class "
+            "named label"
         )
     if not builder.is_prepared():
         if not download:
@@ -112,7 +113,8 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
 
     ways_on = (
         "Two ways on:\n"
-        "  - train on an image folder: data.source=folder data.name=null data.path=FOLDER (with FOLDER/<class>/<image>)\n"
+        "  - train on an image folder: data.source=folder data.name=null data.path=FOLDER (with "
+        "FOLDER/<class>/<image>)\n"
         "  - prepare it where there is a network, then point data.path at the copied DIR:\n"
         '      python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='DIR').download_and_prepare(file_format='array_record')\""
