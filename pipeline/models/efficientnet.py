@@ -24,12 +24,13 @@ import re
 import string
 import sys
 import zlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import keras
 from keras import layers
 
-from pipeline.models.variants import BlockArgs, Variant, end_filters, stage_filters, stage_repeats
+from pipeline.models.variants import BlockArgs, Family, Variant, end_filters, stage_filters, stage_repeats
 
 CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
 TOP_DROPOUT = "top_dropout"
@@ -57,6 +58,142 @@ def block_name(stage: int, repeat: int) -> str:
     """
     letters = string.ascii_lowercase
     return f"block{stage}{letters[repeat // 26 - 1] if repeat >= 26 else ''}{letters[repeat % 26]}"
+
+
+@dataclass(frozen=True)
+class LayerBuilder:
+    """Builds the layers of a network by name.
+
+    Attributes:
+        family: The family, whose activation, squeeze-and-excitation and epsilon are used.
+        layer_types: The classes of the layers.
+        batch_norm_momentum: Momentum of the moving statistics.
+        synchronized: Whether batch normalization takes its statistics over all replicas.
+        dtype: Keras's dtype policy.
+        seed: Seed of the network.
+    """
+
+    family: Family
+    layer_types: LayerTypes
+    batch_norm_momentum: float
+    synchronized: bool
+    dtype: str
+    seed: int
+
+    def seed_of(self, name: str) -> int:
+        """Return the seed of a layer, from the seed of the network and its name."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())
+
+    def kernel(self, name: str) -> keras.initializers.Initializer:
+        """Return the initializer of a kernel: the official code's He initialization by fan-out."""
+        return keras.initializers.VarianceScaling(
+            2.0, mode="fan_out", distribution="untruncated_normal", seed=self.seed_of(name)
+        )
+
+    def conv(self, x: keras.KerasTensor, name: str, filters: int, size: int = 1, stride: int = 1) -> keras.KerasTensor:
+        """Convolve."""
+        return layers.Conv2D(
+            filters,
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=self.kernel(name),
+            dtype=self.dtype,
+            name=name,
+        )(x)
+
+    def dwconv(self, x: keras.KerasTensor, name: str, size: int, stride: int) -> keras.KerasTensor:
+        """Convolve every channel by itself."""
+        return self.layer_types.dwconv(
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            depthwise_initializer=self.kernel(name),
+            dtype=self.dtype,
+            name=name,
+        )(x)
+
+    def norm(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        """Normalize by batch statistics."""
+        return self.layer_types.norm(
+            momentum=self.batch_norm_momentum,
+            epsilon=self.family.batch_norm_epsilon,
+            synchronized=self.synchronized,
+            dtype=self.dtype,
+            name=name,
+        )(x)
+
+    def norm_activate(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        """Normalize and activate."""
+        return self.layer_types.activation(self.family.activation, dtype=self.dtype, name=f"{name}_activation")(
+            self.norm(x, f"{name}_bn")
+        )
+
+    def squeeze_excite(self, x: keras.KerasTensor, name: str, squeezed: int) -> keras.KerasTensor:
+        """Weight the channels by a gate that sees the mean of each (arXiv 1709.01507)."""
+        filters = x.shape[-1]
+        gate = layers.GlobalAveragePooling2D(dtype=self.dtype, name=f"{name}_squeeze")(x)
+        gate = layers.Reshape((1, 1, filters), dtype=self.dtype, name=f"{name}_reshape")(gate)
+        for part, width, function in (("reduce", squeezed, self.family.activation), ("expand", filters, "sigmoid")):
+            part_name = f"{name}_{part}"
+            gate = layers.Conv2D(
+                width,
+                1,
+                activation=function,
+                kernel_initializer=self.kernel(part_name),
+                dtype=self.dtype,
+                name=part_name,
+            )(gate)
+        return layers.Multiply(dtype=self.dtype, name=f"{name}_excite")([x, gate])
+
+    def mbconv(
+        self, inputs: keras.KerasTensor, name: str, stage: BlockArgs, stride: int, filters: int, drop_rate: float
+    ) -> keras.KerasTensor:
+        """Build an inverted residual block (arXiv 1801.04381) with squeeze-and-excitation.
+
+        Args:
+            inputs: Feature map (B, H, W, C).
+            name: Prefix of the layer names.
+            stage: Row of the table.
+            stride: Stride of the depthwise convolution.
+            filters: Channels of the output.
+            drop_rate: Probability that stochastic depth drops the block.
+
+        Returns:
+            Feature map (B, ceil(H / stride), ceil(W / stride), filters).
+        """
+        x, filters_in = inputs, inputs.shape[-1]
+        if stage.expand != 1:
+            x = self.norm_activate(self.conv(x, f"{name}_expand_conv", filters_in * stage.expand), f"{name}_expand")
+        x = self.norm_activate(self.dwconv(x, f"{name}_dwconv", stage.kernel, stride), name)
+        if self.family.se_ratio is not None:
+            x = self.squeeze_excite(x, f"{name}_se", max(1, int(filters_in * self.family.se_ratio)))
+        x = self.norm(self.conv(x, f"{name}_project_conv", filters), f"{name}_project_bn")
+        if stride == 1 and filters == filters_in:
+            if drop_rate > 0:
+                drop = f"{name}_drop"
+                x = self.layer_types.dropout(
+                    drop_rate, noise_shape=(None, 1, 1, 1), seed=self.seed_of(drop), dtype=self.dtype, name=drop
+                )(x)
+            x = layers.Add(dtype=self.dtype, name=f"{name}_add")([x, inputs])
+        return x
+
+    def classifier(self, x: keras.KerasTensor, num_classes: int, dropout: float) -> keras.KerasTensor:
+        """Pool a feature map and classify it: float32 logits (B, num_classes)."""
+        x = layers.GlobalAveragePooling2D(dtype=self.dtype, name="avg_pool")(x)
+        if dropout > 0:
+            x = self.layer_types.dropout(dropout, seed=self.seed_of(TOP_DROPOUT), dtype=self.dtype, name=TOP_DROPOUT)(x)
+        # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of
+        # standard deviation 5 and a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the
+        # pretrained layers before it has found a direction.
+        bound = max(num_classes, 1000) ** -0.5
+        uniform = keras.initializers.RandomUniform(-bound, bound, seed=self.seed_of(CLASSIFIER))
+        return layers.Dense(num_classes, kernel_initializer=uniform, dtype="float32", name=CLASSIFIER)(x)
+
+
+BLOCKS = {"mbconv": LayerBuilder.mbconv}  # by the name in BlockArgs
 
 
 def efficientnet(
@@ -99,80 +236,11 @@ def efficientnet(
         it is the feature map of `top_activation`, (B, ceil(R / 32), ceil(R / 32), C), in the dtype of the computation.
     """
     family = variant.family
-    activation = family.activation
-
-    def seed_of(name: str) -> int:
-        return zlib.crc32(f"{seed}/{name}".encode())
-
-    def kernel(name: str) -> keras.initializers.Initializer:
-        return keras.initializers.VarianceScaling(
-            2.0, mode="fan_out", distribution="untruncated_normal", seed=seed_of(name)
-        )
-
-    def conv(x: keras.KerasTensor, name: str, filters: int, size: int = 1, stride: int = 1) -> keras.KerasTensor:
-        return layers.Conv2D(
-            filters,
-            size,
-            stride,
-            padding="same",
-            use_bias=False,
-            kernel_initializer=kernel(name),
-            dtype=dtype,
-            name=name,
-        )(x)
-
-    def dwconv(x: keras.KerasTensor, name: str, size: int, stride: int) -> keras.KerasTensor:
-        return layer_types.dwconv(
-            size, stride, padding="same", use_bias=False, depthwise_initializer=kernel(name), dtype=dtype, name=name
-        )(x)
-
-    def norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-        return layer_types.norm(
-            momentum=batch_norm_momentum,
-            epsilon=family.batch_norm_epsilon,
-            synchronized=synchronized,
-            dtype=dtype,
-            name=name,
-        )(x)
-
-    def norm_activate(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-        return layer_types.activation(activation, dtype=dtype, name=f"{name}_activation")(norm(x, f"{name}_bn"))
-
-    def squeeze_excite(x: keras.KerasTensor, name: str, squeezed: int) -> keras.KerasTensor:
-        filters = x.shape[-1]
-        gate = layers.GlobalAveragePooling2D(dtype=dtype, name=f"{name}_squeeze")(x)
-        gate = layers.Reshape((1, 1, filters), dtype=dtype, name=f"{name}_reshape")(gate)
-        for part, width, function in (("reduce", squeezed, activation), ("expand", filters, "sigmoid")):
-            part_name = f"{name}_{part}"
-            gate = layers.Conv2D(
-                width, 1, activation=function, kernel_initializer=kernel(part_name), dtype=dtype, name=part_name
-            )(gate)
-        return layers.Multiply(dtype=dtype, name=f"{name}_excite")([x, gate])
-
-    def mbconv(
-        inputs: keras.KerasTensor, name: str, stage: BlockArgs, stride: int, filters: int, drop_rate: float
-    ) -> keras.KerasTensor:
-        x, filters_in = inputs, inputs.shape[-1]
-        if stage.expand != 1:
-            x = norm_activate(conv(x, f"{name}_expand_conv", filters_in * stage.expand), f"{name}_expand")
-        x = norm_activate(dwconv(x, f"{name}_dwconv", stage.kernel, stride), name)
-        if family.se_ratio is not None:
-            x = squeeze_excite(x, f"{name}_se", max(1, int(filters_in * family.se_ratio)))
-        x = norm(conv(x, f"{name}_project_conv", filters), f"{name}_project_bn")
-        if stride == 1 and filters == filters_in:
-            if drop_rate > 0:
-                drop = f"{name}_drop"
-                x = layer_types.dropout(
-                    drop_rate, noise_shape=(None, 1, 1, 1), seed=seed_of(drop), dtype=dtype, name=drop
-                )(x)
-            x = layers.Add(dtype=dtype, name=f"{name}_add")([x, inputs])
-        return x
-
-    block_types = {"mbconv": mbconv}
+    build = LayerBuilder(family, layer_types, batch_norm_momentum, synchronized, dtype, seed)
     stem_filters, top_filters = end_filters(variant)
     images = keras.Input((variant.resolution, variant.resolution, channels), dtype="float32", name="images")
     x = layers.Rescaling(family.scale, family.offset, dtype="float32", name="rescaling")(images)
-    x = norm_activate(conv(x, "stem_conv", stem_filters, 3, 2), "stem")
+    x = build.norm_activate(build.conv(x, "stem_conv", stem_filters, 3, 2), "stem")
 
     repeats = stage_repeats(variant)
     # Keras recurses once per layer of the longest path; L2 has about as many as Python allows.
@@ -180,7 +248,8 @@ def efficientnet(
     block = 0
     for number, (stage, filters) in enumerate(zip(family.blocks, stage_filters(variant), strict=True)):
         for repeat in range(repeats[number]):
-            x = block_types[stage.block](
+            x = BLOCKS[stage.block](
+                build,
                 x,
                 block_name(number + 1, repeat),
                 stage,
@@ -190,18 +259,9 @@ def efficientnet(
             )
             block += 1
 
-    x = norm_activate(conv(x, "top_conv", top_filters), "top")
+    x = build.norm_activate(build.conv(x, "top_conv", top_filters), "top")
     if include_top:
-        rate = variant.dropout if dropout is None else dropout
-        x = layers.GlobalAveragePooling2D(dtype=dtype, name="avg_pool")(x)
-        if rate > 0:
-            x = layer_types.dropout(rate, seed=seed_of(TOP_DROPOUT), dtype=dtype, name=TOP_DROPOUT)(x)
-        # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of
-        # standard deviation 5 and a first loss of 14 nats (lite0, digits), and fine-tuning at 1e-3 wrecks the
-        # pretrained layers before it has found a direction.
-        bound = max(num_classes, 1000) ** -0.5
-        uniform = keras.initializers.RandomUniform(-bound, bound, seed=seed_of(CLASSIFIER))
-        x = layers.Dense(num_classes, kernel_initializer=uniform, dtype="float32", name=CLASSIFIER)(x)
+        x = build.classifier(x, num_classes, variant.dropout if dropout is None else dropout)
     return keras.Model(
         images, x, name="efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)
     )  # = and , break TensorFlow's scopes
