@@ -15,7 +15,7 @@ def parse_address(address: str) -> tuple[str, int]:
     Raises:
         ValueError: The text is not an address.
     """
-    found = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):(\d{1,5})", address)
-    if found is None or not 0 < int(found[3]) < 2**16:
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^\s:\[\]]+)):(\d{1,5})", address)
+    if match is None or not 0 < int(match[3]) < 2**16:
         raise ValueError(f"{address} is no address; write it like host1:5050")
-    return found[1] or found[2], int(found[3])
+    return match[1] or match[2], int(match[3])

@@ -53,11 +53,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        found: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
-        inner = {item["loc"][:n] for item in found for n in range(1, len(item["loc"]))}
+        errors: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
+        inner = {item["loc"][:n] for item in errors for n in range(1, len(item["loc"]))}
         lines = [
             _describe(item, values, origins, str(path))
-            for item in found
+            for item in errors
             if not (item["type"] == "too_short" and item["loc"] in inner)
         ]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
@@ -96,20 +96,20 @@ def _read(path: Path, trail: tuple[Path, ...], named_by: str = "") -> tuple[dict
     return base, base_origins
 
 
-def _yaml_problem(place: str, error: yaml.YAMLError) -> str:
+def _yaml_problem(location: str, error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):  # the only one without a line
         character = f"the character {error.character!r} at position {error.position}"
-        return f"{place}: is not valid YAML: {character} is not allowed; delete it"
+        return f"{location}: is not valid YAML: {character} is not allowed; delete it"
     mark = getattr(error, "problem_mark", None)
-    line = f"{place}:{mark.line + 1}" if mark is not None else place
+    line = f"{location}:{mark.line + 1}" if mark is not None else location
     return f"{line}: is not valid YAML: {getattr(error, 'problem', None) or error}"
 
 
 def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, depth: int) -> Any:
     """Construct values as the safe loader does; record lines, refuse duplicate keys and limit the nesting."""
-    place = f"{file}:{node.start_mark.line + 1}"
+    location = f"{file}:{node.start_mark.line + 1}"
     if depth > 20:
-        raise ConfigError(f"{place}: is nested more than 20 levels deep; does it refer to itself?")
+        raise ConfigError(f"{location}: is nested more than 20 levels deep; does it refer to itself?")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -137,7 +137,7 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as error:  # such as the date 2026-13-45
-        raise ConfigError(f"{place}: {dotted_path(path)}: {error}") from None
+        raise ConfigError(f"{location}: {dotted_path(path)}: {error}") from None
 
 
 def _drop_keys_of_recipe(values: dict[str, Any]) -> None:
@@ -163,20 +163,20 @@ def _merge(base: dict[str, Any], over: dict[str, Any], path: KeyPath, origins: O
         else:
             for known in [known for known in origins if known[: len(here)] == here]:
                 del origins[known]
-            origins.update({known: place for known, place in over_origins.items() if known[: len(here)] == here})
+            origins.update({known: location for known, location in over_origins.items() if known[: len(here)] == here})
             base[key] = value
 
 
 def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> None:
     name, separator, text = override.partition("=")
-    place = f"command line: {override}"
+    location = f"command line: {override}"
     if not separator or not all(name.split(".")):
-        raise ConfigError(f"{place}: overrides are written key=value, such as train.global_batch_size=64")
+        raise ConfigError(f"{location}: overrides are written key=value, such as train.global_batch_size=64")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = None if node is None else _construct(node, (), {}, "command line", 0)
     except yaml.YAMLError as error:
-        raise ConfigError(_yaml_problem(place, error)) from None
+        raise ConfigError(_yaml_problem(location, error)) from None
     target: Any = values
     path: KeyPath = ()
     *parents, last = (int(part) if part.isdigit() else part for part in name.split("."))
@@ -189,16 +189,16 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
                 target[part] = {}
             target = target[part]
         else:
-            raise ConfigError(f"{place}: there is no {dotted_path(path)} to set {last} in")
+            raise ConfigError(f"{location}: there is no {dotted_path(path)} to set {last} in")
     if isinstance(target, list):
         if not (isinstance(last, int) and last < len(target)):
-            raise ConfigError(f"{place}: {dotted_path(path)} has the items 0 to {len(target) - 1}, not {last}")
+            raise ConfigError(f"{location}: {dotted_path(path)} has the items 0 to {len(target) - 1}, not {last}")
         target[last] = value
     else:
         target[str(last)] = value
     for known in [known for known in origins if known[: len(path) + 1] == (*path, last)]:
         del origins[known]
-    origins[(*path, last)] = place
+    origins[(*path, last)] = location
 
 
 def _section(path: KeyPath) -> type[StrictModel] | None:
@@ -244,7 +244,9 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
     below = (
         origins[known] for known in origins if path and known[: len(path)] == path
     )  # an override makes its parents as it goes
-    place = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None) or next(below, file)
+    location = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None) or next(
+        below, file
+    )
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
         current = RENAMED.get(".".join(part for part in path if isinstance(part, str)))
@@ -258,7 +260,7 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
         if kind == "literal_error" and isinstance(given, str):
             options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             message += "".join(part for part in [suggest(given, options)] if "did you mean" in part)
-    return f"{place}: {dotted_path(path)}: {message}" if path else f"{place}: {message}"
+    return f"{location}: {dotted_path(path)}: {message}" if path else f"{location}: {message}"
 
 
 def _written_path(loc: KeyPath, values: Any) -> KeyPath:

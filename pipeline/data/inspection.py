@@ -130,9 +130,9 @@ def inspect(data: bytes) -> np.ndarray | str:
     )
     try:
         image = _decode(data, header.kind, ratio)
-        found = signature(image, header.orientation)
-        if not found.perceptual and image.shape[:2] != (header.height, header.width):
-            found = signature(_decode(data, header.kind, 1), header.orientation)  # compared by all of its pixels
+        result = signature(image, header.orientation)
+        if not result.perceptual and image.shape[:2] != (header.height, header.width):
+            result = signature(_decode(data, header.kind, 1), header.orientation)  # compared by all of its pixels
     except (tf.errors.OpError, ValueError) as error:
         return f"is a damaged {header.kind}: {_reason(error)}"
     facts = np.zeros((), FACTS)
@@ -141,7 +141,7 @@ def inspect(data: bytes) -> np.ndarray | str:
     # Of a GIF whose first image does not fill its canvas, that image counts: it is what crops are taken from.
     facts["height"], facts["width"] = image.shape[:2] if header.kind == "GIF" else (header.height, header.width)
     for name in ("phash", "thumbnail", "pixels", "perceptual"):
-        facts[name] = getattr(found, name)
+        facts[name] = getattr(result, name)
     return facts
 
 
@@ -191,13 +191,13 @@ def inspect_all(
             for start in range(0, len(images), 8 * workers * CHUNK):
                 batch = images[start : start + 8 * workers * CHUNK]
                 chunks = [batch[i : i + CHUNK] for i in range(0, len(batch), CHUNK)]
-                for found in chain.from_iterable(
+                for result in chain.from_iterable(
                     pool.map(lambda chunk: [_inspect_key(source, image.key, cache) for image in chunk], chunks)
                 ):
-                    if isinstance(found, str):
-                        problems[done] = found
+                    if isinstance(result, str):
+                        problems[done] = result
                     else:
-                        facts[done] = found
+                        facts[done] = result
                     done += 1
                     if progress is not None:
                         progress(done, len(images))
@@ -214,11 +214,11 @@ def _inspect_key(source: DataSource, key: str, cache: ScanCache) -> np.ndarray |
             return reason
         if status is not None and (known := cache.find(key, status)) is not None:
             return known
-        found = inspect(source.read(key))
+        result = inspect(source.read(key))
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"
     except CorruptImageError as error:
         return error.problem
-    if status is not None and not isinstance(found, str):
-        cache.stamp(found, key, status)
-    return found
+    if status is not None and not isinstance(result, str):
+        cache.stamp(result, key, status)
+    return result

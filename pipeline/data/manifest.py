@@ -134,20 +134,20 @@ def describe_changes(before: Manifest, after: Manifest) -> str:
         for each in (before, after)
     )
     both = old.index[old.index.isin(new.index)]
-    found: list[str] = []
+    lines: list[str] = []
     if before.class_names != after.class_names:
-        found.append(f"classes: were {', '.join(before.class_names)}; are {', '.join(after.class_names)}")
+        lines.append(f"classes: were {', '.join(before.class_names)}; are {', '.join(after.class_names)}")
     for column, what in (
         ("sha256", "has other contents"),
         ("label", "has another label"),
         ("split", "is in another split"),
     ):
-        found += [
+        lines += [
             f"{key}: {what}" for key in both[old.loc[both, column].to_numpy() != new.loc[both, column].to_numpy()]
         ]
-    found += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
-    found += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
-    return format_list(found or ["the images come in another order"])
+    lines += [f"{key}: is new" for key in new.index[~new.index.isin(old.index)]]
+    lines += [f"{key}: is gone" for key in old.index[~old.index.isin(new.index)]]
+    return format_list(lines or ["the images come in another order"])
 
 
 def _json_list(column: pd.Series) -> Iterator[str]:

@@ -267,15 +267,15 @@ def _check_unchanged(
     origin: PackInput, recorded: Mapping[str, Any], current: Mapping[str, Any], rows: pa.Table, folder: Path
 ) -> None:
     """Raise DataError if the data set is not the one whose images were packed."""
-    found = origin.changes(rows)
-    if not found:
-        found = [
+    changes = origin.changes(rows)
+    if not changes:
+        changes = [
             f"{name}: was {recorded.get(name)}, is {current.get(name)}"
             for name in {**recorded, **current}
             if recorded.get(name) != current.get(name)
         ]
-    if found:
+    if changes:
         raise DataError(
-            f"{folder} is of another data set, or of an earlier state of this one:\n{format_list(found)}\n"
+            f"{folder} is of another data set, or of an earlier state of this one:\n{format_list(changes)}\n"
             "Choose another --out, or delete that folder."
         )

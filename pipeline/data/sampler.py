@@ -56,17 +56,17 @@ def shuffled(position: tf.Tensor, count: int, seed: int) -> tuple[tf.Tensor, tf.
         _splitmix64(tf.fill(tf.shape(position), tf.constant(seed % 2**64, tf.uint64))) + tf.cast(epoch, tf.uint64)
     )
 
-    def swap(number: tf.Tensor, place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def swap(number: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         drawn = _splitmix64(key + tf.cast(number, tf.uint64) * SPLITMIX_INCREMENT)
-        partner = (drawn % n + n - place) % n
-        bit = tf.bitwise.right_shift(_splitmix64(drawn + tf.maximum(place, partner)), tf.constant(63, tf.uint64))
-        return number + 1, tf.where(tf.cast(bit, tf.bool), partner, place)
+        partner = (drawn % n + n - index) % n
+        bit = tf.bitwise.right_shift(_splitmix64(drawn + tf.maximum(index, partner)), tf.constant(63, tf.uint64))
+        return number + 1, tf.where(tf.cast(bit, tf.bool), partner, index)
 
     rounds = ROUNDS_PER_BIT * count.bit_length()
-    _, place = tf.while_loop(
+    _, index = tf.while_loop(
         lambda number, _: number <= rounds, swap, (1, tf.cast(position % count, tf.uint64)), parallel_iterations=1
     )
-    return epoch, tf.cast(place, tf.int64)
+    return epoch, tf.cast(index, tf.int64)
 
 
 def _splitmix64(value: tf.Tensor) -> tf.Tensor:

@@ -108,11 +108,11 @@ class TFRecordInput:
     def records(self, start: int, last: str | None) -> Iterator[PackRecord]:
         """Yield the records in the order of the pack."""
         del start
-        place, number = 0, 0
+        file_index, number = 0, 0
         if last is not None:
-            place = next(i for i, file in enumerate(self._files) if last.startswith(file.name + "/"))
-            number = int(last.removeprefix(self._files[place].name + "/").partition("/")[0]) + 1
-        for file in self._files[place:]:
+            file_index = next(i for i, file in enumerate(self._files) if last.startswith(file.name + "/"))
+            number = int(last.removeprefix(self._files[file_index].name + "/").partition("/")[0]) + 1
+        for file in self._files[file_index:]:
             for record in self._records(file, number):
                 yield self._to_record(file, number, _parse(record))
                 number += 1
@@ -185,10 +185,10 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
         if given and name not in SPLIT_NAMES:
             raise DataError(f"--tfrecord {word}: the split is {name!r}; valid are train, val and test")
         matches = sorted(glob.glob(pattern if given else word))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = [path for path in map(Path, matches) if path.is_file()]
-        if not found:
+        paths = [path for path in map(Path, matches) if path.is_file()]
+        if not paths:
             raise DataError(f"--tfrecord {word}: there is no such file")
-        files += [RecordFile(path, SPLIT_NAMES[name] if given else None) for path in found]
+        files += [RecordFile(path, SPLIT_NAMES[name] if given else None) for path in paths]
     if len({file.split is None for file in files}) > 1:
         raise DataError("--tfrecord: give the split of all files, as in train=FOLDER/train-*, or of none")
     names = [file.name for file in files]

@@ -146,10 +146,10 @@ def validate(
     if problems:
         facts = np.delete(facts, list(problems))
         images = [image for i, image in enumerate(images) if i not in problems]
-        if lost := tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
+        if emptied := tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
             _unlearnable(source.class_names, images, min_classes)
         ):
-            return ValidationReport(None, (*bad, *lost) if config.on_bad_image == "skip" else bad, left_out)
+            return ValidationReport(None, (*bad, *emptied) if config.on_bad_image == "skip" else bad, left_out)
     manifest = Manifest(source.class_names, _table(images, facts, config, seed), left_out=left_out)
     findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_image_properties(manifest, facts)]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
@@ -222,13 +222,13 @@ def _bad_files(left_out: Sequence[SkippedImage], total: int, on_bad_image: str) 
 def _classes_without_images(
     class_names: Sequence[str], before: Sequence[LabeledImage], after: Sequence[LabeledImage]
 ) -> Iterator[Finding]:
-    lost = sorted({image.label for image in before} - {image.label for image in after})
-    if lost:
-        items = tuple(class_names[label] for label in lost)
+    emptied = sorted({image.label for image in before} - {image.label for image in after})
+    if emptied:
+        items = tuple(class_names[label] for label in emptied)
         yield Finding(
             "classes",
             "error",
-            f"{len(lost)} classes have no image that can be used",
+            f"{len(emptied)} classes have no image that can be used",
             items,
             "Give them some, or take them out.",
         )

@@ -142,11 +142,11 @@ class ProcessGroup:
             logger.error("%s: %s", type(error).__name__, error.message)
             named = re.findall(r"/job:(chief|worker)/(?:replica:\d+/)?task:(\d+)", error.message)
             raise TrainingError(
-                f"another process of the run has ended{self._lost_processes(named)}; its output tells why. Start all "
+                f"another process of the run has ended{self._ended_names(named)}; its output tells why. Start all "
                 "of them again with --resume to continue after the last checkpoint"
             ) from error
 
-    def _lost_processes(self, named: list[tuple[str, str]]) -> str:
+    def _ended_names(self, named: list[tuple[str, str]]) -> str:
         """Return a phrase with the processes that TensorFlow's error names, except for this one."""
         assert self.process_info is not None
         ranks = {self.process_info.rank_of(job, int(task)) for job, task in named} - {self.rank}

@@ -105,7 +105,7 @@ def prepare(path: Path, formats: Sequence[str], model_digest: str) -> ExportDire
             raise RunError(f"{path}: holds an export of another model; delete it, or choose another --out")
     files = [FILES[name] for name in formats if name not in known] + ([] if metadata.exists() else [LABELS])
     for file in files:
-        for place in (path / file, path / FAILED / file):
-            if place.exists():
-                raise RunError(f"{place}: was not written by an export; move it away, or choose another --out")
+        for existing in (path / file, path / FAILED / file):
+            if existing.exists():
+                raise RunError(f"{existing}: was not written by an export; move it away, or choose another --out")
     return ExportDirectory(path, known)

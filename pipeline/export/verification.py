@@ -126,23 +126,23 @@ def _shortfalls(
     *,
     exact: bool,
 ) -> list[str]:
-    found = []
+    failures = []
     if exact and difference > limits.max_logit_difference * reference.logit_std:
-        found.append(
+        failures.append(
             f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' "
             "standard deviation; "
             f"export.max_logit_difference allows {limits.max_logit_difference:g}"
         )
     if agreement < limits.min_agreement:
-        found.append(f"top-1 agreement is {agreement:.2%}; export.min_agreement asks for {limits.min_agreement:.2%}")
-    lost = round(
+        failures.append(f"top-1 agreement is {agreement:.2%}; export.min_agreement asks for {limits.min_agreement:.2%}")
+    loss = round(
         reference.accuracy - accuracy, 9
     )  # of two shares, which may be a last digit above a limit that they meet
-    if lost > limits.max_accuracy_loss:
-        found.append(
-            f"accuracy is {lost:.2%} below the model's; export.max_accuracy_loss allows {limits.max_accuracy_loss:.2%}"
+    if loss > limits.max_accuracy_loss:
+        failures.append(
+            f"accuracy is {loss:.2%} below the model's; export.max_accuracy_loss allows {limits.max_accuracy_loss:.2%}"
         )
-    return found
+    return failures
 
 
 def _predict(forward: Forward, dataset: tf.data.Dataset, progress: Progress | None) -> Predictions:

@@ -197,7 +197,7 @@ def flops_ratios(
         ratio = flops(from_multipliers(beta, alpha, round(VARIANTS["b0"].resolution * gamma))) / base
         candidates.append(Candidate(alpha, beta, gamma, ratio))
         progress(done, len(triples))
-    return sorted(candidates, key=lambda found: (abs(found.flops_ratio - 2), abs(found.product - 2)))
+    return sorted(candidates, key=lambda candidate: (abs(candidate.flops_ratio - 2), abs(candidate.product - 2)))
 
 
 def largest_within(budgets: Sequence[Budget]) -> Solution:
@@ -305,7 +305,7 @@ def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, 
             {"epochs": 2, "trainable": "head", "base_lr": 0.02},
             {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True},
         ]
-        said = [
+        comments = [
             f"Rounded, this is {fit.source} at {variant.resolution} px: "
             "its ImageNet weights fit whole and are fine-tuned."
         ]
@@ -313,9 +313,9 @@ def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, 
         weights = f"imagenet:{fit.source}" if fit.fitting else None
         model = {"variant": {"phi": solution.phi}, "weights": weights, "batch_norm_momentum": 0.9}
         stages = [{"epochs": 60, "warmup_epochs": 3.0}]
-        said = ["Starts from random values: no published weights fit."]
+        comments = ["Starts from random values: no published weights fit."]
         if fit.fitting:
-            said = [
+            comments = [
                 f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, "
                 f"in {fit.fitting} of {fit.total} backbone",
                 "layers; the others are random at first, so all are trained. "
@@ -330,5 +330,5 @@ def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, 
         "train": {"global_batch_size": batch_size, "label_smoothing": 0.1, "stages": stages},
         "tracking": {"experiment": "scaled"},
     }
-    comment = [*header.splitlines(), f"phi = {solution.phi:g}: {scaled}.", *said]
+    comment = [*header.splitlines(), f"phi = {solution.phi:g}: {scaled}.", *comments]
     return "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

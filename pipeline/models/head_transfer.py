@@ -110,19 +110,19 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
         )
     class_map: dict[str, tuple[str, ...]] = {}
     for key, value in root.value:
-        place = f"{path}:{key.start_mark.line + 1}: {key.value}"
+        location = f"{path}:{key.start_mark.line + 1}: {key.value}"
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if not (
             isinstance(key, yaml.ScalarNode)
             and items
             and all(isinstance(item, yaml.ScalarNode) and item.value for item in items)
         ):
-            raise WeightsError(f"{place}: must have the name of an old class, or a list of such names")
+            raise WeightsError(f"{location}: must have the name of an old class, or a list of such names")
         names = tuple(str(item.value) for item in items)
         if key.value in class_map:
-            raise WeightsError(f"{place}: is given twice; list the old classes that it merges in one line")
+            raise WeightsError(f"{location}: is given twice; list the old classes that it merges in one line")
         if len(set(names)) < len(names):
-            raise WeightsError(f"{place}: names an old class twice")
+            raise WeightsError(f"{location}: names an old class twice")
         class_map[str(key.value)] = names
     return class_map
 
@@ -160,14 +160,14 @@ def match_classes(
             raise WeightsError(f"{origin}: {name!r} is none of the data's classes{suggest(name, class_names)}")
 
     def look_up(new: str, name: str) -> int:
-        found = indices.get(name, [])
-        if not found:
+        matches = indices.get(name, [])
+        if not matches:
             raise WeightsError(f"{origin}: {new}: {name!r} is none of the source's classes{suggest(name, indices)}")
-        if len(found) > 1:
+        if len(matches) > 1:
             raise WeightsError(
-                f"{origin}: {new}: {name!r} is ambiguous; write one of {', '.join(old[0][i] for i in found)}"
+                f"{origin}: {new}: {name!r} is ambiguous; write one of {', '.join(old[0][i] for i in matches)}"
             )
-        return found[0]
+        return matches[0]
 
     rows: list[tuple[int, ...]] = []
     ambiguous: dict[str, tuple[str, ...]] = {}
@@ -178,10 +178,10 @@ def match_classes(
                 raise WeightsError(f"{origin}: {name}: names an old class twice, in two wordings")
             rows.append(row)
         else:
-            found = indices.get(name, [])
-            if len(found) > 1:
-                ambiguous[name] = tuple(titles(i) for i in found)
-            rows.append(tuple(found) if len(found) == 1 else ())
+            matches = indices.get(name, [])
+            if len(matches) > 1:
+                ambiguous[name] = tuple(titles(i) for i in matches)
+            rows.append(tuple(matches) if len(matches) == 1 else ())
     taken = list(zip(class_names, rows, strict=True))
     return ClassMapping(
         rows=tuple(rows),

@@ -72,8 +72,8 @@ def estimated_memory(
     """
     size = profile_model(model)
     per_trainable = 1 + optimizer_slots + accumulation
-    kept = (1 + ema) * size.parameters + per_trainable * size.trainable_parameters
-    return FLOAT32_BYTES * kept + batch_size * sum(map(_activation_bytes, model.layers))
+    persistent = (1 + ema) * size.parameters + per_trainable * size.trainable_parameters
+    return FLOAT32_BYTES * persistent + batch_size * sum(map(_activation_bytes, model.layers))
 
 
 def latency(infer: Callable[[], object]) -> float:

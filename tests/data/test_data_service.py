@@ -157,7 +157,7 @@ def test_a_server_that_is_not_there_is_named(servers: list[str]) -> None:
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(
         RunError,
-        match=f"nothing answers at {address} .*; start it there by: python -m pipeline serve --address {address}",
+        match=f"nothing answers at {address} .*; start it there by: python -m pipeline data-server --address {address}",
     ):
         check_servers([servers[0], address])
 
@@ -170,8 +170,8 @@ def test_a_port_that_is_taken_is_named(servers: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["augment.backend=albumentations"], "albumentations are Python functions, which do not travel"),
-        (["data.source=tfds", "data.name=tf_flowers", "data.path=null"], "source tfds is read by Python functions"),
+        (["augment.backend=albumentations"], "albumentations runs Python functions, which servers cannot run"),
+        (["data.source=tfds", "data.name=tf_flowers", "data.path=null"], "source tfds runs Python functions"),
         (["runtime.data_service=[]"], "runtime.data_service"),
         (["runtime.data_service=[host]"], "runtime.data_service"),
     ],

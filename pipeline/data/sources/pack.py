@@ -102,12 +102,12 @@ def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}; restore it from a copy, or pack the data set again") from None
     try:
-        found = sha256_of(index)
+        digest = sha256_of(index)
     except OSError as error:
         raise DataError(
             f"{index} cannot be read: {error.strerror}; restore it from a copy, or pack the data set again"
         ) from None
-    if found != description.index:
+    if digest != description.index:
         raise DataError(
             f"{index} is not the one that {path.name} names (by SHA-256); restore it from a copy, or pack the data "
             "set again"
@@ -213,9 +213,9 @@ def open_pack(folder: Path) -> PackSource:
     description, index = load(folder)
     for shard in description.shards:
         path = folder / shard.name
-        found = path.stat().st_size if path.is_file() else None
-        if found != shard.size:
-            state = "is missing" if found is None else f"has {found:,} bytes where it had {shard.size:,}"
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.size:
+            state = "is missing" if size is None else f"has {size:,} bytes where it had {shard.size:,}"
             raise DataError(
                 f"{path} {state}; restore it from a copy, or run python -m pipeline pack with the data set again"
             )
@@ -238,13 +238,13 @@ def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
         return [f"{path}: {error.strerror}"]
     except RuntimeError as error:
         return [f"{path}: {error}"]
-    found = []
+    problems = []
     for position, (key, digest) in enumerate(zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)):
         try:
             read_record(path, reader, position, digest, key)
         except CorruptImageError as error:
-            found.append(str(error))
-    return found or [f"{path}: is not the file that was written, but all of its images are intact"]
+            problems.append(str(error))
+    return problems or [f"{path}: is not the file that was written, but all of its images are intact"]
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
@@ -261,10 +261,10 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMeta
         DataError: See `load`.
     """
     description, index = load(folder)
-    found: list[str] = []
+    problems: list[str] = []
     done = 0
     for shard in description.shards:
-        found += find_corruption(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
+        problems += find_corruption(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
         done += shard.pictures
         progress(done, len(index))
-    return description, found
+    return description, problems

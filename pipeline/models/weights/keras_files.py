@@ -64,7 +64,7 @@ def _legacy_layers(root: h5py.Group) -> dict[str, list[h5py.Dataset]]:
 
 def _keras3_layers(root: h5py.Group) -> dict[str, list[h5py.Dataset]]:
     """Keras 3 files groups by class (`layers/conv2d_7/vars/0`) and notes the layer's name as an attribute."""
-    found: dict[str, list[h5py.Dataset]] = {}
+    layers: dict[str, list[h5py.Dataset]] = {}
 
     def visit(path: str, item: h5py.Group | h5py.Dataset) -> None:
         if (
@@ -73,12 +73,12 @@ def _keras3_layers(root: h5py.Group) -> dict[str, list[h5py.Dataset]]:
             and "name" in item.attrs
             and not path.endswith("seed_generator/vars")
         ):
-            found[str(item.attrs["name"])] = [item[key] for key in sorted(item, key=int)]
+            layers[str(item.attrs["name"])] = [item[key] for key in sorted(item, key=int)]
 
     root.visititems(visit)
-    if not found:
+    if not layers:
         raise WeightsError("names no layers; load it with the Keras that wrote it and save a .keras file")
-    return found
+    return layers
 
 
 def _array(dataset: h5py.Dataset) -> np.ndarray:

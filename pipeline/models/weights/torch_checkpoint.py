@@ -119,7 +119,8 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, b
             machine = _Unpickler(stream)
             tensors = _tensors(machine.load(), machine.storages, size)
         return tensors, {
-            key: _whole(archive.read(f"{folder}data/{key}"), storage) for key, storage in machine.storages.items()
+            key: _check_length(archive.read(f"{folder}data/{key}"), storage)
+            for key, storage in machine.storages.items()
         }
 
 
@@ -139,7 +140,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str
         (numbers,) = struct.unpack("<q", file.read(8))
         if numbers != storage.numbers:
             raise WeightsError(f"is damaged: storage {key} has {numbers} numbers and should have {storage.numbers}")
-        data[key] = _whole(file.read(storage.bytes), storage)
+        data[key] = _check_length(file.read(storage.bytes), storage)
     return tensors, data
 
 
@@ -161,7 +162,7 @@ def _tensors(saved: Any, storages: dict[str, Storage], file_size: int) -> dict[s
     return tensors
 
 
-def _whole(data: bytes, storage: Storage) -> bytes:
+def _check_length(data: bytes, storage: Storage) -> bytes:
     if len(data) != storage.bytes:
         raise WeightsError(f"is damaged: storage {storage.key} has {len(data)} bytes and should have {storage.bytes}")
     return data
@@ -210,10 +211,10 @@ class _Unpickler(pickle._Unpickler):
         return storage
 
     def _rebuild_tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-        whole = (
+        valid = (
             isinstance(shape, tuple) and isinstance(strides, tuple) and all(map(_is_count, (offset, *shape, *strides)))
         )
-        if not isinstance(storage, Storage) or not whole or len(shape) != len(strides) or len(shape) > 8:
+        if not isinstance(storage, Storage) or not valid or len(shape) != len(strides) or len(shape) > 8:
             raise WeightsError("is damaged: it holds a tensor of no shape")
         last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
         if (0 not in shape and last >= storage.numbers) or math.prod(shape) > storage.numbers:
