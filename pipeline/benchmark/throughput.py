@@ -23,6 +23,7 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.distributed.signals import TrainingInterrupted
+from pipeline.tasks import TASKS
 from pipeline.training.callbacks import Callback
 from pipeline.training.recipe import class_weights
 from pipeline.training.resolve import resolve
@@ -102,12 +103,13 @@ class ThroughputBenchmark:
         self.stage_data = StageData(
             self.config, self.runtime, schedule, self.manifest, self.source, self.state, console, lambda: False
         )
-        self.clock = ThroughputTimer()
+        self.clock, self._task = ThroughputTimer(), TASKS[self.config.task]
         self._trainer = OneStepTrainer(
             self.config.train,
             self.config.optimizer,
             self.runtime,
             schedule,
+            self._task,
             [self.clock],
             self.clock.is_over,
             data_servers=self.config.runtime.data_service,
@@ -229,7 +231,7 @@ class ThroughputBenchmark:
             group_images = next(iter(batched))[:group_size]
             mix, labels = (
                 mixup_and_cutmix(group_size, config.variant.resolution, settings.mixup, settings.cutmix, config.seed),
-                tf.one_hot(tf.zeros(len(group_images), tf.int32), len(self.manifest.class_names)),
+                self._task.encode(tf.zeros(len(group_images), tf.int32), len(self.manifest.class_names)),
             )
             one = tf.data.Dataset.from_tensors((group_images, labels)).repeat(8)
             mixed = one.enumerate().map(lambda number, group: mix(group[0], group[1], number))

@@ -151,6 +151,7 @@ def export(
     from pipeline.export import formats as writing
     from pipeline.export import loading
     from pipeline.export.verification import check_parity, run_reference
+    from pipeline.tasks import TASKS
 
     # The other runtimes use the CPU. Latencies and last digits are comparable only on the same device.
     tf.config.set_visible_devices([], "GPU")
@@ -160,7 +161,9 @@ def export(
     if not len(manifest.indices(split)):
         raise RunError(f"{run.path}: its data have no split {split}")
     source = open_source(config.data)
-    signature = writing.ModelSignature(manifest.class_names, config.variant.resolution, config.data.resize)
+    signature = writing.ModelSignature(
+        manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]
+    )
     batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size)
     images = evaluation_stream(manifest, source, config, split, batch_size=batch_size)
     rows = writing.calibration_rows(manifest, config.export.calibration_images, config.seed)
@@ -177,7 +180,9 @@ def export(
         f"compared on all images of {split}"
     )
     with console.progress(f"model.keras: evaluating {split}") as progress:
-        reference = run_reference(loading.run_model(model), signature.class_names, images, split, progress)
+        reference = run_reference(
+            loading.run_model(model), signature.class_names, images, split, signature.task, progress
+        )
     results = {}
     with directory.staged() as staging:
         for name in names:

@@ -49,9 +49,10 @@ class LoadedModel:
         """
         from pipeline.data.input_pipeline import evaluation_stream
         from pipeline.evaluation.predictor import Predictor
+        from pipeline.tasks import TASKS
 
         batch_size = self.runtime.round_up_to_replicas(self.config.train.micro_batch_size)
-        forward = Predictor(self.model, self.runtime.strategy)
+        forward = Predictor(self.model, self.runtime.strategy, TASKS[self.config.task])
 
         def predict(split: str, **stream_kwargs: Any) -> "Predictions":
             dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size, **stream_kwargs)

@@ -114,6 +114,7 @@ def predict_images(
         The exit code: 0, 1 if an image could not be read, or 141 (128 + SIGPIPE) if the reader of the output is gone.
     """
     from pipeline.evaluation.predict import csv_writer, format_prediction, json_lines_writer, predict_files
+    from pipeline.tasks import TASKS
 
     names = [" ".join(synonyms) for synonyms in zip(*loaded.class_lists, strict=True)]
     k = min(k, len(names))
@@ -125,7 +126,10 @@ def predict_images(
         progress = stack.enter_context(console.progress("labeling"))
         write_row = None if file is None else csv_writer(file, k) if format == "csv" else json_lines_writer(file)
         try:
-            for prediction in predict_files(loaded.model, names, paths, resolution=resolution, resize=resize, k=k):
+            predictions = predict_files(
+                loaded.model, names, paths, resolution=resolution, resize=resize, k=k, task=TASKS[loaded.config.task]
+            )
+            for prediction in predictions:
                 if write_row is None:
                     console.print(format_prediction(prediction))
                 else:

@@ -24,6 +24,7 @@ from pipeline.evaluation.report.tables import metrics_table, save_figure
 from pipeline.evaluation.run_evaluation import RunEvaluator
 from pipeline.files import atomic_write
 from pipeline.runs.run_directory import RunDirectory
+from pipeline.tasks import TASKS
 from pipeline.tracking.mlflow_logger import MLflowLogger
 from pipeline.training import checkpoint
 from pipeline.training.callbacks import Callback
@@ -237,6 +238,7 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
         config.optimizer,
         run.runtime,
         schedule,
+        TASKS[config.task],
         callbacks,
         stop_signal,
         nan_policy,

@@ -46,6 +46,8 @@ class ModelConfig(StrictModel):
     """b0 to b8, l2, lite0 to lite4, {phi: 1.5} or {width: 1.1, depth: 1.2, resolution: 260}."""
     resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
     """Side of the square input in pixels; null: that of the variant."""
+    channels: Literal[3] = 3
+    """Channels of the images and of the network's input; 3 is RGB."""
     weights: str | None = "imagenet"
     """null: random; imagenet; imagenet:b2: the layers of another variant that fit; a file (.h5, .keras, .pth); or the
     directory of a run."""

@@ -28,6 +28,8 @@ class Config(StrictModel):
     recipe: Literal["auto"] | None = None
     """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as configured.
     """
+    task: Literal["single_label"] = "single_label"
+    """single_label: each image belongs to exactly one class."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()

@@ -17,6 +17,7 @@ import tensorflow as tf
 from pipeline.config.augment import AugmentConfig, TransformConfig
 from pipeline.data.preprocessing import (
     JPEG_METHOD,
+    RGB,
     Resize,
     apply_exif_orientation,
     decode,
@@ -110,7 +111,7 @@ def _native(configs: Sequence[TransformConfig], resolution: int, resize: Resize)
         image = resize_to_square(image, resolution, resize) if crop is None else resize_bilinear(image, resolution)
         if flip is not None:
             image = tf.cond(drawn[4, 0] < flip.get("p", 0.5), lambda: tf.reverse(image, [1]), lambda: image)
-        return tf.ensure_shape(image, (resolution, resolution, 3))
+        return tf.ensure_shape(image, (resolution, resolution, image.shape[-1]))
 
     return Augmentation(draw, decode_crop, transform)
 
@@ -175,7 +176,8 @@ def decode_window(
     stored = tf.where(transpose, tf.stack([left, top, width, height]), tf.stack([top, left, height, width]))
 
     def decode_stored(ratio: int) -> tf.Tensor:
-        return tf.image.decode_and_crop_jpeg(encoded, stored // ratio, channels=3, ratio=ratio, dct_method=JPEG_METHOD)
+        window = stored // ratio
+        return tf.image.decode_and_crop_jpeg(encoded, window, channels=RGB, ratio=ratio, dct_method=JPEG_METHOD)
 
     def decode_jpeg() -> tf.Tensor:
         halvings = tf.reduce_sum(
@@ -245,8 +247,8 @@ def _albumentations(transforms: Sequence[TransformConfig], resolution: int, resi
     def transform(image: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         if not takes_full_image:
             image = resize_to_square(image, resolution, resize)
-        image = tf.numpy_function(apply, [image, drawn], tf.uint8, stateful=False)
-        return tf.ensure_shape(image, (resolution, resolution, 3))
+        transformed = tf.numpy_function(apply, [image, drawn], tf.uint8, stateful=False)
+        return tf.ensure_shape(transformed, (resolution, resolution, image.shape[-1]))
 
     return Augmentation(draw, decode_full_image, transform)
 
@@ -325,7 +327,7 @@ class AlbumentationsTransforms:
         side = self._resolution
         names = ", ".join(transform.name for transform in self._transforms)
         for height, width in DUMMY_SHAPES if takes_full_image else ((side, side),):
-            image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+            image = np.random.default_rng(0).integers(0, 256, (height, width, RGB), np.uint8)
             for seed in range(DUMMY_RUNS):
                 try:
                     result = self(image, seed)
@@ -335,7 +337,7 @@ class AlbumentationsTransforms:
                     raise ConfigError(
                         f"augment.transforms: {names} fail on an image of {height} x {width}: {_first_problem(error)}"
                     ) from None
-                if result.dtype != np.uint8 or result.shape != (side, side, 3):
+                if result.dtype != np.uint8 or result.shape != (side, side, RGB):
                     raise ConfigError(
                         f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into "
                         f"{result.dtype} of "

@@ -25,6 +25,7 @@ from pipeline.data.sampler import CHUNK_POSITIONS, positions, shuffled
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.sharding import FULL_SHARD, Shard
 from pipeline.errors import DataError
+from pipeline.tasks import TASKS
 
 PREFETCH = 2  # batches that wait ready; more would only take memory
 INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch
@@ -84,6 +85,7 @@ def training_stream(
     local_batch_size, count = batch_size // shard.count, len(indices)
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
     settings, resolution, resize = config.augment, config.variant.resolution, config.data.resize
+    task = TASKS[config.task]
     augment = (
         image_augmentation(settings, resolution, resize) if augmented else _evaluation_transform(resolution, resize)
     )
@@ -104,7 +106,7 @@ def training_stream(
         image = augment(source.read_tf(row.key), row.height, row.width, row.orientation, seed)
         if apply_randaugment is not None:
             image = apply_randaugment(image, seed)
-        return image, tf.one_hot(row.label, num_classes), tf.ones(()), row.index
+        return image, task.encode(row.label, num_classes), tf.ones(()), row.index
 
     dataset = (
         positions(batch_size, shard, start_step=start_step, stride=stride)
@@ -153,7 +155,7 @@ def feature_stream(
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
         labels = tf.constant(manifest.table["label"].to_numpy(np.int32)[rows])
-    num_classes = len(manifest.class_names)
+    task, num_classes = TASKS[config.task], len(manifest.class_names)
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tf.Tensor:
@@ -163,7 +165,7 @@ def feature_stream(
     def load(position: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return (
             tf.gather(table, position),
-            tf.one_hot(tf.gather(labels, position), num_classes),
+            task.encode(tf.gather(labels, position), num_classes),
             tf.ones((local_batch_size,)),
             tf.gather(indices, position),
         )
@@ -210,6 +212,7 @@ def evaluation_stream(
     lookup, num_classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
     resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config)
     local_batch_size, count, batches = batch_size // shard.count, len(rows), -(-len(rows) // batch_size)
+    task, shape = TASKS[config.task], (resolution, resolution, config.model.channels)
 
     @tf.autograph.experimental.do_not_convert
     def find(position: tf.Tensor) -> tuple[tf.Tensor, IndexBatch]:
@@ -220,11 +223,11 @@ def evaluation_stream(
         image = (
             resize_to_square(image, resolution, resize) if preprocess_fn is None else preprocess_fn(image, row.index)
         )
-        return image, tf.one_hot(row.label, num_classes), tf.ones(()), row.index
+        return image, task.encode(row.label, num_classes), tf.ones(()), row.index
 
     def padding() -> tuple[tf.Tensor, ...]:
         return (
-            tf.zeros((resolution, resolution, 3), tf.uint8),
+            tf.zeros(shape, tf.uint8),
             tf.zeros((num_classes,)),
             tf.zeros(()),
             tf.constant(-1, tf.int64),
@@ -233,7 +236,7 @@ def evaluation_stream(
     def load(exists: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
         image, label, weight, index = tf.cond(exists, lambda: load_image(row), padding)
         return (
-            tf.ensure_shape(image, (resolution, resolution, 3)),
+            tf.ensure_shape(image, shape),
             tf.ensure_shape(label, (num_classes,)),
             weight,
             index,

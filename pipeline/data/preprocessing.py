@@ -20,6 +20,7 @@ PADDING_GRAY = 128  # close to ImageNet's mean color, so nearly zero after norma
 ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
 # the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
+RGB = 3  # channels that every file is decoded to
 JPEG_METHOD = "INTEGER_ACCURATE"
 
 
@@ -57,7 +58,7 @@ def decode_jpeg(encoded: tf.Tensor, ratio: int = 1) -> tf.Tensor:
     Whatever the ratio, all of the file's data are read, by the same code: a file that fails at one ratio fails at every
     other.
     """
-    return tf.io.decode_jpeg(encoded, channels=3, ratio=ratio, dct_method=JPEG_METHOD)
+    return tf.io.decode_jpeg(encoded, channels=RGB, ratio=ratio, dct_method=JPEG_METHOD)
 
 
 def decode_webp(encoded: tf.Tensor) -> tf.Tensor:
@@ -65,12 +66,13 @@ def decode_webp(encoded: tf.Tensor) -> tf.Tensor:
 
     An animated WebP makes the decoder overrun its memory (TensorFlow 2.21): never pass one.
     """
-    return tf.io.decode_webp(encoded, channels=0)[0, :, :, :3]  # it takes only the number of channels that the file has
+    # `channels` may only be what the file has.
+    return tf.io.decode_webp(encoded, channels=0)[0, :, :, :RGB]
 
 
 def decode_plain(encoded: tf.Tensor) -> tf.Tensor:
     """Decode a PNG, GIF or BMP as stored to uint8 (H, W, 3)."""
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.io.decode_image(encoded, channels=RGB, expand_animations=False)
 
 
 def apply_exif_orientation(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
@@ -91,7 +93,7 @@ def apply_exif_orientation(stored: tf.Tensor, orientation: tf.Tensor) -> tf.Tens
         return tf.cond(flip, lambda: tf.reverse(image, [0]), lambda: image)
 
     upright = tf.cond(tf.equal(orientation, 1), lambda: stored, turned)
-    return tf.ensure_shape(upright, (None, None, 3))
+    return tf.ensure_shape(upright, (None, None, RGB))
 
 
 def orientation_steps(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -183,7 +185,7 @@ def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Te
         top, left = (resolution - inner_height) // 2, (resolution - inner_width) // 2
         margins = [[top, resolution - inner_height - top], [left, resolution - inner_width - left], [0, 0]]
         square = tf.pad(inner, margins, constant_values=PADDING_GRAY)
-    return tf.ensure_shape(square, (resolution, resolution, 3))
+    return tf.ensure_shape(square, (resolution, resolution, image.shape[-1]))
 
 
 def crop_view(image: tf.Tensor, resolution: int, resize: Resize, position: tuple[float, float]) -> tf.Tensor:
@@ -209,7 +211,7 @@ def crop_view(image: tf.Tensor, resolution: int, resize: Resize, position: tuple
         for side, part, share in zip(sides, (height, width), position, strict=True)
     )
     square = resample(tf.image.crop_to_bounding_box(image, top, left, height, width), resolution, resolution)
-    return tf.ensure_shape(square, (resolution, resolution, 3))
+    return tf.ensure_shape(square, (resolution, resolution, image.shape[-1]))
 
 
 def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, resize: Resize) -> tf.Tensor:

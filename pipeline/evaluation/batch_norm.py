@@ -5,6 +5,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from pipeline.tasks import Task
+
 
 class BatchNormGap(NamedTuple):
     """The accuracy on the same images, in [0, 1]; a large gap means that the moving statistics lag behind the weights.
@@ -40,25 +42,22 @@ def with_batch_statistics(model: keras.Model) -> keras.Model:
     return copy
 
 
-def batch_norm_gap(model: keras.Model, dataset: tf.data.Dataset) -> BatchNormGap:
+def batch_norm_gap(model: keras.Model, dataset: tf.data.Dataset, task: Task) -> BatchNormGap:
     """Measure the accuracy with moving statistics and with batch statistics.
 
     Args:
         model: Of plain Keras layers, float32 (B, R, R, 3) in [0, 255] to logits (B, K).
         dataset: Batches as from `evaluation_stream`, without padding and in a random order, so that the statistics of
             the batches are those of the data.
+        task: What labels and logits mean.
     """
     batch_model = with_batch_statistics(model)
     correct, num_images = [0, 0], 0
 
     @tf.function(reduce_retracing=True)
     def count_correct(images: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
-        true = tf.argmax(labels, axis=-1)
-        hits = [
-            tf.equal(tf.argmax(each(tf.cast(images, tf.float32), training=False), axis=-1), true)
-            for each in (model, batch_model)
-        ]
-        return [tf.math.count_nonzero(hit) for hit in hits]
+        logits = [each(tf.cast(images, tf.float32), training=False) for each in (model, batch_model)]
+        return [tf.math.count_nonzero(task.is_correct(labels, each)) for each in logits]
 
     for images, labels, _, _ in dataset:
         counts = count_correct(images, labels)

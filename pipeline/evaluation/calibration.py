@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
 
 from pipeline.evaluation.predictor import Predictions
 
@@ -42,7 +41,7 @@ class Calibration:
 
 
 def measure_calibration(predictions: Predictions, temperature: float = 1.0) -> Calibration:
-    """Measure the calibration of the probabilities softmax(logits / temperature).
+    """Measure the calibration of the probabilities that the logits divided by the temperature give.
 
     Args:
         predictions: Of at least one image, all finite.
@@ -98,16 +97,15 @@ class PerImageScores:
     @classmethod
     def from_predictions(cls, predictions: Predictions, temperature: float = 1.0) -> "PerImageScores":
         """Compute the scores at a temperature."""
-        rows, labels = np.arange(len(predictions.labels)), predictions.labels
-        logits = predictions.logits.astype(np.float64) / temperature
-        probabilities = softmax(logits, axis=1)
-        true = probabilities[rows, labels]
+        task, labels, logits = predictions.task, predictions.labels, predictions.logits
+        probabilities = predictions.probabilities(temperature)
+        true = probabilities[np.arange(len(labels)), labels]
         confidence = probabilities.max(axis=1)
         return cls(
-            correct=(predictions.logits.argmax(axis=1) == labels).astype(np.float64),
+            correct=(predictions.decisions == labels).astype(np.float64),
             confidence=confidence,
             true_probability=true,
-            loss=-log_softmax(logits, axis=1)[rows, labels],
+            loss=task.negative_log_likelihood(labels, logits, temperature),
             brier=(probabilities**2).sum(axis=1) - 2 * true + 1,
             bin=np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1),
         )
@@ -128,10 +126,10 @@ def fit_temperature(predictions: Predictions) -> float | None:
     scores = PerImageScores.from_predictions(predictions)
     if scores.correct.all():
         return None
-    rows, labels, logits = np.arange(len(predictions.labels)), predictions.labels, predictions.logits.astype(np.float64)
 
     def loss(log_t: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_t), axis=1)[rows, labels].mean())
+        losses = predictions.task.negative_log_likelihood(predictions.labels, predictions.logits, np.exp(log_t))
+        return float(losses.mean())
 
     bounds = np.log(TEMPERATURE_BOUNDS)
     log_temperature = float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)

@@ -15,7 +15,7 @@ from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
 from pipeline.errors import DataError, suggest
 from pipeline.evaluation.predictor import Predictions
-from pipeline.models.head_transfer import match_classes, merge_logits, read_class_map
+from pipeline.models.head_transfer import match_classes, read_class_map
 
 SPLIT = "test"  # of every row of the manifest: the data are not used for training
 
@@ -107,7 +107,9 @@ class Alignment:
     def __call__(self, predictions: Predictions) -> Predictions:
         """Map labels of the data and logits (N, K_old) to these K classes; merging adds probabilities."""
         merges = any(len(row) > 1 for row in self.rows)
-        logits = merge_logits(predictions.logits, self.rows).astype(np.float32) if merges else predictions.logits
+        logits = predictions.logits
+        if merges:
+            logits = predictions.task.merge_logits(logits, self.rows).astype(np.float32)
         return replace(predictions, labels=self.labels[predictions.labels], logits=logits)
 
 

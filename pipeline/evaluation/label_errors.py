@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
 
 from pipeline.evaluation.predictor import Predictions
 
@@ -28,7 +27,7 @@ def find_label_errors(
         suggested_probability.
     """
     rows, labels = np.arange(len(predictions.labels)), predictions.labels
-    probabilities = softmax(predictions.logits.astype(np.float64) / temperature, axis=1)
+    probabilities = predictions.probabilities(temperature)
     own = probabilities[rows, labels]
     images = np.bincount(labels, minlength=len(class_names))
     thresholds = np.bincount(labels, own, len(class_names)) / np.maximum(images, 1)

@@ -12,6 +12,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from pipeline.errors import RunError
 from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.predictor import Predictions
+from pipeline.tasks import SINGLE_LABEL, Task
 
 PERCENT, SIGNED_PERCENT, NUMBER = "{:.2%}", "{:+.2%}", "{:.4f}"
 
@@ -48,7 +49,7 @@ class MetricInputs:
     @cached_property
     def predicted(self) -> np.ndarray:
         """The class with the greatest logit, int64 (N,); the first one among equals."""
-        return self.logits.argmax(axis=1)
+        return self._predictions.decisions
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -95,6 +96,7 @@ class MetricSpec:
             agree.
         may_be_best: Whether `train.best_metric` may name it; the Literal in `pipeline.config.train` lists the same.
         min_classes: Number of classes from which on reports show it.
+        tasks: Tasks that it applies to.
     """
 
     title: str
@@ -105,6 +107,7 @@ class MetricSpec:
     is_proportion: bool = False
     may_be_best: bool = False
     min_classes: int = 1
+    tasks: tuple[Task, ...] = (SINGLE_LABEL,)
 
     def __call__(self, inputs: MetricInputs) -> float:
         """Compute the metric with every image once."""
@@ -199,6 +202,11 @@ METRICS: dict[str, MetricSpec] = {
 }
 
 
+def metrics_of(task: Task) -> dict[str, MetricSpec]:
+    """Return the metrics that apply to a task, in the order of `METRICS`."""
+    return {name: spec for name, spec in METRICS.items() if task in spec.tasks}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The metrics of a split.
@@ -206,7 +214,7 @@ class Evaluation:
     Attributes:
         split: Its name.
         num_images: N.
-        metrics: Value of each of `METRICS`, by name.
+        metrics: Value of each metric of the task, by name.
         per_class: A row per class: class, precision, recall, f1 in [0, 1], support (its images). Undefined values are
             NaN: precision where a class was never predicted, recall where the split has no image of it, F1 where both
             hold.
@@ -261,7 +269,7 @@ def evaluate_predictions(predictions: Predictions, class_names: Sequence[str], s
     return Evaluation(
         split=split,
         num_images=len(labels),
-        metrics={name: spec(inputs) for name, spec in METRICS.items()},
+        metrics={name: spec(inputs) for name, spec in metrics_of(predictions.task).items()},
         per_class=pd.DataFrame(
             {"class": list(class_names), "precision": precision, "recall": recalls, "f1": f1, "support": support}
         ),

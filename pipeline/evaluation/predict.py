@@ -21,6 +21,7 @@ from rich.text import Text
 from pipeline.data.inspection import read_header, size_problem
 from pipeline.data.preprocessing import Resize, preprocess
 from pipeline.errors import RunError
+from pipeline.tasks import SINGLE_LABEL, Task
 
 BATCH_SIZE = 32  # images; the memory holds two batches: one in the model, one being read
 
@@ -55,6 +56,7 @@ def predict_files(
     resolution: int,
     resize: Resize,
     k: int = 5,
+    task: Task = SINGLE_LABEL,
 ) -> Iterator[FilePrediction]:
     """Predict files batch by batch, in constant memory. While the model runs on one batch, the next one is read.
 
@@ -65,6 +67,7 @@ def predict_files(
         resolution: Side R of the model's input, in pixels.
         resize: Method of resizing an image to a square, as in the training of the model.
         k: Number of classes per image; all of them where the model has fewer.
+        task: What the logits mean.
 
     Yields:
         A prediction per file, in the order of `paths`; the reason where a file cannot be read.
@@ -75,7 +78,7 @@ def predict_files(
     scalar = [tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int32)]
     preprocess_fn = tf.function(partial(preprocess, resolution=resolution, resize=resize), input_signature=scalar)
 
-    @tf.function(input_signature=[tf.TensorSpec((None, resolution, resolution, 3), tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)])
     def forward(images: tf.Tensor) -> tf.Tensor:
         return model(tf.cast(images, tf.float32), training=False)
 
@@ -90,7 +93,7 @@ def predict_files(
             batch = [(path, image.result()) for path, image in pending]
             pending = submit_batch()
             readable = [image for _, image in batch if not isinstance(image, str)]
-            labels = iter(top_k(forward(np.stack(readable)).numpy(), class_names, k) if readable else ())
+            labels = iter(top_k(forward(np.stack(readable)).numpy(), class_names, k, task) if readable else ())
             for path, image in batch:
                 yield (
                     FilePrediction(path, error=image) if isinstance(image, str) else FilePrediction(path, next(labels))
@@ -115,13 +118,16 @@ def _read(preprocess_fn: tf.types.experimental.PolymorphicFunction, path: Path) 
         return f"is a damaged {header.kind}"
 
 
-def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tuple[Label, ...]]:
-    """Return the most probable classes of each row, by softmax in float64; the first class wins among equals.
+def top_k(
+    logits: np.ndarray, class_names: Sequence[str], k: int = 5, task: Task = SINGLE_LABEL
+) -> list[tuple[Label, ...]]:
+    """Return the most probable classes of each row; the first class wins among equals.
 
     Args:
         logits: (N, K).
         class_names: K names.
         k: Number of classes; all of them where there are fewer.
+        task: What the logits mean.
 
     Returns:
         For each row, min(k, K) labels, the most probable first.
@@ -133,14 +139,12 @@ def top_k(logits: np.ndarray, class_names: Sequence[str], k: int = 5) -> list[tu
         raise RunError(
             "the model's output is not finite: its weights have diverged; train it anew, with a lower optimizer.base_lr"
         )
-    remaining = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    total = np.exp(remaining).sum(axis=1)
-    rows, ranked = np.arange(len(logits)), []
-    for _ in range(min(k, logits.shape[1])):
-        classes = remaining.argmax(axis=1)
-        ranked.append(zip(classes.tolist(), (np.exp(remaining[rows, classes]) / total).tolist(), strict=True))
-        remaining[rows, classes] = -np.inf
-    return [tuple(Label(class_names[i], probability) for i, probability in row) for row in zip(*ranked, strict=True)]
+    classes = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    probabilities = np.take_along_axis(task.probabilities(logits), classes, axis=1)
+    return [
+        tuple(Label(class_names[i], probability) for i, probability in zip(*row, strict=True))
+        for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def format_prediction(prediction: FilePrediction) -> Group:

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.distributed.sharding import on_replicas
+from pipeline.tasks import SINGLE_LABEL, Task
 
 Progress = Callable[[int, int], None]
 Step = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Sequence[tf.Tensor | np.ndarray]]
@@ -21,11 +22,22 @@ class Predictions:
         index: int64 (N,), rows of the manifest, each once.
         labels: int32 (N,), true classes in [0, K).
         logits: float32 (N, K), the model's outputs.
+        task: What labels and logits mean.
     """
 
     index: np.ndarray
     labels: np.ndarray
     logits: np.ndarray
+    task: Task = SINGLE_LABEL
+
+    @property
+    def decisions(self) -> np.ndarray:
+        """The labels that the network decides on, int64 (N,)."""
+        return self.task.decide(self.logits)
+
+    def probabilities(self, temperature: float = 1.0) -> np.ndarray:
+        """Return the predicted probabilities, float64 (N, K); the logits are divided by the temperature."""
+        return self.task.probabilities(self.logits, temperature)
 
 
 class Predictor:
@@ -34,18 +46,19 @@ class Predictor:
     It reads the model's variables as they stand at each call.
     """
 
-    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy, task: Task) -> None:
         """Prepare the forward pass.
 
         Args:
             model: float32 (B, R, R, 3) in [0, 255] to float32 logits (B, K), created in the scope of `strategy`.
             strategy: Its replicas share every batch.
+            task: What its labels and logits mean.
         """
-        self._strategy = strategy
+        self._strategy, self._task = strategy, task
 
         def forward(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             logits = model(tf.cast(images, tf.float32), training=False)
-            return index, tf.argmax(labels, axis=-1, output_type=tf.int32), tf.cast(logits, tf.float32)
+            return index, task.decode(labels), tf.cast(logits, tf.float32)
 
         @tf.function(reduce_retracing=True)
         def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -72,11 +85,17 @@ class Predictor:
         """
         distributed = self._strategy.num_replicas_in_sync > 1
         batches = on_replicas(dataset, self._strategy) if distributed else dataset
-        return predict_batches(batches, self._step, num_batches=int(dataset.cardinality()), progress=progress)
+        num_batches = int(dataset.cardinality())
+        return predict_batches(batches, self._step, self._task, num_batches=num_batches, progress=progress)
 
 
 def predict_batches(
-    batches: Iterable[tuple[tf.Tensor, ...]], step: Step, *, num_batches: int, progress: Progress | None = None
+    batches: Iterable[tuple[tf.Tensor, ...]],
+    step: Step,
+    task: Task,
+    *,
+    num_batches: int,
+    progress: Progress | None = None,
 ) -> Predictions:
     """Run a prediction step on every batch and join the results.
 
@@ -84,6 +103,7 @@ def predict_batches(
         batches: Images, labels, weights and index of each batch, as for `Predictor.__call__`.
         step: Maps images, labels and index of a batch to its index int64 (B,), labels int32 (B,) and logits float32
             (B, K).
+        task: What labels and logits mean.
         num_batches: Number of all batches, for `progress`.
         progress: Called with the number of finished batches and the number of all batches.
 
@@ -98,14 +118,15 @@ def predict_batches(
         results.append([np.asarray(output) for output in step(images, labels, index)])
         if progress is not None:
             progress(len(results), num_batches)
-    return join_batches(results)
+    return join_batches(results, task)
 
 
-def join_batches(batches: Sequence[Sequence[np.ndarray]]) -> Predictions:
+def join_batches(batches: Sequence[Sequence[np.ndarray]], task: Task) -> Predictions:
     """Concatenate the predictions of batches, without the rows of index -1, sorted by index.
 
     Args:
         batches: Index, labels and logits of each batch.
+        task: What labels and logits mean.
 
     Raises:
         RuntimeError: If an image was predicted more than once, or no image at all.
@@ -123,4 +144,4 @@ def join_batches(batches: Sequence[Sequence[np.ndarray]]) -> Predictions:
         )
     if not len(index):
         raise RuntimeError("the data set to be predicted yields nothing but padding")
-    return Predictions(index, labels, logits)
+    return Predictions(index, labels, logits, task)

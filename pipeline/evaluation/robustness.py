@@ -91,9 +91,8 @@ def corruption_preprocess_fns(resolution: int, resize: Resize) -> Iterator[tuple
 def _corrupted(apply: AlbumentationsTransforms, seed: int, resolution: int, resize: Resize) -> PreprocessFn:
     def preprocess_fn(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         clean = resize_to_square(image, resolution, resize)
-        return tf.ensure_shape(
-            tf.numpy_function(apply, [clean, index + seed], tf.uint8, stateful=False), (resolution, resolution, 3)
-        )
+        corrupted = tf.numpy_function(apply, [clean, index + seed], tf.uint8, stateful=False)
+        return tf.ensure_shape(corrupted, clean.shape)
 
     return preprocess_fn
 

@@ -25,6 +25,7 @@ from pipeline.evaluation.results import EvaluationResults, summarize_with_interv
 from pipeline.evaluation.robustness import corruption_preprocess_fns, corruption_table
 from pipeline.files import atomic_write
 from pipeline.runs.run_directory import RunDirectory
+from pipeline.tasks import TASKS
 
 BATCH_NORM_BATCH_SIZE = 64  # images; their statistics stand for those of the data
 
@@ -101,7 +102,7 @@ class RunEvaluator:
             self.config.variant.resolution, self.config.data.resize
         ):
             predictions = self.predict(results.evaluation.split, preprocess_fn=preprocess_fn)
-            accuracies[kind, severity] = float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
+            accuracies[kind, severity] = float((predictions.decisions == predictions.labels).mean())
         return replace(results, corruptions=corruption_table(accuracies))
 
     def with_batch_norm_gap(self, results: EvaluationResults) -> EvaluationResults:
@@ -110,7 +111,7 @@ class RunEvaluator:
         size = min(BATCH_NORM_BATCH_SIZE, len(rows))
         rows = rows[: len(rows) - len(rows) % size]
         dataset = evaluation_stream(self.manifest, self.source, self.config, self.split, batch_size=size, rows=rows)
-        return replace(results, batch_norm=batch_norm_gap(self.model, dataset))
+        return replace(results, batch_norm=batch_norm_gap(self.model, dataset, TASKS[self.config.task]))
 
     def write(self, results: EvaluationResults) -> None:
         """Write the results into the run's evaluation/<split>, and their report into its report folder."""

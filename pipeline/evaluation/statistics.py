@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.sparse import csr_matrix
 from scipy.stats import binomtest, norm
 
-from pipeline.evaluation.metrics import METRICS, ClassCounts, MetricInputs, count_classes
+from pipeline.evaluation.metrics import METRICS, ClassCounts, MetricInputs, count_classes, metrics_of
 from pipeline.evaluation.predictor import Predictions
 
 CONFIDENCE_LEVEL = 0.95  # of all intervals
@@ -71,15 +71,16 @@ class BootstrapMetrics:
     """The metrics of a split as functions of how often each of its images counts.
 
     With every image once they are the metrics of `evaluate_predictions`.
-    """
 
-    names = tuple(METRICS)
+    Attributes:
+        specs: The metrics of the task, by name.
+    """
 
     def __init__(self, predictions: Predictions) -> None:
         """Take N images, at least one."""
-        inputs = MetricInputs(predictions)
+        inputs, self.specs = MetricInputs(predictions), metrics_of(predictions.task)
         self._per_image = np.stack(
-            [spec.per_image(inputs) for spec in METRICS.values() if spec.per_image is not None], axis=1
+            [spec.per_image(inputs) for spec in self.specs.values() if spec.per_image is not None], axis=1
         )
         self._counts = ResampledCounts(inputs.labels, inputs.predicted, inputs.logits.shape[1])
 
@@ -90,12 +91,12 @@ class BootstrapMetrics:
             weights: float64 (R, N), how often each image counts; every row has a value above 0.
 
         Returns:
-            float64 (R, len(names)).
+            float64 (R, len(specs)).
         """
         means = iter((weights @ self._per_image).T / weights.sum(axis=1))
         counts = self._counts(weights)
         return np.stack(
-            [next(means) if spec.from_counts is None else spec.from_counts(counts) for spec in METRICS.values()],
+            [next(means) if spec.from_counts is None else spec.from_counts(counts) for spec in self.specs.values()],
             axis=1,
         )
 
@@ -116,16 +117,16 @@ def bootstrap_intervals(
         seed: Of the draws.
 
     Returns:
-        An interval by the name of each of `METRICS`.
+        An interval by the name of each metric of the task.
     """
     metrics, num_images = BootstrapMetrics(predictions), len(predictions.labels)
     draws = _resample(metrics, num_images, groups, seed)
     [values] = metrics(np.ones((1, num_images)))
     return {
         name: _binomial_interval(value, num_images)
-        if METRICS[name].is_proportion and np.ptp(column) == 0
+        if spec.is_proportion and np.ptp(column) == 0
         else _bias_corrected_interval(value, column)
-        for name, value, column in zip(BootstrapMetrics.names, values, draws.T, strict=True)
+        for (name, spec), value, column in zip(metrics.specs.items(), values, draws.T, strict=True)
     }
 
 

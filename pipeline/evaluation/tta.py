@@ -1,11 +1,11 @@
 """Test-time augmentation: the network sees several views of an image, and their probabilities are averaged."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from scipy.special import log_softmax, logsumexp
 
 from pipeline.data.preprocessing import PreprocessFn, Resize, crop_view, resize_to_square
 from pipeline.errors import RunError
@@ -58,8 +58,7 @@ def tta_preprocess_fns(name: str, resolution: int, resize: Resize) -> Iterator[P
 
 
 def average_predictions(views: Sequence[Predictions]) -> Predictions:
-    """Combine the predictions of several views: the softmax of the result is the mean of the views' probabilities."""
-    logits = logsumexp([log_softmax(view.logits.astype(np.float64), axis=1) for view in views], axis=0) - np.log(
-        len(views)
-    )
-    return Predictions(views[0].index, views[0].labels, logits.astype(np.float32))
+    """Combine the predictions of several views: its probabilities are the mean of the views'."""
+    first = views[0]
+    logits = first.task.average([view.logits for view in views])
+    return replace(first, logits=logits.astype(np.float32))

@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocessing import Resize, describe, preprocess
+from pipeline.tasks import Task
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 18  # of ONNX, 2023: old enough for the runtimes that are about
@@ -38,17 +39,21 @@ class ModelSignature:
     Attributes:
         class_names: K names, in the order of the logits.
         resolution: Side R of the input, in pixels.
+        channels: Channels C of the input.
         resize: How an image becomes a square.
+        task: What the logits mean.
     """
 
     class_names: Sequence[str]
     resolution: int
+    channels: int
     resize: Resize
+    task: Task
 
     @property
     def signature(self) -> tf.TensorSpec:
         """The input, of any number of images."""
-        return tf.TensorSpec((None, self.resolution, self.resolution, 3), tf.float32, name=INPUT)
+        return tf.TensorSpec((None, self.resolution, self.resolution, self.channels), tf.float32, name=INPUT)
 
     def describe(self) -> dict[str, Any]:
         """Return the interface as JSON values."""
@@ -57,7 +62,7 @@ class ModelSignature:
             "class_names": list(self.class_names),
             "input": {
                 "name": INPUT,
-                "shape": [None, side, side, 3],
+                "shape": [None, side, side, self.channels],
                 "dtype": "float32",
                 "range": [0, 255],
                 "colours": "RGB",
@@ -67,7 +72,8 @@ class ModelSignature:
                 "name": OUTPUT,
                 "shape": [None, len(self.class_names)],
                 "dtype": "float32",
-                "meaning": "logits, in the order of class_names; their softmax are the probabilities",
+                "meaning": f"logits, in the order of class_names; {self.task.activation_name} turns them into "
+                "probabilities",
             },
         }
 
@@ -93,9 +99,9 @@ def write_saved_model(model: keras.Model, contract: ModelSignature, path: Path) 
     to_square = partial(preprocess, resolution=contract.resolution, resize=contract.resize)
 
     def classify(encoded: tf.Tensor, orientation: tf.Tensor) -> dict[str, tf.Tensor]:
-        square = tf.TensorSpec((contract.resolution, contract.resolution, 3), tf.uint8)
+        square = tf.TensorSpec(contract.signature.shape[1:], tf.uint8)
         images = tf.map_fn(lambda image: to_square(*image), (encoded, orientation), fn_output_signature=square)
-        probabilities = tf.nn.softmax(model(tf.cast(images, tf.float32), training=False))
+        probabilities = contract.task.activation(model(tf.cast(images, tf.float32), training=False))
         return {"probabilities": probabilities, "class_names": tf.constant(list(contract.class_names))}
 
     encoded_specs = [

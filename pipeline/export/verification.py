@@ -1,6 +1,6 @@
 """Verification that an exported file equals the model: both run on every image of a split."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +8,10 @@ import tensorflow as tf
 
 from pipeline.config.export import ExportConfig
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictor import Predictions, join_batches
+from pipeline.evaluation.predictor import Predictions, Progress, predict_batches
 from pipeline.export.loading import Forward, LoadedExport
 from pipeline.models.profile import latency
-
-Progress = Callable[[int, int], None]
+from pipeline.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class ReferenceResult:
         accuracy: Top-1, in [0, 1].
         logit_std: Standard deviation of all N * K logits: what a difference is to be measured by.
         latency: Seconds for one image.
-        image: float32 (1, R, R, 3), a image of the split, for measuring latencies.
+        image: float32 (1, R, R, 3), an image of the split, for measuring latencies.
     """
 
     split: str
@@ -58,7 +57,12 @@ class ParityReport:
 
 
 def run_reference(
-    forward: Forward, class_names: Sequence[str], dataset: tf.data.Dataset, split: str, progress: Progress | None = None
+    forward: Forward,
+    class_names: Sequence[str],
+    dataset: tf.data.Dataset,
+    split: str,
+    task: Task,
+    progress: Progress | None = None,
 ) -> ReferenceResult:
     """Run the model over a split.
 
@@ -67,12 +71,13 @@ def run_reference(
         class_names: K names.
         dataset: The split's batches, as of `evaluation_stream`.
         split: Its name.
+        task: What labels and logits mean.
         progress: Called with the number of batches done and of all.
 
     Raises:
         RunError: If a logit is not finite.
     """
-    predictions = _predict(forward, dataset, progress)
+    predictions = _predict(forward, dataset, task, progress)
     accuracy = evaluate_predictions(predictions, class_names, split).accuracy
     [image] = [images[:1].numpy().astype(np.float32) for images, *_ in dataset.take(1)]
     seconds = latency(lambda: forward(image))
@@ -100,11 +105,11 @@ def check_parity(
         exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
         progress: As of `run_reference`.
     """
-    predictions = _predict(exported.forward, dataset, progress)
+    predictions = _predict(exported.forward, dataset, reference.predictions.task, progress)
     logits, wanted = predictions.logits, reference.predictions.logits
     assert np.array_equal(predictions.index, reference.predictions.index)
     difference = float(np.abs(logits - wanted).max())
-    agreement = float((logits.argmax(axis=1) == wanted.argmax(axis=1)).mean())
+    agreement = float((predictions.decisions == reference.predictions.decisions).mean())
     failures = [] if exported.class_names == reference.class_names else ["the class names in it are not the model's"]
     accuracy = float("nan")
     if np.isfinite(logits).all():
@@ -145,11 +150,8 @@ def _shortfalls(
     return failures
 
 
-def _predict(forward: Forward, dataset: tf.data.Dataset, progress: Progress | None) -> Predictions:
-    total, batches = int(dataset.cardinality()), []
-    for images, labels, _, index in dataset:
-        classes = labels.numpy().argmax(axis=1).astype(np.int32)
-        batches.append([index.numpy(), classes, forward(images.numpy().astype(np.float32))])
-        if progress is not None:
-            progress(len(batches), total)
-    return join_batches(batches)
+def _predict(forward: Forward, dataset: tf.data.Dataset, task: Task, progress: Progress | None) -> Predictions:
+    def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor | np.ndarray]:
+        return [index, task.decode(labels), forward(images.numpy().astype(np.float32))]
+
+    return predict_batches(dataset, step, task, num_batches=int(dataset.cardinality()), progress=progress)

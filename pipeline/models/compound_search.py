@@ -158,7 +158,7 @@ def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
     """
     model = efficientnet(variant, num_classes=num_classes)
     infer = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    images = tf.zeros((1, variant.resolution, variant.resolution, 3))
+    images = tf.zeros((1, *model.input_shape[1:]))
     taken = latency(lambda: infer(images).numpy())
     keras.utils.clear_session(free_memory=False)
     return taken

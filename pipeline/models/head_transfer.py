@@ -5,8 +5,9 @@ its synset. Several old classes are merged into one; a class that nothing matche
 the logit of old class k on input x:
 
 Merged, of n old classes. The probability of "one of them" belongs to the logit log(sum_k exp(z_k)), which is no linear
-function of the features (`merge_logits` computes it). The row is the mean of the n rows, its bias raised by log(n): by
-Jensen's inequality a bound from below, exact where the n logits are equal. It falls short where one of them stands out.
+function of the features (`SingleLabel.merge_logits` computes it). The row is the mean of the n rows, its bias raised by
+log(n): by Jensen's inequality a bound from below, exact where the n logits are equal. It falls short where one of them
+stands out.
 Measured with lite0, no training, on a photo of every tenth ImageNet class: of 100 photos, log-sum-exp of the 1000
 logits in 11 groups of 11 to 527 gets all right, the merged rows 57; of the 100 classes' logits in 13 groups of 2 to 21,
 all and 86 (41 and 77 without the log(n)); beside unmerged classes, the 118 dogs as one class get 10 of 11 dogs and the
@@ -34,6 +35,7 @@ import numpy as np
 import yaml
 
 from pipeline.errors import WeightsError, suggest
+from pipeline.tasks import Task
 
 # Nats. With lite0's ImageNet head on 100 photos, the lowest of the 1000 logits lies up to 4.6 below their mean, of
 # three drawn up to 5.7.
@@ -193,7 +195,9 @@ def match_classes(
     )
 
 
-def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def transfer_head(
+    kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[int]], task: Task
+) -> tuple[np.ndarray, np.ndarray]:
     """Make the new classifier from the old one by the rules of this module.
 
     Args:
@@ -201,6 +205,7 @@ def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[
         bias: Of the old classifier, float32 (K_old,).
         rows: For each of the K new classes the indices of its old ones, as in `ClassMapping`; at least one class must
             have any.
+        task: How several classes are merged into one.
 
     Returns:
         Kernel, float32 (C, K), and bias, float32 (K,). Kept classes have exactly the old values.
@@ -211,26 +216,9 @@ def transfer_head(kernel: np.ndarray, bias: np.ndarray, rows: Sequence[Sequence[
         if len(row) == 1:
             new_kernel[:, i], new_bias[i] = kernel[:, row[0]], bias[row[0]]
         elif row:
-            new_kernel[:, i] = kernel[:, list(row)].mean(axis=1, dtype=np.float64)
-            new_bias[i] = bias[list(row)].mean(dtype=np.float64) + np.log(len(row))
+            new_kernel[:, i], new_bias[i] = task.merge_rows(kernel[:, list(row)], bias[list(row)])
     taken = [i for i, row in enumerate(rows) if row]
     fresh = [i for i, row in enumerate(rows) if not row]
     new_kernel[:, fresh] = new_kernel[:, taken].mean(axis=1, dtype=np.float64, keepdims=True)
     new_bias[fresh] = new_bias[taken].mean(dtype=np.float64) - MARGIN
     return new_kernel, new_bias
-
-
-def merge_logits(logits: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Compute the exact logits of merged classes.
-
-    They are log-sum-exp over the old classes of each, so that softmax adds their probabilities.
-
-    Args:
-        logits: Of the old classes, float (..., K_old).
-        rows: For each of the K new classes the indices of its old ones, at least one each.
-
-    Returns:
-        float64 (..., K).
-    """
-    wide = np.asarray(logits, np.float64)
-    return np.stack([np.logaddexp.reduce(wide[..., list(row)], axis=-1) for row in rows], axis=-1)

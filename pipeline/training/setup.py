@@ -11,6 +11,7 @@ from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
 from pipeline.models.weights.pretrained import load_pretrained
+from pipeline.tasks import TASKS
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.training.schedule import check_uninitialized_layers
 from pipeline.training.state import MetricAccumulator, TrainState
@@ -40,6 +41,7 @@ def create_model(
         model = efficientnet(
             config.variant,
             num_classes=len(class_names),
+            channels=config.model.channels,
             drop_path_rate=config.model.drop_path_rate,
             batch_norm_momentum=config.model.batch_norm_momentum,
             synchronized=runtime.sync_batch_norm,
@@ -49,7 +51,12 @@ def create_model(
         )
         if weights is not None:
             report = load_pretrained(
-                model, weights, variant=config.variant, class_names=class_names, class_map=config.model.class_map
+                model,
+                weights,
+                variant=config.variant,
+                class_names=class_names,
+                class_map=config.model.class_map,
+                task=TASKS[config.task],
             )
             console.print(f"weights: {report}", details=report.details())
             uninitialized_layers = report.new

@@ -17,6 +17,7 @@ from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
 from pipeline.evaluation.predictor import Predictions, Predictor
+from pipeline.tasks import TASKS
 from pipeline.training.feature_cache import FeatureCache, are_constant, backbone_and_head
 from pipeline.training.schedule import TrainSchedule, TrainStage
 from pipeline.training.state import TrainState
@@ -54,7 +55,7 @@ class StageData:
         self._processes, self._shard, self._schedule = runtime.processes, runtime.shard, schedule
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (
-            Predictor(model, runtime.strategy) for model in (state.model, self._backbone)
+            Predictor(model, runtime.strategy, TASKS[config.task]) for model in (state.model, self._backbone)
         )
         self._features = FeatureCache(head, self._compute_features)
 
@@ -139,7 +140,8 @@ class StageData:
         rows = self._manifest.indices("val")
         if not len(rows):
             return {}
-        predictions = Predictions(rows, self._manifest.table["label"].to_numpy()[rows], self._features.logits("val"))
+        labels, logits = self._manifest.table["label"].to_numpy()[rows], self._features.logits("val")
+        predictions = Predictions(rows, labels, logits, TASKS[self._config.task])
         return self._evaluate_predictions(predictions, "val").headline()
 
     def _evaluation_stream(self, split: str, **stream_kwargs: Any) -> tf.data.Dataset:

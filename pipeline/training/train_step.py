@@ -14,6 +14,7 @@ from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import TrainConfig
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
+from pipeline.tasks import Task
 from pipeline.training.optimizers import ModelEMA, update_arguments, uses_weight_decay
 from pipeline.training.state import MetricAccumulator
 
@@ -54,6 +55,7 @@ class TrainStep:
         train: TrainConfig,
         optimizer_config: OptimizerConfig,
         runtime: Runtime,
+        task: Task,
         *,
         layer_decay: float = 1.0,
         class_weights: np.ndarray | None = None,
@@ -69,6 +71,7 @@ class TrainStep:
             train: Label smoothing, micro-batches and global batch size are used.
             optimizer_config: Name and weight decay are used.
             runtime: Strategy and compilation.
+            task: What labels and logits mean.
             layer_decay: Ratio of a block's learning rate to that of the next block, nearer the head. It scales the
                 update, since scaling the gradient has no effect under RMSProp and Adam, which normalize it.
             class_weights: float32 (K,), the weight of each class in the loss; None if all classes weigh the same.
@@ -80,7 +83,7 @@ class TrainStep:
             id(variable): block_of(layer.name) for layer in model.layers for variable in layer.trainable_variables
         }
         self._rate_factors = [layer_decay ** (CLASSIFIER_BLOCK - blocks[id(variable)]) for variable in self._trainable]
-        self._class_weights = class_weights
+        self._task, self._class_weights = task, class_weights
         self._mutable_non_trainable = mutable_variables(model)[len(self._trainable) :]
         self._local_statistics = (
             [] if runtime.replicas == 1 or runtime.sync_batch_norm else batch_norm_statistics(model)
@@ -187,30 +190,14 @@ class TrainStep:
     def _micro_batch(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
-        target = tf.argmax(labels, -1)
-        labels, loss_weights = self._apply_class_weights(labels, weights)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([variable.value for variable in self._trainable])
             logits = self._model(tf.cast(images, tf.float32), training=True)
-            smoothed = labels * (1 - self._label_smoothing) + self._label_smoothing / labels.shape[-1]
-            loss = tf.reduce_sum(loss_weights * tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
+            losses = self._task.loss(
+                labels, logits, label_smoothing=self._label_smoothing, class_weights=self._class_weights
+            )
+            loss = tf.reduce_sum(weights * losses)
             objective = loss / self._global_batch_size
         gradients = tape.gradient(objective, [variable.value for variable in self._trainable])
-        correct = tf.cast(tf.argmax(logits, -1) == target, tf.float32)
+        correct = tf.cast(self._task.is_correct(labels, logits), tf.float32)
         return gradients, {"loss": loss, "correct": tf.reduce_sum(weights * correct), "images": tf.reduce_sum(weights)}
-
-    def _apply_class_weights(self, labels: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Apply the class weights; they are linear in the label, so that a mixed image is weighted by its soft label.
-
-        Args:
-            labels: float32 (B, K).
-            weights: float32 (B,), 0 for padding.
-
-        Returns:
-            Labels, float32 (B, K), whose rows sum to 1, and the weight of each image in the loss, float32 (B,).
-        """
-        if self._class_weights is None:
-            return labels, weights
-        weighted_labels = labels * self._class_weights
-        image_weights = tf.reduce_sum(weighted_labels, -1)
-        return weighted_labels / image_weights[:, tf.newaxis], weights * image_weights

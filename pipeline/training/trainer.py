@@ -19,6 +19,7 @@ from pipeline.data.data_service import with_watchdog
 from pipeline.distributed.devices import Runtime
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.evaluation.metrics import METRICS
+from pipeline.tasks import Task
 from pipeline.training.callbacks import Callback
 from pipeline.training.nan_policy import learning_rate_factor, raise_nan_error
 from pipeline.training.schedule import TrainSchedule, TrainStage, set_trainable
@@ -56,6 +57,7 @@ class Trainer:
         optimizer: OptimizerConfig,
         runtime: Runtime,
         schedule: TrainSchedule,
+        task: Task,
         callbacks: Sequence[Callback],
         stop_requested: Callable[[], bool],
         on_nan: Callable[[TrainState], None] = raise_nan_error,
@@ -70,6 +72,7 @@ class Trainer:
             optimizer: Section `optimizer` of the config, resolved.
             runtime: Devices, precision and processes.
             schedule: Stages and steps of the run.
+            task: What labels and logits mean.
             callbacks: Called in this order.
             stop_requested: Called after every step, with several processes after every tenth; True ends the run there.
             on_nan: Called with the state before a step whose loss or gradient is not finite. It raises, or changes the
@@ -78,7 +81,7 @@ class Trainer:
             data_servers: Addresses of the servers that prepare the batches, if any; the trainer watches them.
             class_weights: float32 (K,), the weight of each class in the loss; None if all classes weigh the same.
         """
-        self._train, self._optimizer, self._runtime = train, optimizer, runtime
+        self._train, self._optimizer, self._runtime, self._task = train, optimizer, runtime, task
         self._callbacks, self._stop_requested, self._on_nan = callbacks, stop_requested, on_nan
         self._schedule, self._data_servers, self._class_weights = schedule, data_servers, class_weights
         self._steps_per_epoch = schedule.steps_per_epoch
@@ -128,6 +131,7 @@ class Trainer:
                 self._train,
                 self._optimizer,
                 self._runtime,
+                self._task,
                 layer_decay=stage.config.layer_decay,
                 class_weights=self._class_weights,
             )

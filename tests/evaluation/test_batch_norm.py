@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline.evaluation.batch_norm import batch_norm_gap, with_batch_statistics
+from pipeline.tasks import SINGLE_LABEL
 
 
 def network() -> keras.Model:
@@ -32,7 +33,7 @@ def image_batches() -> tf.data.Dataset:
 def test_statistics_that_lag_show_as_a_gap():
     model = network()
     before = model.get_weights()
-    gap = batch_norm_gap(model, image_batches())
+    gap = batch_norm_gap(model, image_batches(), SINGLE_LABEL)
     assert gap == (0.5, 1.0)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -52,4 +53,4 @@ def test_without_a_lag_there_is_no_gap():
     model = network()
     model.get_layer("norm").moving_mean.assign([90.0] * 3)
     model.get_layer("norm").moving_variance.assign([900.0] * 3)
-    assert batch_norm_gap(model, image_batches()) == pytest.approx((1.0, 1.0))
+    assert batch_norm_gap(model, image_batches(), SINGLE_LABEL) == pytest.approx((1.0, 1.0))

@@ -28,6 +28,7 @@ from pipeline.config.train import Metric
 from pipeline.errors import RunError
 from pipeline.evaluation.metrics import METRICS, evaluate_predictions
 from pipeline.evaluation.predictor import Predictions, Predictor
+from pipeline.tasks import SINGLE_LABEL
 
 RESOLUTION, CLASSES = 8, 7
 
@@ -66,7 +67,7 @@ def check_1009_images(strategy: tf.distribute.Strategy) -> None:
     """Every one of 1,009 images once, and the figures scikit-learn's."""
     with strategy.scope():
         model = small_model()
-    predictions = Predictor(model, strategy)(stream(1009, 32))
+    predictions = Predictor(model, strategy, SINGLE_LABEL)(stream(1009, 32))
     images, labels = images_and_labels(1009)
     logits = model(images.astype(np.float32), training=False).numpy()
     assert predictions.index.dtype == np.int64
@@ -116,7 +117,7 @@ def test_second_call_traces_nothing_and_sees_new_weights() -> None:
 
     inputs = keras.Input((RESOLUTION, RESOLUTION, 3))
     model = keras.Model(inputs, keras.layers.Dense(CLASSES)(keras.layers.Flatten()(Counted()(inputs))))
-    predict = Predictor(model, tf.distribute.get_strategy())
+    predict = Predictor(model, tf.distribute.get_strategy(), SINGLE_LABEL)
     first = predict(stream(20, 8))
     count = len(traces)
     model.layers[-1].bias.assign_add(tf.ones(CLASSES))
@@ -128,11 +129,11 @@ def test_second_call_traces_nothing_and_sees_new_weights() -> None:
 def test_a_repeated_image_is_an_error() -> None:
     twice = stream(20, 8).concatenate(stream(20, 8).take(1))
     with pytest.raises(RuntimeError, match="8 images were predicted more than once"):
-        Predictor(small_model(), tf.distribute.get_strategy())(twice)
+        Predictor(small_model(), tf.distribute.get_strategy(), SINGLE_LABEL)(twice)
 
 
 def test_no_images_is_an_error() -> None:
-    predict = Predictor(small_model(), tf.distribute.get_strategy())
+    predict = Predictor(small_model(), tf.distribute.get_strategy(), SINGLE_LABEL)
     with pytest.raises(RuntimeError, match="yields no images"):
         predict(stream(20, 8).take(0))
     padding = stream(20, 8).map(

@@ -152,8 +152,11 @@ def test_the_next_batch_is_read_while_the_model_works(tmp_path: Path, monkeypatc
         return np.eye(len(paths), dtype=np.float32)[images[:, 0, 0, 0].astype(int)]
 
     monkeypatch.setattr("pipeline.evaluation.predict._read", read)
+    wait_and_answer = keras.layers.Lambda(
+        lambda images: tf.numpy_function(work, [images], tf.float32), output_shape=(len(paths),)
+    )
     results = predict_files(
-        lambda images, training: tf.numpy_function(work, [images], tf.float32),
+        keras.Sequential([keras.Input((RESOLUTION, RESOLUTION, 3)), wait_and_answer]),
         [path.name for path in paths],
         paths,
         resolution=RESOLUTION,

@@ -25,8 +25,8 @@ def test_with_every_image_once_the_metrics_are_those_of_the_evaluation():
     predictions = simulated(np.random.default_rng(0), 200)
     evaluation, calibrated = evaluate_predictions(predictions, list("abcde"), "test"), measure_calibration(predictions)
     values = BootstrapMetrics(predictions)(np.ones((1, 200)))[0]
-    np.testing.assert_allclose(values, [evaluation.metrics[name] for name in BootstrapMetrics.names], rtol=1e-12)
-    by_name = dict(zip(BootstrapMetrics.names, values, strict=True))
+    np.testing.assert_allclose(values, [evaluation.metrics[name] for name in METRICS], rtol=1e-12)
+    by_name = dict(zip(METRICS, values, strict=True))
     for name in ("loss", "brier", "overconfidence"):
         assert by_name[name] == pytest.approx(getattr(calibrated, name))
 
@@ -56,7 +56,7 @@ def test_they_hold_what_they_promise(sharpness, monkeypatch):
         inside += [
             interval.low <= value <= interval.high for interval, value in zip(found.values(), truth, strict=True)
         ]
-    coverage = dict(zip(BootstrapMetrics.names, inside / samples, strict=True))
+    coverage = dict(zip(METRICS, inside / samples, strict=True))
     coverage.pop("top5_accuracy")  # of five classes it is always 1
     assert all(0.93 <= share <= 0.97 for share in coverage.values()), coverage
 

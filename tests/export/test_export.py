@@ -33,6 +33,7 @@ from pipeline.export import loading as loaded
 from pipeline.export.verification import ParityReport, check_parity, run_reference
 from pipeline.models.efficientnet import efficientnet
 from pipeline.runs.run_directory import RunDirectory
+from pipeline.tasks import SINGLE_LABEL
 
 NAMES = ("giant panda", "Édith's cat", "llama", "猫")
 CONFIG = """
@@ -456,7 +457,9 @@ def compared(
     )
     dataset = tf.data.Dataset.from_tensor_slices(arrays).batch(8)
     inputs = keras.Input((4, 4, 3))
-    reference = run_reference(loaded.run_model(keras.Model(inputs, inputs[:, 0, 0])), ("a", "b", "c"), dataset, "test")
+    reference = run_reference(
+        loaded.run_model(keras.Model(inputs, inputs[:, 0, 0])), ("a", "b", "c"), dataset, "test", SINGLE_LABEL
+    )
     assert reference.accuracy == 1
     exported = loaded.LoadedExport(lambda batch: change(batch[:, 0, 0].copy()), names)
     return check_parity(exported, reference, dataset, LIMITS, exact=exact)

@@ -14,9 +14,10 @@ from hypothesis.extra.numpy import arrays
 from pipeline.config.loader import load_config
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.efficientnet import efficientnet
-from pipeline.models.head_transfer import MARGIN, match_classes, merge_logits, read_class_map, transfer_head
+from pipeline.models.head_transfer import MARGIN, match_classes, read_class_map, transfer_head
 from pipeline.models.variants import VARIANTS
 from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
+from pipeline.tasks import SINGLE_LABEL
 
 LITE = replace(VARIANTS["lite0"], resolution=96)
 SMALL = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
@@ -99,7 +100,10 @@ def test_the_number_of_classes_moves_a_kept_logit_by_no_more_than_the_order_of_s
     bound = 16 * np.finfo("f4").eps * (features @ np.abs(head[0]))  # up to 5 were measured
     kept = min(count, 1000)
     layers = []
-    for kernel, bias in (head, transfer_head(*head, [(index,) if index < 1000 else () for index in range(count)])):
+    for kernel, bias in (
+        head,
+        transfer_head(*head, [(index,) if index < 1000 else () for index in range(count)], SINGLE_LABEL),
+    ):
         layer = keras.layers.Dense(len(bias))
         layer.build((None, 1280))
         layer.set_weights([kernel, bias])
@@ -159,7 +163,7 @@ def test_new_classes_lie_below_every_kept_one(run: Path) -> None:
 
 def test_a_new_row_is_the_mean_of_the_taken_ones_with_the_margin_off_its_bias() -> None:
     kernel, bias = np.array([[1.0, 3, 100], [-2, 4, 100]], "f4"), np.array([0.5, 1.5, 100], "f4")
-    new_kernel, new_bias = transfer_head(kernel, bias, [(), (1,), (0,)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(), (1,), (0,)], SINGLE_LABEL)
     np.testing.assert_array_equal(new_kernel, [[2, 3, 1], [1, 4, -2]])
     np.testing.assert_array_equal(new_bias, [1 - MARGIN, 1.5, 0.5])
 
@@ -175,7 +179,9 @@ finite = st.floats(-50, 50, width=32)
 def test_whatever_the_features_a_taken_class_wins_by_the_margin(
     kernel: np.ndarray, bias: np.ndarray, features: np.ndarray
 ) -> None:
-    new_kernel, new_bias = (array.astype(np.float64) for array in transfer_head(kernel, bias, [(0,), (), (1, 2), (3,)]))
+    new_kernel, new_bias = (
+        array.astype(np.float64) for array in transfer_head(kernel, bias, [(0,), (), (1, 2), (3,)], SINGLE_LABEL)
+    )
     logits = features @ new_kernel + new_bias
     tolerance = 1e-5 * (1 + np.abs(features) @ np.abs(new_kernel).max(axis=1) + np.abs(new_bias).max())
     highest = logits[:, [0, 2, 3]].max(axis=1)
@@ -312,14 +318,14 @@ def test_a_class_map_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_merged_row_is_the_mean_with_the_logarithm_of_the_number_on_its_bias() -> None:
     kernel, bias = np.array([[1.0, 3, 8], [-2, 4, 8]], "f4"), np.array([0.5, 1.5, 8], "f4")
-    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1), (2,)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1), (2,)], SINGLE_LABEL)
     np.testing.assert_array_equal(new_kernel, [[2, 8], [1, 8]])
     np.testing.assert_allclose(new_bias, [1 + np.log(2), 8], rtol=1e-7)
 
 
 def test_exactly_merged_logits_add_probabilities() -> None:
     logits = np.array([[1.0, 2, 3, 900], [-900, -901, -902, -903]])
-    merged = merge_logits(logits, [(0, 3), (1, 2)])
+    merged = SINGLE_LABEL.merge_logits(logits, [(0, 3), (1, 2)])
     assert merged.shape == (2, 2)
     softmax = [np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True)) for z in (logits, merged)]
     np.testing.assert_allclose(softmax[1], softmax[0][:, [0, 1]] + softmax[0][:, [3, 2]], rtol=1e-9)
@@ -332,8 +338,8 @@ def test_exactly_merged_logits_add_probabilities() -> None:
 )
 def test_a_merged_row_never_exceeds_the_exact_logit(kernel: np.ndarray, bias: np.ndarray, features: np.ndarray) -> None:
     rows = [(0, 1, 2), (3,)]
-    new_kernel, new_bias = (array.astype(np.float64) for array in transfer_head(kernel, bias, rows))
-    exact = merge_logits(features.astype(np.float64) @ kernel + bias, rows)
+    new_kernel, new_bias = (array.astype(np.float64) for array in transfer_head(kernel, bias, rows, SINGLE_LABEL))
+    exact = SINGLE_LABEL.merge_logits(features.astype(np.float64) @ kernel + bias, rows)
     assert (
         features @ new_kernel + new_bias
         <= exact + 1e-5 * (1 + np.abs(features) @ np.abs(kernel).max(axis=1)[:, None] + 50)
@@ -342,8 +348,8 @@ def test_a_merged_row_never_exceeds_the_exact_logit(kernel: np.ndarray, bias: np
 
 def test_a_merged_row_is_exact_where_its_classes_agree() -> None:
     kernel, bias = np.full((2, 3), 0.25, "f4"), np.zeros(3, "f4")
-    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1, 2)])
+    new_kernel, new_bias = transfer_head(kernel, bias, [(0, 1, 2)], SINGLE_LABEL)
     features = np.array([[4.0, 8]])
     np.testing.assert_allclose(
-        features @ new_kernel + new_bias, merge_logits(features @ kernel + bias, [(0, 1, 2)]), rtol=1e-6
+        features @ new_kernel + new_bias, SINGLE_LABEL.merge_logits(features @ kernel + bias, [(0, 1, 2)]), rtol=1e-6
     )

@@ -16,6 +16,7 @@ from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import TrainingError
 from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
+from pipeline.tasks import SINGLE_LABEL
 from pipeline.training.feature_cache import MAX_BYTES, are_constant, backbone_and_head
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.training.schedule import build_schedule
@@ -67,7 +68,7 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
     )
     schedule = build_schedule(CONFIG.train, CONFIG.optimizer, steps_per_epoch(len(manifest.indices("train")), 16))
     stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: False)
-    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, [], lambda: False)
+    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
     return state, trainer.fit(state, stages.for_stage)
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.models.variants import from_multipliers
+from pipeline.tasks import SINGLE_LABEL
 from pipeline.training.memory import check_batch
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.training.state import MetricAccumulator
@@ -64,7 +65,14 @@ class Bench:
     def step(self) -> TrainStep:
         config = self.config
         return TrainStep(
-            self.model, self.optimizer, self.ema, self.metrics, config.train, config.optimizer, self.runtime
+            self.model,
+            self.optimizer,
+            self.ema,
+            self.metrics,
+            config.train,
+            config.optimizer,
+            self.runtime,
+            SINGLE_LABEL,
         )
 
     def everything(self) -> list[np.ndarray]:
@@ -157,6 +165,7 @@ def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from()
         config.train,
         config.optimizer,
         bench.runtime,
+        SINGLE_LABEL,
         class_weights=counts,
     )
     with tf.GradientTape() as tape:
@@ -261,6 +270,7 @@ from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.distributed.devices import setup_devices
 from pipeline.training.state import MetricAccumulator
 from pipeline.training.train_step import TrainStep
+from pipeline.tasks import SINGLE_LABEL
 config = make_config(train={"global_batch_size": 8}, runtime={"strategy": "mirrored", "sync_batch_norm": False})
 runtime = setup_devices(config.runtime, config.seed)
 with runtime.strategy.scope():
@@ -270,7 +280,7 @@ with runtime.strategy.scope():
     x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
     model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
     optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
-    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime)
+    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime, SINGLE_LABEL)
 images = batch()[0].numpy().astype(float)
 for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
     step(one, 0.01)
@@ -303,6 +313,7 @@ from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.distributed.devices import setup_devices
 from pipeline.training.state import MetricAccumulator
 from pipeline.training.train_step import TrainStep
+from pipeline.tasks import SINGLE_LABEL
 for name in OPTIMIZERS:
     results = []
     for runtime in ({"strategy": "single"}, {"strategy": "mirrored"}, {"strategy": "single", "xla": True}):
@@ -313,7 +324,8 @@ for name in OPTIMIZERS:
             model = small_network(batch_norm=False)
             start = [variable.numpy() for variable in model.trainable_variables]
             optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
-            step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime)
+            metrics = MetricAccumulator()
+            step = TrainStep(model, optimizer, ema, metrics, config.train, config.optimizer, runtime, SINGLE_LABEL)
         for one in runtime.feed(tf.data.Dataset.from_tensors(batch()).repeat(3)):
             step(one, 0.01)
         variables = [*model.trainable_variables, *ema.variables, *optimizer.variables]
@@ -348,7 +360,7 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     )
     average, totals = ModelEMA(model.weights, 0.9), MetricAccumulator()
     optimizer = build_optimizer(config.optimizer, model.trainable_variables)
-    step = TrainStep(model, optimizer, average, totals, config.train, config.optimizer, runtime)
+    step = TrainStep(model, optimizer, average, totals, config.train, config.optimizer, runtime, SINGLE_LABEL)
     before = model.get_layer("stem_conv").kernel.numpy()
     rng = np.random.default_rng(0)
     images = tf.constant(rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))

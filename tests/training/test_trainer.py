@@ -15,6 +15,7 @@ from pipeline.distributed.devices import setup_devices
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
+from pipeline.tasks import SINGLE_LABEL
 from pipeline.training import checkpoint
 from pipeline.training.callbacks import Callback
 from pipeline.training.checkpoint import CheckpointCallback
@@ -119,6 +120,7 @@ def run(
         config.optimizer,
         setup_devices(config.runtime, config.seed),
         build_schedule(config.train, config.optimizer, STEPS),
+        SINGLE_LABEL,
         callbacks,
         lambda: state.step == stop_at,
         on_nan,
@@ -226,6 +228,7 @@ def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
         CONFIG.optimizer,
         setup_devices(CONFIG.runtime, CONFIG.seed),
         build_schedule(CONFIG.train, CONFIG.optimizer, 100),
+        SINGLE_LABEL,
         [CheckpointCallback(tmp_path, {}, keep=1)],
         lambda: state.step == 4,
     )  # reports every 5 steps
@@ -251,7 +254,7 @@ def test_validation_sees_the_moving_average():
         setup_devices(CONFIG.runtime, CONFIG.seed),
         build_schedule(CONFIG.train, CONFIG.optimizer, STEPS),
     )
-    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, [], lambda: False)
+    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
     trainer.fit(state, lambda stage: StageInputs(state.model, stream, validate))
     assert seen == [True] * 4
     assert state.best is None, "without a validation metric no epoch is best"
@@ -469,7 +472,7 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
         setup_devices(config.runtime, config.seed),
         build_schedule(config.train, config.optimizer, STEPS),
     )
-    trainer = Trainer(config.train, config.optimizer, runtime, schedule, [], lambda: False, policy)
+    trainer = Trainer(config.train, config.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False, policy)
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps have already been skipped"):
         trainer.fit(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]

@@ -54,7 +54,7 @@ def gallery_items(
     if not len(rows):
         return []
     predictions, class_names = results.predictions, results.class_names
-    scores, predicted = PerImageScores.from_predictions(predictions), predictions.logits.argmax(axis=1)
+    scores, predicted = PerImageScores.from_predictions(predictions), predictions.decisions
     inputs = images(predictions.index[rows])
     items = []
     for row, image, heat in zip(rows, inputs, grad_cam(inputs, predicted[rows]), strict=True):

@@ -70,7 +70,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def _prediction_table(results: EvaluationResults) -> pd.DataFrame:
     predictions, names = results.predictions, results.class_names
-    top = top_k(predictions.logits, names, 5)
+    top = top_k(predictions.logits, names, 5, predictions.task)
     return pd.DataFrame(
         {
             "index": predictions.index,
@@ -92,9 +92,10 @@ def metric_rows(results: EvaluationResults) -> list[tuple[str, str, str]]:
         Title, value and 95 % interval of each metric that the number of classes gives a meaning.
     """
     rows = []
-    for name, spec in METRICS.items():
+    for name, value in results.evaluation.metrics.items():
+        spec = METRICS[name]
         if len(results.class_names) >= spec.min_classes:
-            value, (low, high) = results.evaluation.metrics[name], results.intervals[name]
+            low, high = results.intervals[name]
             interval = f"{spec.format.format(low)} to {spec.format.format(high)}"
             rows.append((spec.title, spec.format.format(value), interval))
     return rows

@@ -28,6 +28,7 @@ from pipeline.models.efficientnet import CLASSIFIER
 from pipeline.models.head_transfer import ClassMapping, match_classes, read_class_map, transfer_head
 from pipeline.models.variants import VARIANTS, Variant, end_filters, stage_filters, stage_repeats
 from pipeline.models.weights.formats import Arrays, read_weights
+from pipeline.tasks import SINGLE_LABEL, Task
 
 KERAS_URL = "https://storage.googleapis.com/keras-applications/"
 KERAS_MD5 = {  # of efficientnet<variant>.h5, as keras.applications checks them
@@ -107,6 +108,7 @@ def load_pretrained(
     variant: Variant,
     class_names: Sequence[str] | None = None,
     class_map: Path | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> LoadReport:
     """Copy weights into a model.
 
@@ -121,6 +123,7 @@ def load_pretrained(
         variant: What the model was built from.
         class_names: The model's classes in the order of its outputs. `None` lets any classifier of the right shape in.
         class_map: A file that names old classes for new ones, see `read_class_map`; used where `class_names` are given.
+        task: How several old classes are merged into one.
 
     Returns:
         What was copied, what is new, what was left.
@@ -137,7 +140,7 @@ def load_pretrained(
     head: ClassMapping | None = None
     for name, layer in own.items():
         if name == CLASSIFIER and class_names is not None:
-            arrays, head, reason = _classifier(layer, source, class_names, class_map)
+            arrays, head, reason = _classifier(layer, source, class_names, class_map, task)
         else:
             arrays, reason = source.layers.get(name, []), _misfit(layer, source)
         if reason:
@@ -186,7 +189,7 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _classifier(
-    layer: keras.Layer, source: PretrainedWeights, class_names: Sequence[str], class_map: Path | None
+    layer: keras.Layer, source: PretrainedWeights, class_names: Sequence[str], class_map: Path | None, task: Task
 ) -> tuple[list[np.ndarray], ClassMapping | None, str]:
     """Return the classifier's arrays for the model's classes.
 
@@ -215,7 +218,7 @@ def _classifier(
         reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
         return [], match, reason
     kernel, bias = arrays
-    return [*transfer_head(kernel, bias, match.rows)], match, ""
+    return [*transfer_head(kernel, bias, match.rows, task)], match, ""
 
 
 def _imagenet_lists() -> tuple[Sequence[str], ...]:
