@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -92,17 +92,21 @@ class ThroughputBenchmark:
             self.manifest: Manifest = scan(self.source, config.data, seed=config.seed, progress=progress)
         model, _ = create_model(config, self.runtime, self.manifest.class_names, console, weights=None)
         resolved = resolve(config, self.runtime, model, self.manifest)
-        config, self.runtime, self.batch_size = resolved.config, resolved.runtime, resolved.batch_size
+        config, self.runtime, self.batch_size = resolved.config, resolved.runtime, resolved.batch_size.images
         endless = config.train.stage(stage).model_copy(update={"epochs": ENDLESS})
         train = config.train.model_copy(
             update={"stages": (endless,), "early_stopping": None, "checkpoint_every_steps": None}
         )
         self.config = config.model_copy(update={"train": train})
-        schedule = build_schedule(self.config.train, self.config.optimizer, resolved.schedule.steps_per_epoch)
-        self.state: TrainState = create_train_state(self.config.optimizer, self.runtime, model)
-        self.stage_data = StageData(
-            self.config, self.runtime, schedule, self.manifest, self.source, self.state, console, lambda: False
+        schedule = build_schedule(
+            train.stages,
+            self.config.optimizer,
+            global_batch_size=self.batch_size,
+            steps_per_epoch=resolved.schedule.steps_per_epoch,
         )
+        self.resolved = replace(resolved, config=self.config, schedule=schedule)
+        self.state: TrainState = create_train_state(self.config.optimizer, self.runtime, model)
+        self.stage_data = StageData(self.resolved, self.manifest, self.source, self.state, console, lambda: False)
         self.clock, self._task = ThroughputTimer(), TASKS[self.config.task]
         self._trainer = OneStepTrainer(
             self.config.train,

@@ -84,7 +84,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     }
     console.print("timing; other programs that run meanwhile distort the results ...")
     if arguments.baseline is None:
-        with translate_oom_error(bench.config, bench.runtime, bench.state.model):
+        with translate_oom_error(bench.resolved.batch_size, bench.config.optimizer, bench.runtime, bench.state.model):
             measured = bench.measure(arguments.seconds)
         print_result(measured, console)
         figures |= asdict(measured) | {"bound": measured.bound}
@@ -92,7 +92,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         from pipeline.benchmark.keras_baseline import run_keras_baseline
 
         with (
-            translate_oom_error(bench.config, bench.runtime, bench.state.model),
+            translate_oom_error(bench.resolved.batch_size, bench.config.optimizer, bench.runtime, bench.state.model),
             console.progress(f"in turns with {arguments.baseline}") as progress,
         ):
             pairs = run_keras_baseline(

@@ -77,7 +77,9 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     if (mlflow_run := last.mlflow_run()) is None:
         console.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
     else:
-        log_comparison(last.load_config(), mlflow_run, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory)
+        log_comparison(
+            last.load_config().tracking.uri, mlflow_run, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory
+        )
         console.print(f"logged to the run {mlflow_run[1]} in MLflow")
     return 0
 

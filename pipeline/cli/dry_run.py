@@ -32,7 +32,7 @@ def print_dry_run(config: Config, console: Console) -> None:
     except DatasetNotDownloadedError as error:
         missing, class_names = error, error.class_names
     model = efficientnet(config.variant, num_classes=len(class_names), dtype=runtime.dtype)
-    config = resolve_batch(config, runtime, model)
+    config, (batch_size, accumulation) = resolve_batch(config, runtime, model)
 
     manifest: Manifest | None = None
     resolved: ResolvedConfig | None = None
@@ -51,9 +51,9 @@ def print_dry_run(config: Config, console: Console) -> None:
     else:
         print_data(manifest, console)
 
-    variant, profile, batch_size = config.variant, profile_model(model), config.train.batch_size
-    local_batch_size = batch_size // runtime.replicas // config.train.gradient_accumulation_steps
-    memory = step_memory(config, model, local_batch_size, accumulation=config.train.gradient_accumulation_steps > 1)
+    variant, profile = config.variant, profile_model(model)
+    local_batch_size = batch_size // runtime.replicas // accumulation
+    memory = step_memory(config.optimizer, model, local_batch_size, accumulation=accumulation > 1)
     console.print(f"\nEfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}")
     console.print(f"  parameters            {profile.parameters:,} ({profile.trainable_parameters:,} trainable)")
     console.print(f"  multiply-adds         {profile.flops / 1e9:.2f} G per image")
@@ -82,7 +82,7 @@ def print_schedule(resolved: ResolvedConfig, num_images: int, console: Console) 
     if resolved.xla_reason:
         console.print(f"  {resolved.xla_reason}")
     console.print(
-        f"  steps per epoch       {resolved.schedule.steps_per_epoch:,} of {resolved.batch_size} images "
+        f"  steps per epoch       {resolved.schedule.steps_per_epoch:,} of {resolved.batch_size.images} images "
         f"({num_images:,} training images)"
     )
     for number, stage in enumerate(resolved.schedule.stages, 1):

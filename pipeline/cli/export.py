@@ -164,7 +164,7 @@ def export(
     signature = writing.ModelSignature(
         manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]
     )
-    batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size)
+    batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size or MAX_BATCH_SIZE)
     images = evaluation_stream(manifest, source, config, split, batch_size=batch_size)
     rows = writing.calibration_rows(manifest, config.export.calibration_images, config.seed)
     calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=rows)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.predictor import Predictions
 
 
+DEFAULT_BATCH_SIZE = 32  # images, for a model whose config leaves the batch size to the devices
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with all that is needed to run it.
@@ -51,7 +54,7 @@ class LoadedModel:
         from pipeline.evaluation.predictor import Predictor
         from pipeline.tasks import TASKS
 
-        batch_size = self.runtime.round_up_to_replicas(self.config.train.micro_batch_size)
+        batch_size = self.runtime.round_up_to_replicas(self.config.train.micro_batch_size or DEFAULT_BATCH_SIZE)
         forward = Predictor(self.model, self.runtime.strategy, TASKS[self.config.task])
 
         def predict(split: str, **stream_kwargs: Any) -> "Predictions":

@@ -121,7 +121,7 @@ def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, 
     console.print(
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"
     )
-    source = open_data(config, runtime.processes)
+    source = open_data(config.data, runtime.processes)
     runtime.processes.assert_same_on_all(
         lambda: {
             "config": config.cross_process_fingerprint(),
@@ -207,7 +207,7 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
     config, directory, state, console = run.config, run.directory, run.state, run.console
     schedule = run.resolved.schedule
     stop_signal = StopSignal(console.print)
-    stage_data = StageData(config, run.runtime, schedule, run.manifest, run.source, state, console, stop_signal)
+    stage_data = StageData(run.resolved, run.manifest, run.source, state, console, stop_signal)
     nan_policy = NanPolicy(
         config.train.on_nan,
         directory.nan_batches,
@@ -226,7 +226,7 @@ def build_trainer(run: TrainingRun, stack: ExitStack) -> Training:
             first_step=state.step,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
-            global_batch_size=run.resolved.batch_size,
+            global_batch_size=schedule.global_batch_size,
         )
         checkpoints = checkpoint.CheckpointCallback(
             directory.checkpoints, run.identity, keep=config.train.max_checkpoints
@@ -277,7 +277,7 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
     with (
         training.progress_bar or nullcontext(),
         training.stop_signal.listening(),
-        translate_oom_error(run.config, run.runtime, state.model),
+        translate_oom_error(run.resolved.batch_size, run.config.optimizer, run.runtime, state.model),
         processes.translate_peer_failure(),
     ):
         try:

@@ -114,12 +114,6 @@ class TrainConfig(StrictModel):
         return self.stages[-1 if number is None else number - 1]
 
     @property
-    def batch_size(self) -> int:
-        """`global_batch_size` as a number, once auto is resolved."""
-        assert self.global_batch_size != "auto", "resolve_batch replaces auto"
-        return self.global_batch_size
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images per forward pass over all replicas."""
-        return self.batch_size // self.gradient_accumulation_steps
+    def micro_batch_size(self) -> int | None:
+        """Images per forward pass over all replicas; None while `global_batch_size` is auto."""
+        return None if self.global_batch_size == "auto" else self.global_batch_size // self.gradient_accumulation_steps

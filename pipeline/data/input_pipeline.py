@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
+from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
 from pipeline.data.augmentation import Augmentation, decode_full_image, image_augmentation
 from pipeline.data.manifest import CHUNK_ROWS, Manifest
@@ -52,6 +53,7 @@ def training_stream(
     manifest: Manifest,
     source: DataSource,
     config: Config,
+    batch_size: int,
     *,
     start_step: int = 0,
     stride: int = 1,
@@ -65,6 +67,7 @@ def training_stream(
         manifest: All images; those of the split train are used.
         source: Source of the image files.
         config: Determines the pixels, and with `runtime.num_workers`, which does not affect them, the threads.
+        batch_size: Images per batch over all shards, B.
         start_step: Steps to skip, without decoding their images.
         stride: 2 yields every second step from `start_step` on, 3 every third, without decoding the others.
         augmented: False prepares the images as for evaluation, in the same order.
@@ -81,7 +84,7 @@ def training_stream(
         DataError: The split is empty, or its table cannot be written.
     """
     indices = _split_indices(manifest, "train")
-    batch_size, num_workers = config.train.batch_size, num_workers or _num_workers(config)
+    num_workers = num_workers or _num_workers(config.runtime)
     local_batch_size, count = batch_size // shard.count, len(indices)
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
     settings, resolution, resize = config.augment, config.variant.resolution, config.data.resize
@@ -135,13 +138,20 @@ def training_stream(
 
 
 def feature_stream(
-    manifest: Manifest, config: Config, features: np.ndarray, *, start_step: int = 0, shard: Shard = FULL_SHARD
+    manifest: Manifest,
+    config: Config,
+    batch_size: int,
+    features: np.ndarray,
+    *,
+    start_step: int = 0,
+    shard: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
     """Return the batches of `training_stream` without augmentation, with a frozen backbone's features as the images.
 
     Args:
         manifest: All images; those of the split train are used.
         config: See `training_stream`.
+        batch_size: Images per batch over all shards, B.
         features: float32 (n, C), features of the n training images in the manifest's order.
         start_step: Steps to skip.
         shard: Shard of each global batch.
@@ -150,7 +160,7 @@ def feature_stream(
         An infinite dataset of global batches, or of the shard of each: features float32 (B, C), labels float32 (B, K),
         weights float32 (B,), index int64 (B,).
     """
-    rows, batch_size = _split_indices(manifest, "train"), config.train.batch_size
+    rows = _split_indices(manifest, "train")
     local_batch_size, count = batch_size // shard.count, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
@@ -173,7 +183,8 @@ def feature_stream(
     shuffled_positions = positions(batch_size, shard, start_step=start_step).map(find).unbatch()
     dataset = shuffled_positions.batch(local_batch_size, drop_remainder=True).map(load)
     return _with_options(
-        dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)), _num_workers(config)
+        dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)),
+        _num_workers(config.runtime),
     )
 
 
@@ -210,7 +221,7 @@ def evaluation_stream(
     """
     rows = _split_indices(manifest, split) if rows is None else rows
     lookup, num_classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
-    resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config)
+    resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config.runtime)
     local_batch_size, count, batches = batch_size // shard.count, len(rows), -(-len(rows) // batch_size)
     task, shape = TASKS[config.task], (resolution, resolution, config.model.channels)
 
@@ -354,8 +365,8 @@ def _split_indices(manifest: Manifest, split: str) -> np.ndarray:
     return indices
 
 
-def _num_workers(config: Config) -> int:
-    return config.runtime.num_workers or os.cpu_count() or 1
+def _num_workers(runtime: RuntimeConfig) -> int:
+    return runtime.num_workers or os.cpu_count() or 1
 
 
 def _with_options(dataset: tf.data.Dataset, num_workers: int) -> tf.data.Dataset:

@@ -79,7 +79,7 @@ class MLflowLogger(Callback):
         """
         self._config, self._directory, self._resumed = config, run_directory, resumed[1] if resumed else None
         self._changes = "\n".join(changes)
-        self._uri = tracking_uri(config, resumed[0] if resumed else None)
+        self._uri = tracking_uri(config.tracking.uri, resumed[0] if resumed else None)
         self.uri = re.sub(r"://[^/@]+@", "://", self._uri)
         self._buffer: list[Metric] = []
         self._last_steps: dict[str, int] = {}
@@ -298,12 +298,12 @@ class MLflowLogger(Callback):
 
 
 def log_evaluation(
-    config: Config, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path
+    configured_uri: str | None, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path
 ) -> None:
     """Add an evaluation to a run that has ended, linked to its model and data set; its status does not change.
 
     Args:
-        config: Config of the run.
+        configured_uri: `tracking.uri` of the run's config.
         tracked: Tracking URI and run id of the run.
         metrics: Values by name, logged at the run's last step.
         directory: Folder with the result files; logged as the artifact evaluation/<its name>.
@@ -313,7 +313,7 @@ def log_evaluation(
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
     run_id, now = tracked[1], int(time.time() * 1000)
-    with _client_of(config, tracked) as client:
+    with _client_of(configured_uri, tracked) as client:
         from mlflow.entities import Metric
 
         step = max(last_steps(client, run_id).values(), default=0)
@@ -323,11 +323,13 @@ def log_evaluation(
         client.log_artifact(run_id, str(page), "report")
 
 
-def log_comparison(config: Config, tracked: tuple[str, str], sentences: Mapping[str, str], directory: Path) -> None:
+def log_comparison(
+    configured_uri: str | None, tracked: tuple[str, str], sentences: Mapping[str, str], directory: Path
+) -> None:
     """Add a comparison to a run that has ended.
 
     Args:
-        config: Config of the run.
+        configured_uri: `tracking.uri` of the run's config.
         tracked: Tracking URI and run id of the run.
         sentences: Results as sentences, by the name of a tag.
         directory: Folder with its files; logged as the artifact report/compare/<its name>.
@@ -335,16 +337,16 @@ def log_comparison(config: Config, tracked: tuple[str, str], sentences: Mapping[
     Raises:
         ConfigError: If MLflow cannot be reached or does not know the run.
     """
-    with _client_of(config, tracked) as client:
+    with _client_of(configured_uri, tracked) as client:
         for name, sentence in sentences.items():
             client.set_tag(tracked[1], re.sub(INVALID_NAME_CHARACTERS, "_", name), sentence[:MAX_TAG])
         client.log_artifacts(tracked[1], str(directory), f"report/compare/{directory.name}")
 
 
 @contextmanager
-def _client_of(config: Config, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
+def _client_of(configured_uri: str | None, tracked: tuple[str, str]) -> Iterator["MlflowClient"]:
     """Yield the MLflow client of a tracked run; its errors name the URI and the remedy."""
-    mlflow, uri = import_mlflow(), tracking_uri(config, tracked[0])
+    mlflow, uri = import_mlflow(), tracking_uri(configured_uri, tracked[0])
     with translate_mlflow_error(uri):
         with exclusive_lock(uri):
             client = mlflow.MlflowClient(uri)

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pipeline import files
-from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.runs.provenance import mask_credentials
 
@@ -38,16 +37,16 @@ def import_mlflow() -> ModuleType:
     return mlflow
 
 
-def tracking_uri(config: Config, recorded: str | None = None) -> str:
+def tracking_uri(configured: str | None, recorded: str | None = None) -> str:
     """Return the tracking URI: of the config, the environment, the run's record, or the database in the current folder.
 
     The path of an SQLite file is made absolute.
 
     Args:
-        config: The config; `tracking.uri` comes first.
+        configured: `tracking.uri` of the config, which comes first.
         recorded: URI that the run was tracked at before.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded or "sqlite:///mlflow.db"
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or recorded or "sqlite:///mlflow.db"
     return f"sqlite:///{database.resolve()}" if (database := database_of(uri)) else uri
 
 

@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 
-from pipeline.config.optimizer import OPTIMIZERS
-from pipeline.config.schema import Config
+from pipeline.config.augment import AugmentConfig
+from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import TrainConfig
 from pipeline.data.mixup import mixing_group_size
 from pipeline.distributed.devices import Runtime
@@ -53,44 +54,59 @@ def _gpu_memory_limits() -> list[int]:
     return [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
 
 
-def step_memory(config: Config, model: keras.Model, images: int, *, accumulation: bool) -> int:
+def step_memory(optimizer: OptimizerConfig, model: keras.Model, images: int, *, accumulation: bool) -> int:
     """Return the estimated bytes of a step on one device, see `estimated_memory`.
 
     Args:
-        config: The optimizer and its moving average are used.
+        optimizer: Section `optimizer` of the config: its slots and its moving average count.
         model: A network built by `efficientnet`, in the dtype that it trains in.
         images: Images per micro-batch and device.
         accumulation: True if a step has several micro-batches.
     """
-    slots, average = OPTIMIZERS[config.optimizer.name].num_slots, config.optimizer.ema_decay is not None
+    slots, average = OPTIMIZERS[optimizer.name].num_slots, optimizer.ema_decay is not None
     return estimated_memory(model, images, optimizer_slots=slots, ema=average, accumulation=accumulation)
 
 
-def largest_micro_batch(config: Config, model: keras.Model, memory: int) -> int:
+def largest_micro_batch(optimizer: OptimizerConfig, model: keras.Model, memory: int) -> int:
     """Return the number of images per micro-batch and device that are estimated to fit.
 
     Args:
-        config: As in `step_memory`.
+        optimizer: As in `step_memory`.
         model: As in `step_memory`.
         memory: Bytes of a device.
 
     Returns:
         A number of at least 0.
     """
-    without, with_one = (step_memory(config, model, images, accumulation=True) for images in (0, 1))
+    without, with_one = (step_memory(optimizer, model, images, accumulation=True) for images in (0, 1))
     return max(0, int((MEMORY_FRACTION * memory - without) / (with_one - without)))
 
 
+class BatchSize(NamedTuple):
+    """The images of a step."""
+
+    images: int
+    """Over all replicas."""
+    accumulation: int
+    """Number of micro-batches that they are divided into."""
+
+
 def resolve_batch_size(
-    config: Config, runtime: Runtime, model: keras.Model, *, previous: TrainConfig | None = None
-) -> Config:
-    """Replace `global_batch_size: auto` by 256 images, in as few micro-batches as the devices' memory allows.
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    runtime: Runtime,
+    model: keras.Model,
+    *,
+    previous: TrainConfig | None = None,
+) -> BatchSize:
+    """Return the batch size: that of the config, or for auto 256 images in as few micro-batches as the memory allows.
 
     The size of a micro-batch is a power of two, which fits MixUp's groups. If the number of replicas is not a power of
     two, the batch size is the multiple of the micro-batches of all replicas that is nearest to 256.
 
     Args:
-        config: The config; it is returned unchanged if the batch size is a number.
+        train: Section `train` of the config.
+        optimizer: Section `optimizer` of the config.
         runtime: Its replicas share the batch.
         model: The network to train.
         previous: The resolved section `train` of the run that is resumed, if any; its values stay, whatever the memory.
@@ -98,41 +114,36 @@ def resolve_batch_size(
     Raises:
         TrainingError: Not even one image is estimated to fit.
     """
-    if config.train.global_batch_size != "auto":
-        return config
-    if previous is not None:
-        batch_size, accumulation = previous.batch_size, previous.gradient_accumulation_steps
-    else:
-        memory = device_memory()
-        fitting = min(largest_micro_batch(config, model, memory), max(1, AUTO_BATCH_SIZE // runtime.replicas))
-        if not fitting:
-            raise TrainingError(
-                f"{_model_name(config)} does not fit into {_gib(memory)} with a single image; "
-                "take a smaller variant or resolution"
-            )
-        images_at_once = 2 ** int(math.log2(fitting)) * runtime.replicas
-        accumulation = max(1, round(AUTO_BATCH_SIZE / images_at_once))
-        batch_size = images_at_once * accumulation
-    train = config.train.model_copy(
-        update={"global_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    )
-    return config.model_copy(update={"train": train})
+    if train.global_batch_size == "auto" and previous is not None:
+        train = previous
+    if train.global_batch_size != "auto":
+        return BatchSize(train.global_batch_size, train.gradient_accumulation_steps)
+    memory = device_memory()
+    fitting = min(largest_micro_batch(optimizer, model, memory), max(1, AUTO_BATCH_SIZE // runtime.replicas))
+    if not fitting:
+        raise TrainingError(
+            f"{_describe(model)} does not fit into {_gib(memory)} with a single image; "
+            "take a smaller variant or resolution"
+        )
+    images_at_once = 2 ** int(math.log2(fitting)) * runtime.replicas
+    accumulation = max(1, round(AUTO_BATCH_SIZE / images_at_once))
+    return BatchSize(images_at_once * accumulation, accumulation)
 
 
-def check_batch(config: Config, runtime: Runtime) -> None:
+def check_batch(batch_size: BatchSize, augment: AugmentConfig, runtime: Runtime) -> None:
     """Check that the replicas can share a batch.
 
     Raises:
         ConfigError: The global batch cannot be shared evenly among the replicas and their micro-batches, or a
             micro-batch would divide a group of images that are mixed with each other.
     """
-    replicas, batch, accumulation = runtime.replicas, config.train.batch_size, config.train.gradient_accumulation_steps
+    (batch, accumulation), replicas = batch_size, runtime.replicas
     if batch % (replicas * accumulation):
         raise ConfigError(
             f"train.global_batch_size: {batch} images cannot be shared evenly among {replicas} replicas with "
             f"{accumulation} micro-batches each; take a multiple of {replicas * accumulation}"
         )
-    if config.augment.mixup or config.augment.cutmix:
+    if augment.mixup or augment.cutmix:
         group, micro_batch = mixing_group_size(batch, accumulation), batch // accumulation // replicas
         if micro_batch % group:
             raise ConfigError(
@@ -142,11 +153,14 @@ def check_batch(config: Config, runtime: Runtime) -> None:
 
 
 @contextmanager
-def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) -> Iterator[None]:
+def translate_oom_error(
+    batch_size: BatchSize, optimizer: OptimizerConfig, runtime: Runtime, model: keras.Model
+) -> Iterator[None]:
     """Translate TensorFlow's out-of-memory error inside the block into one that says what to do.
 
     Args:
-        config: The resolved config.
+        batch_size: Images of a step.
+        optimizer: Section `optimizer` of the config.
         runtime: Its replicas share the batch.
         model: The network that is trained.
 
@@ -157,18 +171,19 @@ def translate_oom_error(config: Config, runtime: Runtime, model: keras.Model) ->
         yield
     except tf.errors.ResourceExhaustedError as error:
         memory = device_memory()
-        size = config.train.batch_size // config.train.gradient_accumulation_steps // runtime.replicas
+        size = batch_size.images // batch_size.accumulation // runtime.replicas
+        fitting = min(largest_micro_batch(optimizer, model, memory), size - 1)
         raise TrainingError(
-            f"out of memory with {size} images per device and micro-batch of {_model_name(config)}; "
-            f"{min(largest_micro_batch(config, model, memory), size - 1)} are estimated to fit into {_gib(memory)}.\n"
+            f"out of memory with {size} images per device and micro-batch of {_describe(model)}; "
+            f"{fitting} are estimated to fit into {_gib(memory)}.\n"
             "Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch "
             "normalization), set train.global_batch_size=auto, or take a smaller variant or resolution. "
             f"TensorFlow says: {error.message.splitlines()[0][:200]}"
         ) from None
 
 
-def _model_name(config: Config) -> str:
-    return f"EfficientNet-{config.variant.name} at {config.variant.resolution} px"
+def _describe(model: keras.Model) -> str:
+    return f"{model.name} at {model.input_shape[1]} px"
 
 
 def _gib(memory: int) -> str:

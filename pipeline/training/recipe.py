@@ -24,7 +24,12 @@ MIN_STEPS_FOR_STATISTICS = 2_000
 
 
 def resolve_recipe(
-    config: Config, manifest: Manifest, uninitialized_layers: Collection[str] = (), *, previous: Config | None = None
+    config: Config,
+    manifest: Manifest,
+    global_batch_size: int,
+    uninitialized_layers: Collection[str] = (),
+    *,
+    previous: Config | None = None,
 ) -> Config:
     """Replace `recipe: auto` by an optimizer and stages, and check that the data have the split that selects epochs.
 
@@ -40,6 +45,7 @@ def resolve_recipe(
     Args:
         config: The config; it is returned unchanged if `recipe` is null.
         manifest: All images; the number of training images decides.
+        global_batch_size: Images per step over all replicas.
         uninitialized_layers: Names of the layers that the weights do not fit.
         previous: The resolved config of the run that is resumed, if any; its optimizer and stages stay.
 
@@ -60,7 +66,7 @@ def resolve_recipe(
         train = config.train.model_copy(update={"stages": previous.train.stages})
         return config.model_copy(update={"recipe": None, "optimizer": previous.optimizer, "train": train})
     num_images = len(manifest.indices("train"))
-    epoch_steps = steps_per_epoch(num_images, config.train.batch_size)
+    epoch_steps = steps_per_epoch(num_images, global_batch_size)
     head_epochs = min(math.ceil(HEAD_STEPS / epoch_steps), MAX_HEAD_EPOCHS)
     epochs = min(max(round(FINE_TUNING_IMAGES / num_images), MIN_EPOCHS), MAX_EPOCHS)
     partly_fitting = any(block_of(name) < CLASSIFIER_BLOCK for name in uninitialized_layers)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import keras
 
+from pipeline.config.data import DataConfig
 from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
@@ -22,7 +23,7 @@ from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.run_directory import RunDirectory
-from pipeline.training.memory import check_batch, resolve_batch_size
+from pipeline.training.memory import BatchSize, check_batch, resolve_batch_size
 from pipeline.training.recipe import resolve_recipe
 from pipeline.training.schedule import TrainSchedule, build_schedule
 from pipeline.training.xla import resolve_xla
@@ -35,19 +36,21 @@ class ResolvedConfig:
     Attributes:
         config: The config: no recipe, and numbers and booleans for `auto`.
         runtime: Devices and precision, with `jit_compile` decided.
-        batch_size: Images per step over all replicas.
+        batch_size: Images of a step, a number.
         schedule: Steps and learning rates of all stages.
         xla_reason: Sentence with the reason for compiling or not; empty if there was nothing to decide.
     """
 
     config: Config
     runtime: Runtime
-    batch_size: int
+    batch_size: BatchSize
     schedule: TrainSchedule
     xla_reason: str = ""
 
 
-def resolve_batch(config: Config, runtime: Runtime, model: keras.Model, *, previous: Config | None = None) -> Config:
+def resolve_batch(
+    config: Config, runtime: Runtime, model: keras.Model, *, previous: Config | None = None
+) -> tuple[Config, BatchSize]:
     """Resolve the batch size and check that the replicas can share it. This needs no data.
 
     Args:
@@ -56,12 +59,19 @@ def resolve_batch(config: Config, runtime: Runtime, model: keras.Model, *, previ
         model: The network to train.
         previous: The resolved config of the run that is resumed, if any; its batch size stays.
 
+    Returns:
+        The config with the batch size as a number, and that number.
+
     Raises:
         UserError: Not even one image fits into memory, or the batch cannot be shared.
     """
-    config = resolve_batch_size(config, runtime, model, previous=previous.train if previous else None)
-    check_batch(config, runtime)
-    return config
+    batch_size = resolve_batch_size(
+        config.train, config.optimizer, runtime, model, previous=previous.train if previous else None
+    )
+    check_batch(batch_size, config.augment, runtime)
+    images, accumulation = batch_size
+    train = config.train.model_copy(update={"global_batch_size": images, "gradient_accumulation_steps": accumulation})
+    return config.model_copy(update={"train": train}), batch_size
 
 
 def resolve(
@@ -86,16 +96,19 @@ def resolve(
     Raises:
         UserError: The batch does not suit the devices, or the data do not suit the config.
     """
-    config = resolve_batch(config, runtime, model, previous=previous)
-    config = resolve_recipe(config, manifest, uninitialized_layers, previous=previous)
-    batch_size = config.train.batch_size
-    steps = steps_per_epoch(len(manifest.indices("train")), batch_size)
-    schedule = build_schedule(config.train, config.optimizer, steps)
-    config, runtime, reason = resolve_xla(config, runtime, model, schedule.stages, previous=previous)
+    config, batch_size = resolve_batch(config, runtime, model, previous=previous)
+    config = resolve_recipe(config, manifest, batch_size.images, uninitialized_layers, previous=previous)
+    schedule = build_schedule(
+        config.train.stages,
+        config.optimizer,
+        global_batch_size=batch_size.images,
+        steps_per_epoch=steps_per_epoch(len(manifest.indices("train")), batch_size.images),
+    )
+    config, runtime, reason = resolve_xla(config, runtime, model, schedule, previous=previous)
     return ResolvedConfig(config, runtime, batch_size, schedule, reason)
 
 
-def open_data(config: Config, processes: ProcessGroup) -> DataSource:
+def open_data(config: DataConfig, processes: ProcessGroup) -> DataSource:
     """Open the data set of a config on every process, after the chief, which downloads it if necessary.
 
     Raises:
@@ -104,11 +117,11 @@ def open_data(config: Config, processes: ProcessGroup) -> DataSource:
     opened: list[DataSource] = []
 
     def on_the_chief() -> dict[str, bytes]:
-        opened.append(open_source(config.data))
+        opened.append(open_source(config))
         return {}
 
     processes.broadcast_from_chief(on_the_chief)
-    return opened[0] if opened else open_source(config.data)
+    return opened[0] if opened else open_source(config)
 
 
 def resolve_on_chief(
@@ -143,8 +156,8 @@ def resolve_on_chief(
         nonlocal result
         previous = run.load_config() if resume else None
         # The batch comes first: a scan may take an hour.
-        with_batch_size = resolve_batch(config, runtime, model, previous=previous)
-        manifest = scan_images(source, with_batch_size, run, console)
+        with_batch_size, _ = resolve_batch(config, runtime, model, previous=previous)
+        manifest = scan_images(source, config.data, config.seed, run, console)
         resolved = resolve(with_batch_size, runtime, model, manifest, uninitialized_layers, previous=previous)
         train, optimizer = resolved.config.train, resolved.config.optimizer
         if config.recipe is not None:
@@ -170,12 +183,13 @@ def resolve_on_chief(
     return result
 
 
-def scan_images(source: DataSource, config: Config, run: RunDirectory, console: Console) -> Manifest:
+def scan_images(source: DataSource, config: DataConfig, seed: int, run: RunDirectory, console: Console) -> Manifest:
     """Scan the data: every image is decoded before any training, by this scan or an earlier one of the same files.
 
     Args:
         source: The data set.
-        config: The section `data` and the seed are used.
+        config: Section `data` of the config.
+        seed: Of the splits.
         run: Directory of the run; the images that cannot be used are listed in it.
         console: Console for the progress and the summary.
 
@@ -183,7 +197,7 @@ def scan_images(source: DataSource, config: Config, run: RunDirectory, console: 
         DataError: The data cannot be trained on.
     """
     with console.progress("reading the data") as progress:
-        manifest = scan(source, config.data, seed=config.seed, progress=progress)
+        manifest = scan(source, config, seed=seed, progress=progress)
     if manifest.left_out:
         manifest.write_left_out(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from pipeline.config.optimizer import OptimizerConfig
-from pipeline.config.train import StageConfig, TrainConfig
+from pipeline.config.train import StageConfig
 from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 
@@ -36,10 +36,12 @@ class TrainSchedule:
     """All stages of a run.
 
     Attributes:
+        global_batch_size: Images per step over all replicas.
         steps_per_epoch: Steps between two validations.
         stages: The stages in their order, at least one.
     """
 
+    global_batch_size: int
     steps_per_epoch: int
     stages: tuple[TrainStage, ...]
 
@@ -80,22 +82,25 @@ def learning_rate_schedule(
     return learning_rate
 
 
-def build_schedule(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> TrainSchedule:
+def build_schedule(
+    stage_configs: Sequence[StageConfig], optimizer: OptimizerConfig, *, global_batch_size: int, steps_per_epoch: int
+) -> TrainSchedule:
     """Convert the epochs of `train.stages` to steps.
 
     Args:
-        train: Section `train` of a config, whose batch size is a number.
+        stage_configs: `train.stages` of a config.
         optimizer: Section `optimizer` of the config.
+        global_batch_size: Images per step over all replicas.
         steps_per_epoch: Steps between two validations.
     """
     stages: list[TrainStage] = []
-    for stage in train.stages:
+    for stage in stage_configs:
         first = stages[-1].stop if stages else 0
         rate = learning_rate_schedule(
-            optimizer, stage, global_batch_size=train.batch_size, steps_per_epoch=steps_per_epoch
+            optimizer, stage, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch
         )
         stages.append(TrainStage(len(stages), stage, first, first + stage.epochs * steps_per_epoch, rate))
-    return TrainSchedule(steps_per_epoch, tuple(stages))
+    return TrainSchedule(global_batch_size, steps_per_epoch, tuple(stages))
 
 
 def is_layer_trainable(stage: StageConfig, layer: keras.layers.Layer) -> bool:

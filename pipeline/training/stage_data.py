@@ -6,20 +6,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.schema import Config
 from pipeline.console import Console
 from pipeline.data.data_service import check_servers, from_data_service
 from pipeline.data.input_pipeline import evaluation_stream, feature_stream, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
-from pipeline.distributed.devices import Runtime
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
 from pipeline.evaluation.predictor import Predictions, Predictor
 from pipeline.tasks import TASKS
 from pipeline.training.feature_cache import FeatureCache, are_constant, backbone_and_head
-from pipeline.training.schedule import TrainSchedule, TrainStage
+from pipeline.training.resolve import ResolvedConfig
+from pipeline.training.schedule import TrainStage
 from pipeline.training.state import TrainState
 from pipeline.training.trainer import StageInputs
 
@@ -29,9 +28,7 @@ class StageData:
 
     def __init__(
         self,
-        config: Config,
-        runtime: Runtime,
-        schedule: TrainSchedule,
+        resolved: ResolvedConfig,
         manifest: Manifest,
         source: DataSource,
         state: TrainState,
@@ -41,18 +38,18 @@ class StageData:
         """Prepare the data of a run; nothing is read yet.
 
         Args:
-            config: The resolved config.
-            runtime: Devices and processes.
-            schedule: Stages and steps of the run.
+            resolved: The config with its devices, batch size and schedule.
             manifest: All images, with label and split.
             source: Source of the image files.
             state: State of the run; its network is evaluated.
             console: Console for the progress of computing features.
             stop_requested: Called while features are computed; True interrupts that.
         """
+        config, runtime = resolved.config, resolved.runtime
         self._config, self._manifest, self._source, self._state = config, manifest, source, state
         self._console, self._stop_requested = console, stop_requested
-        self._processes, self._shard, self._schedule = runtime.processes, runtime.shard, schedule
+        self._processes, self._shard, self._schedule = runtime.processes, runtime.shard, resolved.schedule
+        self._batch_size = resolved.batch_size
         self._backbone, head = backbone_and_head(state.model)
         self._predictor, self._feature_extractor = (
             Predictor(model, runtime.strategy, TASKS[config.task]) for model in (state.model, self._backbone)
@@ -69,7 +66,9 @@ class StageData:
             features = self._features.get("train")
             return StageInputs(
                 self._features.head,
-                lambda step: feature_stream(manifest, config, features, start_step=step, shard=self._shard),
+                lambda step: feature_stream(
+                    manifest, config, self._batch_size.images, features, start_step=step, shard=self._shard
+                ),
                 self._validate_head,
             )
         self._features.clear()
@@ -104,6 +103,7 @@ class StageData:
             self._manifest,
             self._source,
             self._config,
+            self._batch_size.images,
             start_step=step if first is None else first,
             augmented=self._schedule.stage_at(step).config.use_augmentation,
             **stream_kwargs,
@@ -150,7 +150,7 @@ class StageData:
             self._source,
             self._config,
             split,
-            batch_size=self._config.train.micro_batch_size,
+            batch_size=self._batch_size.images // self._batch_size.accumulation,
             shard=self._shard,
             **stream_kwargs,
         )

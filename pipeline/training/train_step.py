@@ -53,6 +53,7 @@ class TrainStep:
         ema: ModelEMA | None,
         metrics: MetricAccumulator,
         train: TrainConfig,
+        global_batch_size: int,
         optimizer_config: OptimizerConfig,
         runtime: Runtime,
         task: Task,
@@ -68,7 +69,8 @@ class TrainStep:
             optimizer: Optimizer, built for at least the model's trainable variables.
             ema: Moving average to update after each step; None for no moving average.
             metrics: Sums to which each step adds.
-            train: Label smoothing, micro-batches and global batch size are used.
+            train: Label smoothing and micro-batches are used.
+            global_batch_size: Images per step over all replicas.
             optimizer_config: Name and weight decay are used.
             runtime: Strategy and compilation.
             task: What labels and logits mean.
@@ -90,7 +92,7 @@ class TrainStep:
         )
         self._label_smoothing = train.label_smoothing
         self._accumulation = train.gradient_accumulation_steps
-        self._global_batch_size = train.batch_size
+        self._global_batch_size = global_batch_size
         self._weight_decay = [
             optimizer_config.weight_decay if uses_weight_decay(variable) else 0.0 for variable in self._trainable
         ]

@@ -129,6 +129,7 @@ class Trainer:
                 state.ema,
                 state.metrics,
                 self._train,
+                self._schedule.global_batch_size,
                 self._optimizer,
                 self._runtime,
                 self._task,

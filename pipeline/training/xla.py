@@ -5,11 +5,11 @@ differently, so a decision in the middle would make the result depend on the clo
 estimate; where that is wrong, set true or false in the config.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import keras
 
+from pipeline.config.augment import AugmentConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 from pipeline.distributed.devices import Runtime
@@ -17,7 +17,7 @@ from pipeline.models.layers import disable_fused_layers
 from pipeline.models.profile import profile_model
 from pipeline.training.feature_cache import is_augmented
 from pipeline.training.progress import format_duration
-from pipeline.training.schedule import TrainStage
+from pipeline.training.schedule import TrainSchedule
 
 # Measured for B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores. Without XLA, only batch
 # normalization was fused.
@@ -42,7 +42,7 @@ def resolve_xla(
     config: Config,
     runtime: Runtime,
     model: keras.Model,
-    stages: Sequence[TrainStage],
+    schedule: TrainSchedule,
     *,
     previous: Config | None = None,
 ) -> tuple[Config, Runtime, str]:
@@ -53,7 +53,7 @@ def resolve_xla(
         runtime: Devices and precision, from `setup_devices`.
         model: The network to train, in the dtype that it trains in. If XLA is to compile it, its fused layers are
             disabled, because XLA fuses them itself.
-        stages: All stages of the run.
+        schedule: Stages and steps of the run.
         previous: The resolved config of the run that is resumed, if any; its choice stays.
 
     Returns:
@@ -68,19 +68,19 @@ def resolve_xla(
         if jit_compile != runtime.jit_compile:
             reason = f"XLA {'on' if jit_compile else 'off'}, as the run began"
     elif runtime.jit_compile is None:
-        jit_compile, reason = _estimate(config, model, stages)
+        jit_compile, reason = _estimate(config, model, schedule)
     if jit_compile:
         disable_fused_layers(model)
     resolved = config.model_copy(update={"runtime": config.runtime.model_copy(update={"xla": jit_compile})})
     return resolved, replace(runtime, jit_compile=jit_compile), reason
 
 
-def _estimate(config: Config, model: keras.Model, stages: Sequence[TrainStage]) -> tuple[bool, str]:
+def _estimate(config: Config, model: keras.Model, schedule: TrainSchedule) -> tuple[bool, str]:
     """Decide by an estimate over the steps that run the backbone; return the decision and its reason."""
     blocks = sum(isinstance(layer, keras.layers.DepthwiseConv2D) for layer in model.layers)
-    plain = config.train.batch_size * profile_model(model).flops / MULTIPLY_ADDS_PER_SECOND
+    plain = schedule.global_batch_size * profile_model(model).flops / MULTIPLY_ADDS_PER_SECOND
     compilation = COMPILE_SECONDS_PER_BLOCK * blocks * config.train.gradient_accumulation_steps
-    steps = [stage.stop - stage.first for stage in stages if _runs_backbone(config, stage.config)]
+    steps = [stage.stop - stage.first for stage in schedule.stages if _runs_backbone(config.augment, stage.config)]
     if not sum(steps):
         return False, ""
     saved = sum(
@@ -93,6 +93,6 @@ def _estimate(config: Config, model: keras.Model, stages: Sequence[TrainStage]) 
     )
 
 
-def _runs_backbone(config: Config, stage: StageConfig) -> bool:
+def _runs_backbone(augment: AugmentConfig, stage: StageConfig) -> bool:
     """Return True if the steps of a stage run the whole network, False if they start from cached features."""
-    return stage.trainable != "head" or is_augmented(config.augment, stage)
+    return stage.trainable != "head" or is_augmented(augment, stage)
