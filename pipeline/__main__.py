@@ -3,6 +3,7 @@
 import argparse
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 from pipeline.cli.arguments import program_name
 from pipeline.console import Console, run_cli
@@ -26,6 +27,7 @@ def main(console: Console) -> int:
     parser = argparse.ArgumentParser(
         prog=program_name("").strip(), epilog="COMMAND --help describes the options of a command."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('efficientnet-pipeline')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose)

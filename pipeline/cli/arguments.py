@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from pipeline.config.hints import suggest_key
 from pipeline.console import DEBUG
 
 COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -24,6 +26,22 @@ BYTES = {
 }
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers an option of another program with the key of the config."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with code 2."""
+        prefix, _, rest = message.partition("unrecognized arguments: ")
+        words = rest.split()
+        if not prefix and words and words[0].startswith("-"):
+            name, _, value = words[0].lstrip("-").partition("=")
+            if not value and len(words) > 1 and not words[1].startswith("-"):
+                value = words[1]
+            if hint := suggest_key(name, value or None, {}):
+                message += f"; the config has this as a key: {hint}"
+        super().error(message)
 
 
 class _EnableDebug(argparse.Action):
@@ -54,9 +72,7 @@ def command_parser(
         epilog: Text below the options in the help.
         formatter: argparse's class that formats both texts.
     """
-    parser = argparse.ArgumentParser(
-        prog=program_name(command), description=description, epilog=epilog, formatter_class=formatter
-    )
+    parser = _Parser(prog=program_name(command), description=description, epilog=epilog, formatter_class=formatter)
     parser.add_argument(
         "--debug",
         action=_EnableDebug,
@@ -106,6 +122,11 @@ def value_range(text: str) -> Sequence[float]:
     if not (1 <= start <= stop <= 4 and step >= 0.001):
         raise argparse.ArgumentTypeError(f"{text!r} must rise from at least 1 to at most 4, in steps of at least 0.001")
     return [round(start + i * step, 6) for i in range(math.floor((stop - start) / step + 1e-9) + 1)]
+
+
+def local_path(text: str) -> Path:
+    """Return a path, with ~ as the home folder also where the shell leaves it, as in --out=~/results."""
+    return Path(text).expanduser()
 
 
 def positive_int(text: str) -> int:

@@ -6,12 +6,11 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pipeline.cli.arguments import add_overrides, command_parser
+from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.console import Console
 from pipeline.errors import UserError
@@ -27,7 +26,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "bench",
         "Time the training step alone, the input pipeline alone, and both together. The trained weights are discarded.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/lite0_flowers17.yaml")
+    parser.add_argument(
+        "--config", type=local_path, required=True, help="a YAML file, such as configs/lite0_flowers17.yaml"
+    )
     parser.add_argument(
         "--stage", type=int, metavar="N", help="the stage of the config to time, from 1 (default: the last)"
     )
@@ -41,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--baseline", choices=["keras-fit", "keras-step"], help="instead, time this in turns with plain Keras"
     )
     parser.add_argument("--pairs", type=int, default=7, help="with --baseline: number of rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the results as JSON")
     add_overrides(parser, "data.path=IMAGES")
     arguments = parser.parse_intermixed_args(argv)
     if not 0 < arguments.seconds < float("inf"):

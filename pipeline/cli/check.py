@@ -5,12 +5,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, command_parser
+from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.console import Console
 from pipeline.errors import UserError
@@ -29,8 +28,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "Decode every image of a data set as training does, and report the problems. The data are not changed.",
         epilog="Exit code: 0 if training could start, 2 if not.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/lite0_folder.yaml")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings, with all files, as JSON")
+    parser.add_argument(
+        "--config", type=local_path, required=True, help="a YAML file, such as configs/lite0_folder.yaml"
+    )
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all findings, with all files, as JSON")
     add_overrides(parser, "data.path=IMAGES")
     return parser.parse_intermixed_args(argv)
 

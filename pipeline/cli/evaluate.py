@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli.arguments import command_parser
+from pipeline.cli.arguments import command_parser, local_path
 from pipeline.cli.loaded_model import (
     LoadedModel,
     add_model_arguments,
@@ -39,16 +39,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--corruptions", action="store_true", help="with --run: evaluate corrupted images, too (40 more passes)"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="PATH", help="labeled images to evaluate on: a folder, a CSV file, or a pack"
+        "--data", type=local_path, metavar="PATH", help="labeled images to evaluate on: a folder, a CSV file, or a pack"
     )
     parser.add_argument(
         "--class-map",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="with --data: YAML of lines `class of the data: class of the model`",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="with --data: a new folder for the results; with images: a new file"
+        "--out",
+        type=local_path,
+        metavar="PATH",
+        help="with --data: a new folder for the results; with images: a new file",
     )
     labeling = parser.add_argument_group("labeling, as by predict")
     labeling.add_argument("images", nargs="*", metavar="IMAGE", help=IMAGES_HELP)

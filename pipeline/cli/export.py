@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, command_parser
+from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.cli.loaded_model import find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
@@ -69,12 +70,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "a split.",
         epilog="Exit code: 0 if every file agrees with the model, 1 if one does not; that one is moved to failed/.",
     )
-    parser.add_argument("--run", required=True, help="a run's directory, its MLflow run id, or latest")
+    parser.add_argument(
+        "--run", type=os.path.expanduser, required=True, help="a run's directory, its MLflow run id, or latest"
+    )
     parser.add_argument(
         "--formats", type=parse_formats, default=tuple(FILES), help=f"some of {','.join(FILES)} (default: all)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the files (default: export/ in the run's directory)"
+        "--out", type=local_path, metavar="DIR", help="folder of the files (default: export/ in the run's directory)"
     )
     parser.add_argument("--split", choices=["train", "val", "test"], help="the split to compare on (default: test)")
     add_overrides(parser, "export.min_agreement=0.98", metavar="export.key=value")

@@ -1,6 +1,7 @@
 """The model of a command that evaluates or predicts: the final model of a run, or a model with published weights."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class LoadedModel:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --run, --weights and --variant."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", help="a run's directory, its MLflow run id, or latest")
+    model.add_argument("--run", type=os.path.expanduser, help="a run's directory, its MLflow run id, or latest")
     model.add_argument(
         "--weights", help="a model of the ImageNet classes: imagenet, or a file of weights; needs --variant"
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.arguments import BYTES, add_overrides, command_parser, quantity
+from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, python_executable
@@ -32,16 +32,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     pack_input = parser.add_mutually_exclusive_group(required=True)
     pack_input.add_argument(
-        "--config", type=Path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
+        "--config", type=local_path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
     )
     pack_input.add_argument(
         "--tfrecord", nargs="+", metavar="SPLIT=FILES", help="TFRecord files to pack, as in 'train=FOLDER/train-*'"
     )
     pack_input.add_argument(
-        "--verify", type=Path, metavar="FOLDER", help="only read a pack and compare it with its hashes"
+        "--verify", type=local_path, metavar="FOLDER", help="only read a pack and compare it with its hashes"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the pack, on a disk with room for all of it"
+        "--out", type=local_path, metavar="FOLDER", help="folder of the pack, on a disk with room for all of it"
     )
     shards = parser.add_mutually_exclusive_group()
     shards.add_argument(
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shards.add_argument("--shard-images", type=int, metavar="N", help="images of a shard, in place of a size")
     records = parser.add_argument_group("TFRecord files")
     records.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names, one per line, in the order of the labels"
+        "--classes", type=local_path, metavar="FILE", help="class names, one per line, in the order of the labels"
     )
     records.add_argument(
         "--first-label",

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.cli.arguments import command_parser
+from pipeline.cli.arguments import command_parser, local_path
 from pipeline.cli.loaded_model import (
     LoadedModel,
     add_model_arguments,
@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("predict", __doc__, formatter=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_output_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write rows into this new file: .csv or .jsonl")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="write rows into this new file: .csv or .jsonl")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGES_HELP)
     arguments = parser.parse_intermixed_args(argv)
     check_model_arguments(parser, arguments)

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.arguments import BYTES, COUNT, SECONDS, command_parser, positive_int, quantity, value_range
+from pipeline.cli.arguments import (
+    BYTES,
+    COUNT,
+    SECONDS,
+    command_parser,
+    local_path,
+    positive_int,
+    quantity,
+    value_range,
+)
 from pipeline.console import Console, python_executable
 from pipeline.errors import UserError
 from pipeline.models.variants import ALPHA, BETA, GAMMA, VARIANTS, phi_of
@@ -47,10 +56,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--latency", type=quantity(SECONDS, "50ms"), help="time for one image on this machine, such as 50ms"
     )
     budget.add_argument(
-        "--write", type=Path, metavar="CONFIG", help="write a config that trains the model; needs --data-path"
+        "--write", type=local_path, metavar="CONFIG", help="write a config that trains the model; needs --data-path"
     )
     budget.add_argument(
-        "--data-path", type=Path, metavar="FOLDER", help="the folder that the written config trains on: <class>/<image>"
+        "--data-path",
+        type=local_path,
+        metavar="FOLDER",
+        help="the folder that the written config trains on: <class>/<image>",
     )
     parser.add_argument(
         "--batch-size", type=positive_int, default=32, help="images per step, for the memory (default: %(default)s)"

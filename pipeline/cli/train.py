@@ -9,9 +9,8 @@ import argparse
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
-from pipeline.cli.arguments import add_overrides, command_parser
+from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
@@ -27,8 +26,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "train", "Train or fine-tune an EfficientNet.", epilog="Every key is described in pipeline/config/."
     )
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
-    parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/<experiment>/<date-time>)")
+    parser.add_argument("--config", type=local_path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
+    parser.add_argument(
+        "--run-dir", type=local_path, help="directory of the run (default: runs/<experiment>/<date-time>)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the unfinished run in --run-dir")
     parser.add_argument(
         "--allow-change",

@@ -1,13 +1,23 @@
 """The strict model and the number types that the sections of the schema share."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal["exponential", "cosine", "constant"]
+
+
+def _refuse_address(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(f"must be a path on this machine; received the address {value}; download it first")
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_refuse_address), AfterValidator(Path.expanduser)]  # ~ is the home folder
 
 
 class StrictModel(BaseModel):

@@ -1,12 +1,11 @@
 """The section `data`: the source of the images, their splits, and the square crop in evaluation."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config.base import StrictModel
+from pipeline.config.base import LocalPath, StrictModel
 
 
 class SplitsConfig(StrictModel):
@@ -31,7 +30,7 @@ class DataConfig(StrictModel):
     """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: columns path, label and optionally split; pack:
     the output of `python -m pipeline pack`; tfds: a data set of tensorflow-datasets; digits: the handwritten digits of
     scikit-learn."""
-    path: Path | None = None
+    path: LocalPath | None = None
     """The image folder, the CSV file, the folder of the pack, or the data folder of tensorflow-datasets (null:
     data/tfds)."""
     name: str | None = None
@@ -46,11 +45,6 @@ class DataConfig(StrictModel):
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
-
-    @field_validator("path", mode="after")
-    @classmethod
-    def _expand_home(cls, path: Path | None) -> Path | None:
-        return path.expanduser() if path is not None else None
 
     @model_validator(mode="after")
     def _check_source_keys(self) -> "DataConfig":

@@ -8,27 +8,17 @@ import types
 import typing
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
 from pipeline.config.base import StrictModel
+from pipeline.config.hints import renamed, suggest_key, suggest_section_key
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, suggest
 
 KeyPath = tuple[str | int, ...]
-RENAMED = {  # keys of earlier versions, with what to write now
-    "model.survival": "model.drop_path_rate (1 - survival)",
-    "optimizer.ema": "optimizer.ema_decay",
-    "train.accumulation": "train.gradient_accumulation_steps",
-    "train.keep_checkpoints": "train.max_checkpoints",
-    "train.restore_best": "train.restore_best_weights",
-    "train.stages.augment": "train.stages.use_augmentation",
-    "tracking.register": "tracking.registered_model_name",
-    "runtime.input_workers": "runtime.num_workers",
-    "data.on_bad": "data.on_bad_image",
-}
 Origins = dict[KeyPath, str]  # where each key was written: file:line, or the override on the command line
 
 
@@ -113,16 +103,10 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = (
-                yaml.SafeLoader("").construct_object(key_node, deep=True)
-                if isinstance(key_node, yaml.ScalarNode)
-                else None
-            )
+            key = key_node.value  # as written: yes, 10 and 1e3 are names, too
             line = f"{file}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"{line}: {dotted_path(path) or 'the config'}: keys must be names; received {key_node.value!r}"
-                )
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{line}: {dotted_path(path) or 'the config'}: keys must be names; received {key!r}")
             if key in mapping:
                 raise ConfigError(
                     f"{line}: {dotted_path((*path, key))}: is given twice (first at {origins[(*path, key)]})"
@@ -135,6 +119,8 @@ def _construct(node: yaml.Node, path: KeyPath, origins: Origins, file: str, dept
             origins[(*path, i)] = f"{file}:{item.start_mark.line + 1}"
         return [_construct(item, (*path, i), origins, file, depth + 1) for i, item in enumerate(node.value)]
     try:
+        if _is_text(path) and not node.tag.endswith(":null"):
+            return node.value  # 2024, 1e3 and yes are texts, too
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as error:  # such as the date 2026-13-45
         raise ConfigError(f"{location}: {dotted_path(path)}: {error}") from None
@@ -172,14 +158,10 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
     location = f"command line: {override}"
     if not separator or not all(name.split(".")):
         raise ConfigError(f"{location}: overrides are written key=value, such as train.global_batch_size=64")
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = None if node is None else _construct(node, (), {}, "command line", 0)
-    except yaml.YAMLError as error:
-        raise ConfigError(_yaml_problem(location, error)) from None
     target: Any = values
     path: KeyPath = ()
     *parents, last = (int(part) if part.isdigit() else part for part in name.split("."))
+    value = _parse_value(text, (*parents, last), location)
     for part in parents:
         path = (*path, part)
         if isinstance(target, list) and isinstance(part, int) and part < len(target):
@@ -201,6 +183,20 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
     origins[(*path, last)] = location
 
 
+def _parse_value(text: str, path: KeyPath, location: str) -> Any:
+    """Parse the value of an override: YAML, but where the schema has only texts, all of it is the text.
+
+    There a value needs quotes only to begin with a quotation mark; `photos #2` and `C: backup` are folders.
+    """
+    if _is_text(path) and text not in ("", "~", "null", "Null", "NULL") and text[0] not in "'\"":
+        return text
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return None if node is None else _construct(node, path, {}, "command line", 0)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(location, error)) from None
+
+
 def _section(path: KeyPath) -> type[StrictModel] | None:
     """Return the section of the schema at a path; None if the path leads to a value or is not in the schema."""
     section: type[StrictModel] | None = Config
@@ -211,8 +207,23 @@ def _section(path: KeyPath) -> type[StrictModel] | None:
     return section
 
 
+def _is_text(path: KeyPath) -> bool:
+    """Return True if the schema has only texts at a path: names, paths or words."""
+    options = [option for option in _options(path) if option is not types.NoneType]
+    return bool(options) and all(
+        option in (str, Path)
+        or (typing.get_origin(option) is Literal and all(isinstance(word, str) for word in typing.get_args(option)))
+        for option in options
+    )
+
+
 def _valid_keys(path: KeyPath) -> list[str]:
     """Return the keys that the schema has at a path, including those of optional sections, unions and lists."""
+    return [key for option in _options(path) if _is_section(option) for key in option.model_fields]
+
+
+def _options(path: KeyPath) -> list[Any]:
+    """Return the types that the schema has at a path; none if it has no such key."""
     options: list[Any] = [Config]
     for part in path:
         fields = [o.model_fields[str(part)].annotation for o in options if _is_section(o) and part in o.model_fields]
@@ -223,7 +234,7 @@ def _valid_keys(path: KeyPath) -> list[str]:
             if typing.get_origin(o) is tuple and isinstance(part, int)
         ]
         options = [option for annotation in (*fields, *items) for option in _unwrap(annotation)]
-    return [key for option in options if _is_section(option) for key in option.model_fields]
+    return options
 
 
 def _unwrap(annotation: Any) -> list[Any]:
@@ -249,10 +260,15 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
     )
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        current = RENAMED.get(".".join(part for part in path if isinstance(part, str)))
-        message = f"is now {current}" if current else "unknown key" + suggest(str(path[-1]), _valid_keys(path[:-1]))
+        message = _unknown_key(path, given, values)
     elif kind == "missing":
         message = "is missing; give it a value"
+    elif kind == "model_type" and (hint := suggest_section_key(dotted_path(path), given)):
+        message = f"is a section with keys of its own; {hint}"
+    elif kind == "tuple_type" and path == ("train", "stages"):
+        message = (
+            f"must be a list of stages, such as [{{epochs: 5}}]; for a number of epochs write train.epochs={given}"
+        )
     elif kind == "value_error":
         message = str(error["ctx"]["error"])
     else:
@@ -261,6 +277,15 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
             options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             message += "".join(part for part in [suggest(given, options)] if "did you mean" in part)
     return f"{location}: {dotted_path(path)}: {message}" if path else f"{location}: {message}"
+
+
+def _unknown_key(path: KeyPath, value: Any, values: Any) -> str:
+    """Return a message about a key that the schema does not have, with the key that is meant."""
+    key = ".".join(part for part in path if isinstance(part, str))
+    if current := renamed(key):
+        return f"is now {current}"
+    hint = suggest_key(str(path[-1]), None if isinstance(value, dict | list) else value, values)
+    return f"unknown key; {hint}" if hint else "unknown key" + suggest(str(path[-1]), _valid_keys(path[:-1]))
 
 
 def _written_path(loc: KeyPath, values: Any) -> KeyPath:

@@ -1,12 +1,12 @@
 """The section `model`: the network and its initial weights."""
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from pipeline.config.base import Fraction, StrictModel
+from pipeline.config.base import Fraction, LocalPath, StrictModel
 from pipeline.models.variants import VARIANTS
 
 
@@ -48,10 +48,10 @@ class ModelConfig(StrictModel):
     """Side of the square input in pixels; null: that of the variant."""
     channels: Literal[3] = 3
     """Channels of the images and of the network's input; 3 is RGB."""
-    weights: str | None = "imagenet"
+    weights: Annotated[str, AfterValidator(os.path.expanduser)] | None = "imagenet"
     """null: random; imagenet; imagenet:b2: the layers of another variant that fit; a file (.h5, .keras, .pth); or the
     directory of a run."""
-    class_map: Path | None = None
+    class_map: LocalPath | None = None
     """YAML of `new class: old class` or `new class: [old classes to merge]` for the classifier of the weights; null
     matches classes by name."""
     dropout: Fraction | None = None

@@ -1,6 +1,7 @@
 """The section `tracking`: experiment, server and model registry of MLflow."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -23,9 +24,11 @@ class TrackingConfig(StrictModel):
 
     @field_validator("uri", mode="after")
     @classmethod
-    def _no_password(cls, uri: str | None) -> str | None:
+    def _expand_home_without_password(cls, uri: str | None) -> str | None:
         if uri is not None and re.search(r"://[^/@]+@", uri):
             raise ValueError(
                 "a config is copied into every run: give user and password by MLFLOW_TRACKING_USERNAME and _PASSWORD"
             )
-        return uri
+        if uri is not None and uri.startswith("sqlite:///~/"):
+            return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser()}"
+        return uri if uri is None or "://" in uri else str(Path(uri).expanduser())
