@@ -50,7 +50,6 @@ SAME_VALUE = {  # keys of other programs whose value stays the same
     "opt": "optimizer.name",
     "optimizer": "optimizer.name",
     "weight_decay": "optimizer.weight_decay",
-    "momentum": "optimizer.momentum",
     "warmup_epochs": "optimizer.warmup_epochs",
     "mixup": "augment.mixup",
     "cutmix": "augment.cutmix",

@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: With a line for every mistake: place, key, problem, and the nearest valid key.
     """
     values, origins = _read(Path(path), ())
-    if any(override.startswith("recipe=") for override in overrides):
+    if any(override.startswith("recipe=") and override != "recipe=null" for override in overrides):
         _drop_keys_of_recipe(values)
     for override in overrides:
         _apply_override(values, origins, override)

@@ -26,8 +26,8 @@ class Config(StrictModel):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     recipe: Literal["auto"] | None = None
-    """auto: optimizer and train.stages follow from the number of training images, for fine-tuning; null: as configured.
-    """
+    """auto: what optimizer and train.stages leave open follows from the number of training images, for fine-tuning;
+    null: as configured."""
     task: Literal["single_label"] = "single_label"
     """single_label: each image belongs to exactly one class."""
     model: ModelConfig = ModelConfig()
@@ -63,21 +63,9 @@ class Config(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _recipe_excludes_explicit_keys(self) -> "Config":
-        if self.recipe is not None:
-            given = [
-                *(["optimizer"] if "optimizer" in self.model_fields_set else []),
-                *(self.train.model_fields_set & {"stages"}),
-            ]
-            if given:
-                keys = " and ".join({"optimizer": "optimizer", "stages": "train.stages"}[key] for key in given)
-                raise ValueError(
-                    f"recipe: auto chooses optimizer and train.stages; leave {keys} out, or set recipe to null"
-                )
-            if self.model.weights is None:
-                raise ValueError(
-                    "recipe: auto fine-tunes; set model.weights, or set recipe to null and write the stages"
-                )
+    def _recipe_needs_weights(self) -> "Config":
+        if self.recipe is not None and self.model.weights is None:
+            raise ValueError("recipe: auto fine-tunes; set model.weights, or set recipe to null and write the stages")
         return self
 
     @model_validator(mode="after")
@@ -143,7 +131,9 @@ class Config(StrictModel):
         """
         values = self.model_dump(mode="json")
         if self.recipe is not None:
-            del values["optimizer"], values["train"]["stages"]
+            values["optimizer"] = self.optimizer.model_dump(mode="json", exclude_unset=True)
+        if "stages" not in self.train.model_fields_set and (self.recipe or self.train.epochs):
+            del values["train"]["stages"]
         if self.train.global_batch_size == "auto":
             del values["train"]["gradient_accumulation_steps"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -62,6 +62,8 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of a replica per step, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
+    epochs: PositiveInt | None = None
+    """Short form without stages: the epochs of the only stage, or of the last one that recipe: auto chooses."""
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)
     """Stages in their order. One stage with trainable: all is plain training."""
     class_weights: (
@@ -101,6 +103,12 @@ class TrainConfig(StrictModel):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of gradient_accumulation_steps "
                 f"({self.gradient_accumulation_steps})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_are_given_once(self) -> "TrainConfig":
+        if self.epochs is not None and "stages" in self.model_fields_set:
+            raise ValueError("epochs is the short form without stages; write the epochs into the stages instead")
         return self
 
     def stage(self, number: int | None) -> StageConfig:

@@ -24,7 +24,7 @@ from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training.memory import BatchSize, check_batch, resolve_batch_size
-from pipeline.training.recipe import resolve_recipe
+from pipeline.training.recipe import describe_recipe, resolve_recipe
 from pipeline.training.schedule import TrainSchedule, build_schedule
 from pipeline.training.xla import resolve_xla
 
@@ -34,7 +34,7 @@ class ResolvedConfig:
     """A config with a value in the place of every `auto`, and what follows from it.
 
     Attributes:
-        config: The config: no recipe, and numbers and booleans for `auto`.
+        config: The config, with numbers and booleans for `auto`; a recipe is named, and all that it chooses is set.
         runtime: Devices and precision, with `jit_compile` decided.
         batch_size: Images of a step, a number.
         schedule: Steps and learning rates of all stages.
@@ -161,8 +161,7 @@ def resolve_on_chief(
         resolved = resolve(with_batch_size, runtime, model, manifest, uninitialized_layers, previous=previous)
         train, optimizer = resolved.config.train, resolved.config.optimizer
         if config.recipe is not None:
-            stages = " and ".join(f"{stage.epochs} epochs of {stage.trainable}" for stage in train.stages)
-            console.print(f"recipe: {stages}, moving average {optimizer.ema_decay}")
+            console.print(describe_recipe(resolved.config))
         if resolved.xla_reason:
             console.print(resolved.xla_reason)
         result = resolved, manifest
@@ -177,7 +176,7 @@ def resolve_on_chief(
         sections, manifest = json.loads(received["sections"]), Manifest.from_bytes(received["manifest"])
         train = TrainConfig.model_validate(sections["train"])
         optimizer = OptimizerConfig.model_validate(sections["optimizer"])
-        config = config.model_copy(update={"recipe": None, "train": train, "optimizer": optimizer})
+        config = config.model_copy(update={"train": train, "optimizer": optimizer})
         of_the_chief = config.model_copy(update={"runtime": RuntimeConfig.model_validate(sections["runtime"])})
         result = resolve(config, runtime, model, manifest, previous=of_the_chief), manifest
     return result

@@ -60,7 +60,8 @@ def create_model(
             )
             console.print(f"weights: {report}", details=report.details())
             uninitialized_layers = report.new
-            if config.recipe is None:  # the recipe chooses stages that train these layers
+            # A recipe chooses stages that train these layers.
+            if config.recipe is None or "stages" in config.train.model_fields_set:
                 check_uninitialized_layers(model, uninitialized_layers, config.train.stages)
     return model, uninitialized_layers
 

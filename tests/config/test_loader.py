@@ -11,7 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.loader import RENAMED, load_config
+from pipeline.config.hints import RENAMED, SAME_VALUE
+from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.config.train import SkipNanConfig, StageConfig
 from pipeline.errors import ConfigError
@@ -91,7 +92,7 @@ train:
         ("data: {source: digits}\ndata: {source: csv}\n", ":2: data: is given twice (first at"),
         ("data: [1, 2\n", ": is not valid YAML"),
         ("- a\n", "must hold keys and values"),
-        ("1: 2\n", ":1: the config: keys must be names"),
+        ("? [a]\n: 2\n", ":1: the config: keys must be names"),
         ("a: &a\n  b: *a\n", "nested more than 20 levels deep"),
         ("seed: 2026-13-45\n", ":1: seed: "),
         ("", "data: is missing"),
@@ -379,5 +380,63 @@ def test_a_recipe_makes_what_it_chooses_free_of_the_config_that_is_extended(tmp_
         assert config.recipe == "auto"
         assert config.train.global_batch_size == 8
         assert not {"optimizer"} & config.model_fields_set
-    with pytest.raises(ConfigError, match="leave optimizer out"):
-        load_config(tmp_path / "base.yaml", ["recipe=auto", "optimizer.name=adamw"])
+    adjusted = load_config(tmp_path / "base.yaml", ["recipe=auto", "optimizer.name=rmsprop"])
+    assert adjusted.optimizer.model_dump(exclude_unset=True) == {"name": "rmsprop"}
+    plain = load_config(tmp_path / "base.yaml", ["recipe=null"])
+    assert (plain.optimizer.name, plain.train.stages[0].epochs) == ("sgd", 2)
+
+
+@pytest.mark.parametrize("text", ["images #2", "#2", "2024", "1e3", "yes", "2024-01-31", "C: backup", "@home", "a, b"])
+def test_a_text_on_the_command_line_is_taken_as_it_is_written(text):
+    config = load_config(PROJECT / "configs/lite0_folder.yaml", [f"data.path={text}"])
+    assert config.data.path == Path(text)
+
+
+def test_texts_in_a_file_may_look_like_numbers_and_class_names_like_booleans(tmp_path):
+    path = write(
+        tmp_path / "c.yaml", "data: {source: folder, path: 2024}\ntrain: {class_weights: {yes: 2, 10: 3, 1e3: 4}}\n"
+    )
+    config = load_config(path, ["tracking.experiment=2024"])
+    assert (config.data.path, config.tracking.experiment) == (Path("2024"), "2024")
+    assert config.train.class_weights == {"yes": 2, "10": 3, "1e3": 4}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    overrides = ["data.path=~/images", "model.weights=~/w.keras", "model.class_map=~/m.yaml", "tracking.uri=~/mlruns"]
+    config = load_config(PROJECT / "configs/lite0_folder.yaml", overrides)
+    assert config.data.path == Path("/home/anna/images")
+    assert config.model.weights == "/home/anna/w.keras"
+    assert config.model.class_map == Path("/home/anna/m.yaml")
+    assert config.tracking.uri == "/home/anna/mlruns"
+
+
+def test_an_address_is_not_folded_into_a_path():
+    with pytest.raises(ConfigError, match=r"data.path: must be a path on this machine; received the address gs://b/x"):
+        load_config(PROJECT / "configs/lite0_folder.yaml", ["data.path=gs://b/x"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs=3", "write train.epochs=3"),
+        ("batch_size=16", "write train.global_batch_size=16"),
+        ("train.batch_size=16", "write train.global_batch_size=16"),
+        ("lr=0.001", "write optimizer.base_lr=0.008, the learning rate at 256 images per step: that is 0.001 at 32"),
+        ("optimizer.learning_rate=0.001", "write optimizer.base_lr=0.008"),
+        ("num_classes=5", "the number of classes follows from the data; leave it out"),
+        ("model=b0", "is a section with keys of its own; write model.variant=b0"),
+        ("train.stages=5", "for a number of epochs write train.epochs=5"),
+        ("img_size=260", "write model.resolution=260"),
+    ],
+)
+def test_keys_of_other_programs_are_answered_with_what_to_write(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(PROJECT / "configs/lite0_folder.yaml", ["data.path=x", override])
+
+
+def test_every_key_that_a_hint_names_exists():
+    config = load_config(PROJECT / "configs/lite0_digits.yaml").model_dump()
+    for key in SAME_VALUE.values():
+        section, name = key.split(".")
+        assert name in config[section], key
