@@ -23,6 +23,17 @@ class SplitsConfig(StrictModel):
         return self
 
 
+class CsvColumnsConfig(StrictModel):
+    """Names of the columns of a CSV file."""
+
+    path: str = "path"
+    """Column with the paths of the images."""
+    label: str = "label"
+    """Column with the class names."""
+    split: str = "split"
+    """Column with the splits; it may be missing."""
+
+
 class DataConfig(StrictModel):
     """The source of the images, their splits, and the square crop in evaluation."""
 
@@ -33,6 +44,10 @@ class DataConfig(StrictModel):
     path: LocalPath | None = None
     """The image folder, the CSV file, the folder of the pack, or the data folder of tensorflow-datasets (null:
     data/tfds)."""
+    columns: CsvColumnsConfig = CsvColumnsConfig()
+    """Names of the columns of the CSV file; other columns are ignored."""
+    root: LocalPath | None = None
+    """Folder that the relative paths of the CSV file start from; null: the folder of the file."""
     name: str | None = None
     """Name of the data set in tensorflow-datasets."""
     splits: SplitsConfig = SplitsConfig()
@@ -57,6 +72,8 @@ class DataConfig(StrictModel):
             raise ValueError("source tfds needs name: a data set of tensorflow-datasets, such as tf_flowers")
         if self.source != "tfds" and self.name:
             raise ValueError(f"name belongs to source tfds; with source {self.source} leave it out or set it to null")
+        if self.source != "csv" and (self.root is not None or self.columns != CsvColumnsConfig()):
+            raise ValueError(f"columns and root belong to source csv; with source {self.source} leave them out")
         if self.source == "digits" and self.path is not None:
             raise ValueError("source digits ships with scikit-learn and takes no path; leave it out or set it to null")
         return self

@@ -16,7 +16,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from pipeline.data.pack_inputs import PackRecord
-from pipeline.data.sources.base import SPLIT_NAMES, format_list
+from pipeline.data.sources.base import format_list, split_of
 from pipeline.errors import DataError
 
 
@@ -182,13 +182,13 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     files: list[RecordFile] = []
     for word in patterns:
         name, given, pattern = word.partition("=")
-        if given and name not in SPLIT_NAMES:
+        if given and split_of(name) is None:
             raise DataError(f"--tfrecord {word}: the split is {name!r}; valid are train, val and test")
         matches = sorted(glob.glob(pattern if given else word))  # noqa: PTH207 - Path.glob takes no absolute pattern
         paths = [path for path in map(Path, matches) if path.is_file()]
         if not paths:
             raise DataError(f"--tfrecord {word}: there is no such file")
-        files += [RecordFile(path, SPLIT_NAMES[name] if given else None) for path in paths]
+        files += [RecordFile(path, split_of(name) if given else None) for path in paths]
     if len({file.split is None for file in files}) > 1:
         raise DataError("--tfrecord: give the split of all files, as in train=FOLDER/train-*, or of none")
     names = [file.name for file in files]

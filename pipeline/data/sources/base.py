@@ -19,13 +19,21 @@ import tensorflow as tf
 from pipeline.errors import DataError
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {
+_SPLIT_NAMES = {  # accepted names, in any case
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
-}  # accepted spellings
+    "testing": "test",
+}
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder or a value is named after: train, val or test; None if it names none."""
+    return _SPLIT_NAMES.get(name.casefold())
 
 
 class LabeledImage(NamedTuple):
@@ -44,7 +52,8 @@ class FileStat(NamedTuple):
     size: int
     """Bytes."""
     version: int
-    """int64: the modification time of a file in nanoseconds, or 64 bits of the SHA-256 of a packed image."""
+    """int64: a digest of a file's inode and of its times of modification and change, the latter of which no program can
+    set back; or 64 bits of the SHA-256 of a packed image."""
 
 
 class DataSource(Protocol):

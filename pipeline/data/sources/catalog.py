@@ -15,7 +15,7 @@ SOURCES: dict[
     str, Callable[[DataConfig, bool], DataSource]
 ] = {  # by data.source: opens it; the second argument allows a download
     "folder": lambda config, download: open_folder(_path(config)),
-    "csv": lambda config, download: open_csv(_path(config)),
+    "csv": lambda config, download: open_csv(_path(config), config.columns, config.root),
     "pack": lambda config, download: open_pack(_path(config)),
     "tfds": lambda config, download: open_tfds(config.name or "", config.path or Path("data/tfds"), download=download),
     "digits": lambda config, download: DigitsSource(),

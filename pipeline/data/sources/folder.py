@@ -1,9 +1,10 @@
 """An image folder: `<class>/<image>` or `{train,val,test}/<class>/<image>`."""
 
+from itertools import islice
 from pathlib import Path
 
 from pipeline.data.image_files import is_hidden, is_image_file, iter_image_files
-from pipeline.data.sources.base import SPLIT_NAMES, LabeledImage, format_list
+from pipeline.data.sources.base import LabeledImage, format_list, split_of
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
@@ -55,20 +56,34 @@ def open_folder(root: Path) -> FileSource:
 def _class_parents(root: Path) -> dict[Path, str | None]:
     """Return the folders that hold class folders, each with its split: the root itself, or its train, val and test."""
     folders = _subfolders(root)
-    splits = [folder for folder in folders if folder.name in SPLIT_NAMES]
-    others = [folder.name for folder in folders if folder.name not in SPLIT_NAMES]
-    if others and len(splits) < 2:  # one alone may well be a class: train, bus, car
+    splits = {folder: split for folder in folders if (split := split_of(folder.name)) is not None}
+    others = [folder.name for folder in folders if folder not in splits]
+    # One alone may well be a class (train, bus, car), unless its images lie in folders of their own.
+    if not splits or (others and len(splits) < 2 and not any(map(_holds_classes, splits))):
+        if len(folders) == 1 and _holds_classes(folders[0]):
+            raise DataError(
+                f"{root} holds the single folder {folders[0].name}, whose folders look like the classes; "
+                f"give data.path={folders[0]}"
+            )
         return {root: None}
     if others:
         raise DataError(
-            f"{root} holds both splits ({', '.join(f.name for f in splits)}) and other "
+            f"{root} holds both splits ({', '.join(folder.name for folder in splits)}) and other "
             f"folders:\n{format_list(others)}\nMove the others away."
         )
-    named = [SPLIT_NAMES[folder.name] for folder in splits]
-    doubled = [folder.name for folder in splits if named.count(SPLIT_NAMES[folder.name]) > 1]
+    named = list(splits.values())
+    doubled = [folder.name for folder, split in splits.items() if named.count(split) > 1]
     if doubled:
         raise DataError(f"{root} holds one split under two names: {', '.join(doubled)}; join them")
-    return {split: SPLIT_NAMES[split.name] for split in splits} or {root: None}
+    return dict(splits)
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Return True if a folder has no image of its own and at least two subfolders with images."""
+    if any(is_image_file(path) for path in folder.iterdir()):
+        return False
+    with_images = (path for path in _subfolders(folder) if next(iter_image_files(path), None) is not None)
+    return len(list(islice(with_images, 2))) == 2
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import tensorflow as tf
 
-from pipeline.data.sources.base import SPLIT_NAMES, DatasetNotDownloadedError, LabeledImage
+from pipeline.data.sources.base import DatasetNotDownloadedError, LabeledImage, split_of
 from pipeline.errors import DataError
 
 REACH_SECONDS = 12.0  # for all servers together
@@ -35,7 +35,7 @@ class TfdsSource:
     def list_images(self) -> list[LabeledImage]:
         """List all images, always in the same order."""
         return [
-            LabeledImage(f"{name}/{i}", int(example["label"]), SPLIT_NAMES[name])
+            LabeledImage(f"{name}/{i}", int(example["label"]), split_of(name))
             for name, examples in self.records.items()
             for i, example in enumerate(examples)
         ]
@@ -91,7 +91,7 @@ def open_tfds(name: str, data_dir: Path, *, download: bool = True) -> TfdsSource
             raise DatasetNotDownloadedError(f"{name} is not in {data_dir} yet", tuple(features["label"].names))
         _prepare(builder, name, data_dir)
 
-    splits = [split for split in builder.info.splits if split in SPLIT_NAMES]
+    splits = [split for split in builder.info.splits if split_of(split) is not None]
     if not splits:
         raise DataError(f"data.name: {name} has only the splits {', '.join(builder.info.splits)}; needed is train")
     still_encoded = {
