@@ -1,6 +1,7 @@
 """Layouts are read as documented, and what is wrong with them is said in one message."""
 
 import io
+import os
 import socket
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.config.data import DataConfig
-from pipeline.data.sources.base import DataSource
+from pipeline.data.sources.base import DataSource, LabeledImage
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.sources.tfds import unreachable
 from pipeline.errors import DataError
@@ -58,15 +59,23 @@ def test_folder_of_classes_is_read_with_its_subfolders_and_without_other_files(t
     assert graph_reads_the_same(source)
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_split_folders_give_the_splits(tmp_path, val):
-    for key in ("train/cat/a.jpg", "train/dog/b.jpg", f"{val}/cat/c.jpg", "test/dog/d.jpg"):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "valid", "Testing"),
+        ("TRAIN", "Validation", "Test"),
+        ("train", "dev", "test"),
+    ],
+)
+def test_split_folders_give_the_splits(tmp_path, train, val, test):
+    for key in (f"{train}/cat/a.jpg", f"{train}/dog/b.jpg", f"{val}/cat/c.jpg", f"{test}/dog/d.jpg"):
         write(tmp_path / key)
-    assert [(s.key.rpartition("/")[2], s.label, s.split) for s in folder(tmp_path).list_images()] == [
-        ("d.jpg", 1, "test"),
+    assert sorted((s.key.rpartition("/")[2], s.label, s.split) for s in folder(tmp_path).list_images()) == [
         ("a.jpg", 0, "train"),
         ("b.jpg", 1, "train"),
         ("c.jpg", 0, "val"),
+        ("d.jpg", 1, "test"),
     ]
 
 
@@ -93,6 +102,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         (["cat/a.jpg", "dog/x.txt"], "1 class folders hold no image:\n  dog"),
         (["train/cat/a.jpg", "test/cat/b.jpg", "extra/c.jpg"], "other folders:\n  extra"),
         (["train/cat/a.jpg", "val/cat/b.jpg", "valid/cat/c.jpg"], "one split under two names: val, valid"),
+        (["train/cat/a.jpg", "train/dog/b.jpg", "samples/c.jpg"], "other folders:\n  samples"),
+        (["flowers/rose/a.jpg", "flowers/tulip/b.jpg"], "folders look like the classes; give data.path=.*/flowers"),
     ],
 )
 def test_unclear_folders_are_refused(tmp_path, keys, message):
@@ -144,7 +155,7 @@ def test_csv_faults_are_listed_all_at_once_with_their_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("path;label\na;b\n", "lacks path and label"), ("path,label\n", "no rows"), ("", "nothing")]
+    ("text", "message"), [("name,label\na,b\n", "has no column .path."), ("path,label\n", "no rows"), ("", "nothing")]
 )
 def test_csv_without_the_columns_or_rows_is_refused(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
@@ -252,3 +263,60 @@ def test_name_resolution_that_hangs_takes_no_longer_than_the_limit(monkeypatch):
         "http://example.invalid/a": "no answer within 0.5 s"
     }
     assert time.monotonic() - start < 2.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file;species;fold\na.jpg;red;train\nb.jpg;blue;test\n",
+        "file\tspecies\tfold\r\na.jpg\tred\ttrain\r\nb.jpg\tblue\ttest\r\n",
+        '\ufefffile,notes,species,fold\n"a.jpg","one, two",red,Training\nb.jpg,,blue,TEST\n',
+    ],
+)
+def test_csv_of_any_delimiter_and_columns(tmp_path, text):
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / "images" / name)
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    columns = {"path": "file", "label": "species", "split": "fold"}
+    config = DataConfig(source="csv", path=tmp_path / "list.csv", columns=columns, root=tmp_path / "images")
+    source = open_source(config)
+    assert source.class_names == ("blue", "red")
+    assert source.list_images() == [LabeledImage("a.jpg", 1, "train"), LabeledImage("b.jpg", 0, "test")]
+
+
+def test_integers_are_classes_however_they_are_written(tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"{name}.jpg")
+    source = csv_file(tmp_path / "n.csv", "path,label\na.jpg,1\nb.jpg,10\nc.jpg,2.0\nd.jpg,1.0\n")
+    assert source.class_names == ("1", "2", "10")
+    assert [image.label for image in source.list_images()] == [0, 2, 1, 0]
+    padded = csv_file(tmp_path / "p.csv", "path,label\na.jpg,01\nb.jpg,1\nc.jpg,1.5\n")
+    assert padded.class_names == ("01", "1", "1.5")
+
+
+def test_a_csv_behind_a_link_finds_its_files(tmp_path):
+    write(tmp_path / "store/a.jpg")
+    (tmp_path / "disk/deep/sets").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "disk/deep/sets")
+    (tmp_path / "disk/deep/sets/list.csv").write_text(f"path,label\n{tmp_path / 'store/a.jpg'},red\n")
+    source = open_source(DataConfig(source="csv", path=tmp_path / "data/list.csv"))
+    [image] = source.list_images()
+    assert source.read(image.key) == (tmp_path / "store/a.jpg").read_bytes()
+
+
+def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
+    with pytest.raises(DataError, match=r"no column 'path'.*data.columns.path.*did you mean 'paths'"):
+        csv_file(tmp_path / "list.csv", "paths,label\na.jpg,red\n")
+
+
+def test_other_contents_under_the_same_size_and_time_are_another_version(tmp_path):
+    write(tmp_path / "cat/a.jpg")
+    write(tmp_path / "dog/b.jpg")
+    source = folder(tmp_path)
+    path = tmp_path / "cat/a.jpg"
+    os.utime(path, (0, 0))
+    before = source.stat("cat/a.jpg")
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, (0, 0))
+    assert source.stat("cat/a.jpg").size == before.size
+    assert source.stat("cat/a.jpg") != before
