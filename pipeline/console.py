@@ -4,6 +4,7 @@ With EFFICIENTNET_DEBUG=1 in the environment nothing is redirected: print(), bre
 tracebacks of unexpected exceptions appear in the terminal, and there are no progress bars.
 """
 
+import errno
 import logging
 import os
 import shlex
@@ -120,6 +121,37 @@ def python_executable() -> str:
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
+def command_line(command: str, *words: str | Path) -> str:
+    """Return a command of the program that works when it is pasted into a shell.
+
+    Args:
+        command: Name of the command, such as evaluate.
+        *words: Its arguments, which are quoted where the shell needs it. Words in capitals stand for what the user has.
+    """
+    program = Path(sys.argv[0])
+    if program.name == "efficientnet":
+        start = f"efficientnet {command}"
+    elif command in ("train", "evaluate") and program.name in ("train.py", "evaluate.py"):
+        start = f"{python_executable()} {shlex.quote(str(program.with_name(f'{command}.py')))}"
+    else:
+        start = f"{python_executable()} -m pipeline {command}"
+    return " ".join([start, *(shlex.quote(str(word)) for word in words)])
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the file and the reason of an error of the operating system, and the remedy if there is an obvious one."""
+    remedies = {
+        errno.ENOSPC: "; free some space, or set TMPDIR and the output folders to another disk",
+        errno.EDQUOT: "; free some space, or use another disk",
+        errno.EACCES: "; change its permissions, or choose another path",
+        errno.EPERM: "; change its permissions, or choose another path",
+        errno.EROFS: "; choose a path that can be written",
+        errno.EMFILE: "; raise the limit of open files: ulimit -n 4096",
+    }
+    reason = f"{error.strerror or error}{remedies.get(error.errno or 0, '')}"
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def run_cli(program: Callable[[Console], int]) -> int:
     """Run a program and turn the exceptions that it raises into a message and an exit code.
 
@@ -129,7 +161,8 @@ def run_cli(program: Callable[[Console], int]) -> int:
         program: The program; it takes the console and returns its exit code.
 
     Returns:
-        The exit code: 2 for bad input, 1 for a failure, 130 for Ctrl-C, else that of the program.
+        The exit code: 2 for bad input and for files that cannot be read or written, 1 for a failure, 130 for Ctrl-C,
+        else that of the program.
     """
     console = Console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -144,6 +177,10 @@ def run_cli(program: Callable[[Console], int]) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
+    except OSError as error:
+        console.error(f"error: {describe_os_error(error)}")
+        logging.getLogger("pipeline").debug("%s", error, exc_info=True)
+        return 2
     except Exception as error:
         details = traceback.format_exc()
         where = f"the details are in {console.log_path}" if console.log_path else details

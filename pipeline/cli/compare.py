@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.arguments import command_parser
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.errors import RunError, UserError
 from pipeline.files import atomic_write
 from pipeline.runs import run_directory
@@ -77,10 +77,10 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     if (mlflow_run := last.mlflow_run()) is None:
         console.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
     else:
-        log_comparison(
+        logged = log_comparison(
             last.load_config().tracking.uri, mlflow_run, {f"compare/{runs[0].name}": pairs[-1].sentence}, directory
         )
-        console.print(f"logged to the run {mlflow_run[1]} in MLflow")
+        console.print(f"{'logged to' if logged else 'not logged: MLflow no longer has'} the run {mlflow_run[1]}")
     return 0
 
 
@@ -120,11 +120,11 @@ def evaluated_split(runs: Mapping[str, RunDirectory], split: str | None) -> str:
         RunError: A run was not evaluated on the split. The message holds the commands that do it.
     """
     evaluated = [name for name in ("test", "val") if any(run.predictions(name).exists() for run in runs.values())]
-    option = f" --split {split or evaluated[0]}" if split or evaluated else ""
+    option = ("--split", split or evaluated[0]) if split or evaluated else ()
     split = split or next(iter(evaluated), "test")
     missing = [run for run in runs.values() if not run.predictions(split).exists()]
     if missing:
-        commands = "\n".join(f"  {python_executable()} evaluate.py --run {run.path}{option}" for run in missing)
+        commands = "\n".join(f"  {command_line('evaluate', '--run', run.path, *option)}" for run in missing)
         paths = ", ".join(str(run.path) for run in missing)
         other = f", or compare by --split {evaluated[0]}" if evaluated and split not in evaluated else ""
         raise RunError(f"{paths}: not evaluated on the split {split} yet{other}. Evaluate by\n{commands}")

@@ -3,7 +3,7 @@
 from rich.syntax import Syntax
 
 from pipeline.config.schema import Config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
@@ -73,7 +73,7 @@ def print_data(manifest: Manifest, console: Console) -> None:
     if manifest.left_out:
         console.print(
             f"left out: {len(manifest.left_out):,} images that cannot be used; "
-            f"{python_executable()} -m pipeline check lists them"
+            f"{command_line('check', '--config', 'CONFIG')} lists them"
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.schema import Config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.models.variants import VARIANTS
 from pipeline.runs import run_directory
@@ -105,7 +105,7 @@ def find_finished_run(name: str) -> RunDirectory:
     """
     run = run_directory.find(name)
     if not run.model.exists():
-        command = f"{python_executable()} train.py --config ... --run-dir {run.path} --resume"
+        command = command_line("train", "--config", "CONFIG", "--run-dir", run.path, "--resume")
         raise RunError(f"{run.path}: has no model.keras yet; finish the run with: {command}")
     return run
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -124,10 +123,8 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         console.print(f"written  {packed.written:,} images in {seconds:,.1f} s; the others existed, and all are intact")
     else:
         console.print(f"written  nothing: the pack was complete, and is intact (read in {seconds:,.1f} s)")
-    path = shlex.quote(str(arguments.out))
-    console.print(
-        f"train    {python_executable()} train.py --config CONFIG data.source=pack data.path={path} data.name=null"
-    )
+    data = ("data.source=pack", f"data.path={arguments.out}", "data.name=null")
+    console.print(f"train    {command_line('train', '--config', 'CONFIG', *data)}")
     return 0
 
 

@@ -15,7 +15,7 @@ from pipeline.cli.arguments import (
     quantity,
     value_range,
 )
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.errors import UserError
 from pipeline.models.variants import ALPHA, BETA, GAMMA, VARIANTS, phi_of
 
@@ -256,6 +256,4 @@ def write_config(
         raise UserError(
             f"{arguments.write}: cannot be written ({error.strerror}); choose another name for --write"
         ) from None
-    console.print(
-        f"\nwritten: {arguments.write}; train with: {python_executable()} train.py --config {arguments.write}"
-    )
+    console.print(f"\nwritten: {arguments.write}; train with: {command_line('train', '--config', arguments.write)}")

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.distributed.cluster import ProcessInfo, cluster_from_tf_config
 from pipeline.errors import RunError
 from pipeline.files import atomic_write
@@ -76,14 +76,15 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         run = run_directory.create(arguments.run_dir, config.tracking.experiment)
     with run.exclusive_lock():
         if run.model.exists():
-            command = f"{python_executable()} evaluate.py --run {run.path}"
+            command = command_line("evaluate", "--run", run.path)
             console.print(f"{run.path} is finished already; evaluate it with: {command}")
             return 0
         resume = run.has_checkpoints()
         if not run.config.exists():
             atomic_write(run.config, config.to_yaml())
         console.redirect_library_output(run.log)
-        return train(config, run, console, process_info, resume=resume, allowed_changes=arguments.allow_change)
+        with run.removed_if_unused():
+            return train(config, run, console, process_info, resume=resume, allowed_changes=arguments.allow_change)
 
 
 def run_worker(config: Config, run: RunDirectory, console: Console, process_info: ProcessInfo) -> int:

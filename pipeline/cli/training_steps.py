@@ -1,5 +1,6 @@
 """The steps of a training run, in the order in which `pipeline.cli.train.train` calls them."""
 
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -10,7 +11,7 @@ import numpy as np
 
 from pipeline.cli.final_evaluation import evaluate_final_model, log_results, save_inference_model
 from pipeline.config.schema import Config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, command_line
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.data_service import check_servers
 from pipeline.data.manifest import Manifest
@@ -287,7 +288,7 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
             processes.barrier()  # until the state is saved
             run.console.print(
                 f"stopped after step {state.step:,}; continue with the same command and "
-                f"--run-dir {run.directory.path} --resume"
+                f"--run-dir {shlex.quote(str(run.directory.path))} --resume"
             )
             # Without a signal of its own, this process stops because another one was asked to.
             raise SystemExit(128 + (training.stop_signal.signal or signal.SIGTERM)) from None
@@ -353,5 +354,5 @@ def print_summary(run: TrainingRun, training: Training, split: str) -> None:
     console.print(f"the model        {directory.model}{best}")
     console.print(f"report           {directory.html_report}")
     console.print(f"results          {directory.evaluation(split)}")
-    console.print(f"label an image   {python_executable()} -m pipeline predict --run {directory.path} IMAGE")
+    console.print(f"label an image   {command_line('predict', '--run', directory.path)} IMAGE")
     console.print(f"compare runs     {training.mlflow_logger.ui_command()}")

@@ -20,6 +20,7 @@ from pipeline.data.sources.base import SPLITS, DataSource, LabeledImage, format_
 from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
+EQUALS = " = "  # between the images of a group
 SEVERITIES = ("error", "warning", "fact")
 EXTREME_ASPECT = 5.0  # longer side over shorter; a center crop then shows less than a fifth of the image
 FLAG_TEXTS = {
@@ -54,14 +55,14 @@ class Finding:
         """Return the text with the first items, on several lines."""
         lines = [
             f"{self.text}:" if self.items else f"{self.text}.",
-            format_list(self.items) if self.items else "",
+            format_list([_shorten(item) for item in self.items]) if self.items else "",
             self.remedy,
         ]
         return "\n".join(line for line in lines if line)
 
     def sentence(self) -> str:
         """Return the text with the first items, on one line."""
-        shown = ": " + "; ".join(self.items[:3]) if self.items else ""
+        shown = ": " + "; ".join(map(_shorten, self.items[:3])) if self.items else ""
         return f"{self.text}{shown}{'; ...' if len(self.items) > 3 else '.'}"
 
 
@@ -275,10 +276,16 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         )
 
 
+def _shorten(item: str) -> str:
+    """Return a group of images by its first three and the number of the others."""
+    members = item.split(EQUALS)
+    return item if len(members) <= 4 else f"{EQUALS.join(members[:3])} and {len(members) - 3} more"
+
+
 def _groups(rows: pd.DataFrame, by: str, shown: str | None = None) -> tuple[str, ...]:
     """Return each group as `a = b`, with the value of the column `shown` behind every key."""
     named = rows["key"] + (" (" + rows[shown] + ")" if shown is not None else "")
-    return tuple(named.groupby(rows[by], sort=False).agg(" = ".join))
+    return tuple(named.groupby(rows[by], sort=False).agg(EQUALS.join))
 
 
 def _classes(manifest: Manifest) -> Iterator[Finding]:

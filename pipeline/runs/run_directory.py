@@ -2,14 +2,15 @@
 
 import datetime
 import json
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UserError
 from pipeline.files import atomic_write, exclusive_lock, temporary_name
 
 RUNS = Path("runs")
@@ -129,6 +130,20 @@ class RunDirectory:
         busy = f"{self.path}: another process is working on this run; wait until it ends, or choose another --run-dir"
         with exclusive_lock(self.path / ".lock", RunError(busy)):
             yield
+
+    @contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """Remove the directory if the block fails for a mistake in the input before the run has its data."""
+        try:
+            yield
+        except (UserError, OSError):
+            with suppress(OSError):
+                if {path.name for path in self.path.iterdir()} <= _BEFORE_TRAINING:
+                    shutil.rmtree(self.path)
+                    for parent in self.path.parents[:2]:
+                        if RUNS in (parent, parent.parent):
+                            parent.rmdir()  # raises if it is not empty
+            raise
 
     def save_config(self, config: Config) -> None:
         """Save the config of a run without a checkpoint.

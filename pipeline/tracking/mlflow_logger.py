@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -162,7 +163,7 @@ class MLflowLogger(Callback):
         if database_of(self._uri) is None:
             return mask_credentials(self._uri)
         uri = "sqlite:///mlflow.db" if database_of(self._uri) == Path("mlflow.db").resolve() else self._uri
-        return f"{python_executable()} -m mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
+        return f"{python_executable()} -m mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1"
 
     def log_dataset(self, name: str, digest: str, source: str, class_counts: Mapping[str, Mapping[str, int]]) -> None:
         """Log the data set of the run, unless a resumed run has it already.
@@ -299,7 +300,7 @@ class MLflowLogger(Callback):
 
 def log_evaluation(
     configured_uri: str | None, tracked: tuple[str, str], metrics: Mapping[str, float], directory: Path, page: Path
-) -> None:
+) -> bool:
     """Add an evaluation to a run that has ended, linked to its model and data set; its status does not change.
 
     Args:
@@ -309,23 +310,29 @@ def log_evaluation(
         directory: Folder with the result files; logged as the artifact evaluation/<its name>.
         page: Their report; logged as the artifact report/<its name>.
 
+    Returns:
+        False if the run was deleted in MLflow; nothing is logged then.
+
     Raises:
-        ConfigError: If MLflow cannot be reached or does not know the run.
+        ConfigError: MLflow cannot be reached.
     """
     run_id, now = tracked[1], int(time.time() * 1000)
     with _client_of(configured_uri, tracked) as client:
         from mlflow.entities import Metric
 
+        if not run_exists(client, run_id):
+            return False
         step = max(last_steps(client, run_id).values(), default=0)
         links = metric_links(client, run_id)
         client.log_batch(run_id, metrics=[Metric(key, value, now, step, **links) for key, value in metrics.items()])
         client.log_artifacts(run_id, str(directory), f"evaluation/{directory.name}")
         client.log_artifact(run_id, str(page), "report")
+    return True
 
 
 def log_comparison(
     configured_uri: str | None, tracked: tuple[str, str], sentences: Mapping[str, str], directory: Path
-) -> None:
+) -> bool:
     """Add a comparison to a run that has ended.
 
     Args:
@@ -334,13 +341,19 @@ def log_comparison(
         sentences: Results as sentences, by the name of a tag.
         directory: Folder with its files; logged as the artifact report/compare/<its name>.
 
+    Returns:
+        False if the run was deleted in MLflow; nothing is logged then.
+
     Raises:
-        ConfigError: If MLflow cannot be reached or does not know the run.
+        ConfigError: MLflow cannot be reached.
     """
     with _client_of(configured_uri, tracked) as client:
+        if not run_exists(client, tracked[1]):
+            return False
         for name, sentence in sentences.items():
             client.set_tag(tracked[1], re.sub(INVALID_NAME_CHARACTERS, "_", name), sentence[:MAX_TAG])
         client.log_artifacts(tracked[1], str(directory), f"report/compare/{directory.name}")
+    return True
 
 
 @contextmanager

@@ -114,16 +114,15 @@ def translate_mlflow_error(uri: str) -> Iterator[None]:
 
 
 def run_exists(client: "MlflowClient", run_id: str) -> bool:
-    """Return whether MLflow has the run."""
+    """Return whether MLflow has the run and nobody has deleted it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        return client.get_run(run_id).info.lifecycle_stage == "active"
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
-    return True
 
 
 def metric_links(client: "MlflowClient", run_id: str) -> dict[str, str]:
