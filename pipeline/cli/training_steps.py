@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.data_service import check_servers
+from pipeline.data.integrity import name_changed_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.sampler import SHUFFLE_ALGORITHM
 from pipeline.data.sources.base import DataSource
@@ -278,6 +279,7 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
     with (
         training.progress_bar or nullcontext(),
         training.stop_signal.listening(),
+        name_changed_images(run.manifest, run.source),
         translate_oom_error(run.resolved.batch_size, run.config.optimizer, run.runtime, state.model),
         processes.translate_peer_failure(),
     ):

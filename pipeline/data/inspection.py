@@ -140,6 +140,7 @@ def inspect(data: bytes) -> np.ndarray | str:
     facts["kind"], facts["orientation"], facts["traits"] = FORMATS.index(header.kind), header.orientation, header.flags
     # Of a GIF whose first image does not fill its canvas, that image counts: it is what crops are taken from.
     facts["height"], facts["width"] = image.shape[:2] if header.kind == "GIF" else (header.height, header.width)
+    facts["maximum"] = image.max()
     for name in ("phash", "thumbnail", "pixels", "perceptual"):
         facts[name] = getattr(result, name)
     return facts

@@ -19,7 +19,7 @@ from pipeline.files import atomic_path, cache_folder, sha256_of
 
 CHECKSUM_BYTES = 32  # bytes
 CHUNK_ROWS = 65_536  # records
-SCAN_VERSION = 1  # to be increased when the same file may give another result
+SCAN_VERSION = 2  # to be increased when the same file may give another result
 FACTS = np.dtype(
     [
         ("name", np.uint64),  # of a digest of the key
@@ -31,6 +31,7 @@ FACTS = np.dtype(
         ("width", np.int32),
         ("orientation", np.uint8),  # EXIF
         ("traits", np.uint8),  # of inspection.ImageFlag
+        ("maximum", np.uint8),  # greatest value of a pixel, as decoded
         ("phash", np.uint64),  # the others: see splits.Signature
         ("thumbnail", np.uint8, (8, 8, 3)),
         ("pixels", np.uint64),

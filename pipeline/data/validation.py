@@ -3,6 +3,7 @@
 Training begins with it.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,6 +23,7 @@ from pipeline.errors import DataError
 
 EQUALS = " = "  # between the images of a group
 SEVERITIES = ("error", "warning", "fact")
+DARK = 32  # of 255: images of 12 bits stored in 16 stay below 16
 EXTREME_ASPECT = 5.0  # longer side over shorter; a center crop then shows less than a fifth of the image
 FLAG_TEXTS = {
     ImageFlag.GRAY: "gray: their channel is repeated",
@@ -61,9 +63,10 @@ class Finding:
         return "\n".join(line for line in lines if line)
 
     def sentence(self) -> str:
-        """Return the text with the first items, on one line."""
+        """Return the text with the first items and the remedy, on one line."""
         shown = ": " + "; ".join(map(_shorten, self.items[:3])) if self.items else ""
-        return f"{self.text}{shown}{'; ...' if len(self.items) > 3 else '.'}"
+        more = f" and {len(self.items) - 3:,} more" if len(self.items) > 3 else ""
+        return f"{self.text}{shown}{more}. {self.remedy}".rstrip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +155,15 @@ def validate(
         ):
             return ValidationReport(None, (*bad, *emptied) if config.on_bad_image == "skip" else bad, left_out)
     manifest = Manifest(source.class_names, _table(images, facts, config, seed), left_out=left_out)
-    findings = [*bad, *_duplicates(manifest, config.on_leak), *_classes(manifest), *_image_properties(manifest, facts)]
+    makes_test_split = config.group_near_duplicates and not any(image.split == "test" for image in images)
+    findings = [
+        *bad,
+        *_duplicates(manifest, config.on_leak),
+        *(_undivided_classes(manifest) if makes_test_split else ()),
+        *_classes(manifest),
+        *_similar_names(source.class_names),
+        *_image_properties(manifest, facts),
+    ]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return ValidationReport(replace(manifest, notes=notes), tuple(findings), left_out)
@@ -288,6 +299,44 @@ def _groups(rows: pd.DataFrame, by: str, shown: str | None = None) -> tuple[str,
     return tuple(named.groupby(rows[by], sort=False).agg(EQUALS.join))
 
 
+def _undivided_classes(manifest: Manifest) -> Iterator[Finding]:
+    """Yield a finding about classes that the test split lacks because their images are near-duplicates."""
+    counts = manifest.class_counts()
+    groups = manifest.table.groupby("label")["group"].nunique().reindex(range(len(counts)), fill_value=0).to_numpy()
+    totals = counts.sum(axis="columns")
+    undivided = counts[(counts["test"] == 0) & (totals > 2) & (groups < totals)]
+    if len(undivided):
+        measurable = (counts["test"] > 0).sum() > 1
+        items = tuple(f"{name} ({total:,} images)" for name, total in undivided.sum(axis="columns").items())
+        yield Finding(
+            "undivided_classes",
+            "warning" if measurable else "error",
+            f"{len(items)} classes have no image in test, because their images are near-duplicates of each other, "
+            "which stay in one split",
+            items,
+            "Add other images of these classes, or bring splits of your own; if the images show different objects, set "
+            "data.group_near_duplicates=false.",
+        )
+
+
+def _similar_names(class_names: Sequence[str]) -> Iterator[Finding]:
+    """Yield a finding about class names that differ only in case, spacing, Unicode form or number format."""
+
+    def normalized(name: str) -> str:
+        text = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
+        try:
+            return repr(float(text))
+        except ValueError:
+            return text
+
+    names = pd.Series(class_names, dtype=object)
+    groups = tuple(names.groupby(names.map(normalized), sort=False).agg(list))
+    alike = tuple(EQUALS.join(map(repr, group)) for group in groups if len(group) > 1)
+    if alike:
+        text = f"{len(alike)} groups of class names differ only in case, spacing, Unicode form or number format"
+        yield Finding("similar_classes", "warning", text, alike, "If they are the same class, rename them alike.")
+
+
 def _classes(manifest: Manifest) -> Iterator[Finding]:
     counts = manifest.class_counts()
     for split in SPLITS:
@@ -309,6 +358,16 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
         items = tuple(f"{keys[i]} ({facts['height'][i]} x {facts['width'][i]})" for i in np.flatnonzero(extreme))
         yield Finding(
             "aspects", "warning", f"{len(items)} images are more than {EXTREME_ASPECT:g} times as long as wide", items
+        )
+    dark = (facts["traits"] & ImageFlag.HIGH_BIT_DEPTH != 0) & (facts["maximum"] < DARK)
+    if dark.any():
+        yield Finding(
+            "dark",
+            "warning",
+            f"{dark.sum():,} images of 16 bits a channel use so few of their bits that they are nearly dark: of the "
+            f"upper 8 bits, which the model sees, no pixel is above {DARK - 1}",
+            tuple(keys[dark]),
+            "Scale their values to the full range, or store them with 8 bits.",
         )
     kinds = {FORMATS[kind]: count for kind, count in enumerate(np.bincount(facts["kind"])) if count}
     yield Finding("formats", "fact", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))

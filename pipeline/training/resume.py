@@ -18,6 +18,8 @@ from pipeline.training.state import TrainState
 
 FREE_TO_CHANGE = (  # these keys have no influence on the steps taken so far
     "tracking",
+    "data.path",  # the contents are compared by their hashes
+    "data.root",
     "export",
     "runtime.num_workers",
     "runtime.data_service",

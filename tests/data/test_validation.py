@@ -173,7 +173,7 @@ def test_near_duplicates_stay_together_and_are_reported(tmp_path):
     assert manifest.notes == (
         "18 images are near-duplicates of another, in 9 groups: cat/000.jpg = cat/copy0.png; cat/001.jpg = "
         "cat/copy1.png; "
-        "cat/002.jpg = cat/copy2.png; ...",
+        "cat/002.jpg = cat/copy2.png and 6 more.",
         "2 near-duplicate images have different labels: cat/009.jpg (cat) = dog/copy.png (dog).",
     )
     apart = look(config.model_copy(update={"group_near_duplicates": False})).table
