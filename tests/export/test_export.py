@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import pytest
 import tensorflow as tf
 from fake_console import FakeConsole
 from PIL import Image
+from short_network import short_network
 from test_efficientnet import make_lively
 
 from pipeline.cli import export as command
 from pipeline.config.export import ExportConfig
 from pipeline.config.loader import load_config
+from pipeline.data import input_pipeline
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocessing import describe, preprocess, resize_to_square
 from pipeline.data.sources.catalog import open_source
@@ -31,9 +33,10 @@ from pipeline.evaluation.predict import predict_files
 from pipeline.export import directory as export_directory
 from pipeline.export import formats as written
 from pipeline.export import loading as loaded
+from pipeline.export import verification
 from pipeline.export.verification import ParityReport, check_parity, run_reference
 from pipeline.models.efficientnet import efficientnet
-from pipeline.models.variants import FAMILIES, BlockArgs, Variant
+from pipeline.models.variants import Variant
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.tasks import SINGLE_LABEL
 
@@ -72,33 +75,29 @@ def jpeg(seed: int, orientation: int) -> bytes:
     return file.getvalue()
 
 
-def short(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> Variant:
-    """Return a network of two blocks with every operation that EfficientNet has: conversion takes a tenth of the time.
-
-    The first block has a stride, the second one a residual connection, both squeeze-and-excitation.
-    """
-    blocks = (BlockArgs("mbconv", 5, 2, 6, 64, 2),)
-    monkeypatch.setitem(FAMILIES, "short", replace(FAMILIES["efficientnet"], blocks=blocks))
-    return replace(variant, width=1.0, depth=1.0, family_name="short")
+to_square = tf.function(
+    partial(preprocess, resolution=32, resize="letterbox"),
+    input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int32)],
+)
 
 
-def finished_run(root: Path, variant: Variant | None = None) -> RunDirectory:
+def finished_run(root: Path, build: Callable[[Variant], keras.Model]) -> RunDirectory:
     """Write a finished run: a network that tells images apart, and is right about 27 of its 32 test images.
 
     Args:
         root: Folder of the run and of its images.
-        variant: The network; None for that of the config.
+        build: Builds a network for the variant of the config.
     """
     run = RunDirectory(root / "run")
     run.path.mkdir()
     config = CONFIG.replace("images.csv", str(root / "images.csv"))
     run.config.write_text(config)
     settings = load_config(run.config)
-    model = efficientnet(variant or settings.variant, num_classes=len(NAMES))
+    model = build(settings.variant)
     make_lively(model)
     model.save(run.model)
     files = [(jpeg(number, number % 8 + 1), number % 8 + 1) for number in range(60)]
-    squares = [preprocess(tf.constant(d), tf.constant(o), resolution=32, resize="letterbox") for d, o in files]
+    squares = [to_square(data, orientation) for data, orientation in files]
     classes = model(tf.cast(tf.stack(squares), tf.float32), training=False).numpy().argmax(-1)
     rows = ["path,label,split"]
     for number, (data, _) in enumerate(files):
@@ -112,11 +111,11 @@ def finished_run(root: Path, variant: Variant | None = None) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("export")
-        (root / "config.yaml").write_text(CONFIG)
-        yield finished_run(root, short(load_config(root / "config.yaml").variant, patch))
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run of a network of two blocks: to convert a whole one takes a minute."""
+    return finished_run(
+        tmp_path_factory.mktemp("export"), lambda variant: short_network(variant.resolution, num_classes=len(NAMES))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +130,33 @@ def finished(run: RunDirectory) -> tuple[Path, int, str]:
     return run.export, code, output
 
 
+@pytest.fixture(scope="module")
+def results() -> dict[tuple[str, str], Any]:
+    return {}
+
+
 @pytest.fixture
-def copy(run: RunDirectory, finished: tuple[Path, int, str], tmp_path: Path) -> RunDirectory:
+def reused(results: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the exports of all tests share what they would compute alike: images, model, and the logits of the model."""
+
+    def once(owner: Any, name: str, key: Callable[..., str]) -> None:
+        real = getattr(owner, name)
+
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            call = name, key(*arguments)
+            if call not in results:
+                results[call] = real(*arguments, **keywords)
+            return results[call]
+
+        monkeypatch.setattr(owner, name, function)
+
+    once(input_pipeline, "evaluation_stream", lambda manifest, source, config, split: split)
+    once(keras.saving, "load_model", lambda path: "")
+    once(verification, "run_reference", lambda forward, class_names, dataset, split, *_: split)
+
+
+@pytest.fixture
+def copy(run: RunDirectory, finished: tuple[Path, int, str], reused: None, tmp_path: Path) -> RunDirectory:
     """The run with its export, to be changed."""
     shutil.copytree(run.path, tmp_path / "run")
     return RunDirectory(tmp_path / "run")
@@ -144,10 +168,7 @@ def squares(run: RunDirectory, split: str = "test") -> tuple[np.ndarray, list[by
     source, rows = open_source(config.data), manifest.indices(split)
     files = [source.read(manifest.table["key"][row]) for row in rows]
     orientations = manifest.table["orientation"].to_numpy(np.int32)[rows]
-    images = [
-        preprocess(tf.constant(f), tf.constant(o), resolution=32, resize="letterbox")
-        for f, o in zip(files, orientations, strict=True)
-    ]
+    images = [to_square(*file) for file in zip(files, orientations, strict=True)]
     return np.stack(images).astype(np.float32), files, orientations
 
 
@@ -180,7 +201,7 @@ def test_every_format_is_the_model_on_every_image(
 
 @pytest.mark.slow
 def test_every_format_is_the_model_with_all_of_its_blocks(tmp_path: Path) -> None:
-    run = finished_run(tmp_path)
+    run = finished_run(tmp_path, lambda variant: efficientnet(variant, num_classes=len(NAMES)))
     code, output = export(run)
     assert code == 0, output
     assert_every_format_is_the_model(run, keras.saving.load_model(run.model, compile=False))
@@ -306,37 +327,64 @@ def test_the_described_preprocessing_can_be_written_anew_from_its_words(resize: 
         assert np.abs(ours - np.asarray(square).astype(int)).max() <= 1
 
 
-def spoil_a_weight(model: keras.Model) -> keras.Model:
-    copy = keras.models.clone_model(model)
-    copy.set_weights([weight * (1.05 if weight.ndim == 4 else 1) for weight in model.get_weights()])
-    return copy
+def spoil_a_weight(model: Any) -> None:
+    from onnx import numpy_helper
+
+    for weight in model.graph.initializer:
+        if len(weight.dims) == 4:
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
 
 
-def normalise_twice(model: keras.Model) -> keras.Model:
-    images = keras.Input(model.input_shape[1:], dtype="float32")
-    return keras.Model(images, model(keras.layers.Rescaling(1 / 127.5, -1)(images)))
+def normalize_twice(model: Any) -> None:
+    from onnx import helper, numpy_helper
+
+    [images] = model.graph.input
+    for node in model.graph.node:
+        node.input[:] = ["again" if name == images.name else name for name in node.input]
+    for name, value in (("scale", 1 / 127.5), ("offset", -1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    model.graph.node.insert(0, helper.make_node("Mul", [images.name, "scale"], ["scaled"]))
+    model.graph.node.insert(1, helper.make_node("Add", ["scaled", "offset"], ["again"]))
 
 
-@pytest.mark.parametrize("spoil", [spoil_a_weight, normalise_twice])
+def let_onnx_be(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the export write a given ONNX file."""
+    monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: shutil.copy(file, path))
+
+
+@pytest.mark.parametrize("spoil", [spoil_a_weight, normalize_twice])
 def test_a_file_that_is_not_the_model_is_saved_apart_and_ends_with_1(
-    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[keras.Model], keras.Model]
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None]
 ) -> None:
-    before, write = snapshot(copy.export), written.write_onnx
-    with monkeypatch.context() as patch:
-        patch.setattr(written, "write_onnx", lambda model, contract, path: write(spoil(model), contract, path))
-        code, output = export(copy, "--formats", "onnx")
+    import onnx
+
+    before, bad = snapshot(copy.export), copy.path / "bad.onnx"
+    model = onnx.load(copy.export / "model.onnx")
+    spoil(model)
+    onnx.save(model, bad)
+    let_onnx_be(bad, monkeypatch)
+    code, output = export(copy, "--formats", "onnx")
     assert code == 1
     assert "onnx failed: a logit differs by" in output
     entry = metadata(copy.export)["formats"]["onnx"]
     assert (entry["passed"], entry["file"]) == (False, "failed/model.onnx")
     assert "export.max_logit_difference allows 0.001" in entry["failures"][0]
     after, good = snapshot(copy.export), before.pop("model.onnx")
-    assert after.pop("failed/model.onnx") != good
+    assert after.pop("failed/model.onnx") == bad.read_bytes() != good
     assert {name: data for name, data in after.items() if name != "metadata.json"} == {
         name: data for name, data in before.items() if name != "metadata.json"
     }
-    (copy.path / "good.onnx").write_bytes(good)
-    monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: shutil.copy(copy.path / "good.onnx", path))
+
+
+def test_a_file_that_is_the_model_replaces_one_that_was_not(
+    run: RunDirectory, copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = metadata(copy.export)
+    entries["formats"]["onnx"] |= {"passed": False, "file": "failed/model.onnx"}
+    (copy.export / "metadata.json").write_text(json.dumps(entries))
+    (copy.export / "failed").mkdir()
+    (copy.export / "model.onnx").rename(copy.export / "failed/model.onnx")
+    let_onnx_be(run.export / "model.onnx", monkeypatch)
     code, output = export(copy, "--formats", "onnx")
     assert code == 0, output
     assert metadata(copy.export)["formats"]["onnx"]["file"] == "model.onnx"
@@ -344,9 +392,7 @@ def test_a_file_that_is_not_the_model_is_saved_apart_and_ends_with_1(
 
 
 def test_limits_on_the_command_line_are_the_limits(copy: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        written, "write_onnx", lambda model, contract, path: shutil.copy(copy.export / "model.onnx", path)
-    )
+    let_onnx_be(copy.export / "model.onnx", monkeypatch)
     code, output = export(
         copy, "--formats", "onnx", "export.max_logit_difference=1e-12", "--out", str(copy.path / "strict")
     )
@@ -402,7 +448,7 @@ def test_an_export_that_is_interrupted_leaves_everything_as_it_was(
 
 
 def test_calibration_sees_training_images_only(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: RunDirectory, reused: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[int] = []
 
