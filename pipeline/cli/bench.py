@@ -100,7 +100,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
                 bench, arguments.baseline, seconds=arguments.seconds, pairs=arguments.pairs, progress=progress
             )
         ratios = print_pairs(pairs, arguments.baseline, console)
-        figures |= {"against": arguments.baseline, "pairs": pairs, "median_ratio": statistics.median(ratios)}
+        figures |= {"baseline": arguments.baseline, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
         atomic_write(arguments.json, json.dumps(figures, indent=1) + "\n")
         console.print(f"results  {arguments.json}")

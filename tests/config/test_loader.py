@@ -226,8 +226,8 @@ def test_what_to_do_about_nan_is_a_word_or_a_number_of_steps(tmp_path):
 
 def test_a_path_may_start_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = load_config(write(tmp_path / "c.yaml", "data: {source: folder, path: ~/photos}\n"))
-    assert config.data.path == Path("/home/somebody/photos")
+    config = load_config(write(tmp_path / "c.yaml", "data: {source: folder, path: ~/images}\n"))
+    assert config.data.path == Path("/home/somebody/images")
 
 
 def test_a_config_cannot_be_changed_after_loading(tmp_path):
@@ -295,9 +295,37 @@ def loads_or_is_refused_in_words(file: Path) -> None:
             assert re.match(r"\d+: .", place) or whole_file, line
 
 
-@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def examples(number: int) -> settings:
+    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@examples(150)
 @given(data=st.data())
 def test_a_config_with_changed_values_and_keys_loads_or_is_refused_in_words(tmp_path, data):
+    change_values_and_keys(tmp_path, data)
+
+
+@pytest.mark.slow
+@examples(700)
+@given(data=st.data())
+def test_a_config_with_many_changed_values_and_keys_loads_or_is_refused_in_words(tmp_path, data):
+    change_values_and_keys(tmp_path, data)
+
+
+@examples(100)
+@given(data=st.data())
+def test_a_config_with_changed_characters_loads_or_is_refused_in_words(tmp_path, data):
+    change_characters(tmp_path, data)
+
+
+@pytest.mark.slow
+@examples(400)
+@given(data=st.data())
+def test_a_config_with_many_changed_characters_loads_or_is_refused_in_words(tmp_path, data):
+    change_characters(tmp_path, data)
+
+
+def change_values_and_keys(tmp_path: Path, data: st.DataObject) -> None:
     mutated = yaml.safe_load(data.draw(st.sampled_from(SHIPPED)).read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(sorted(paths_of(mutated), key=str)))
@@ -316,9 +344,7 @@ def test_a_config_with_changed_values_and_keys_loads_or_is_refused_in_words(tmp_
     loads_or_is_refused_in_words(write(tmp_path / "mutated.yaml", yaml.safe_dump(mutated)))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_config_with_changed_characters_loads_or_is_refused_in_words(tmp_path, data):
+def change_characters(tmp_path: Path, data: st.DataObject) -> None:
     text = data.draw(st.sampled_from(SHIPPED)).read_bytes()
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))

@@ -161,7 +161,7 @@ def test_large_windows_of_a_jpeg_decode_smaller_and_look_the_same() -> None:
         assert np.abs(means[0] - means[1]).mean() < 4
 
 
-def photo(side: int) -> np.ndarray:
+def detailed(side: int) -> np.ndarray:
     """Detail in every size, the finer the fainter, as photographs have it."""
     rng, original = np.random.default_rng(0), np.full((side, side, 3), 128.0)
     for grain in (2, 4, 8, 16, 32, 64):
@@ -175,7 +175,7 @@ def photo(side: int) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 def test_a_window_that_is_decoded_smaller_is_the_mean_of_its_blocks_of_pixels(ratio: int) -> None:
     file = io.BytesIO()
-    Image.fromarray(photo(768)).save(file, "JPEG", quality=90)  # with half the colors' resolution, as cameras do
+    Image.fromarray(detailed(768)).save(file, "JPEG", quality=90)  # with half the colors' resolution, as cameras do
     arguments = tf.constant(file.getvalue()), tf.constant([64, 128, 512, 576]), tf.constant([768, 768]), tf.constant(1)
     small = decode_window(*arguments, 512 // ratio).numpy()
     blocks = decode_window(*arguments, 512).numpy().reshape(512 // ratio, ratio, 576 // ratio, ratio, 3).mean((1, 3))

@@ -49,21 +49,28 @@ def first_line(server: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[list[str]]:
-    """Two servers, each a process of its own."""
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    running = [serve(address) for address in addresses]
-    for server in running:
-        assert first_line(server).startswith("serving at")
-    yield addresses
-    for server in running:
-        server.kill()
-        server.communicate()
+def process() -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A server that is a process of its own, with its address."""
+    address = f"127.0.0.1:{free_port()}"
+    server = serve(address)
+    assert first_line(server).startswith(f"serving at {address} with ")
+    yield address, server
+    server.kill()
+    server.communicate()
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+def servers(process: tuple[str, "subprocess.Popen[str]"]) -> Iterator[list[str]]:
+    """Two servers: a process of its own, and one in this process."""
+    address = f"127.0.0.1:{free_port()}"
+    server = start_server(address)
+    yield [process[0], address]
+    del server
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for label in "ab":
         (folder / label).mkdir()
         for number in range(20):
@@ -72,18 +79,25 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("share", [Shard(), Shard(1, 2)], ids=["whole", "share"])
+@pytest.mark.parametrize(
+    ("number", "share", "randaugment"),
+    [
+        pytest.param(1, Shard(), {"num_ops": 2, "magnitude": 9}, id="all of one"),
+        pytest.param(2, Shard(1, 2), None, id="a share of two"),
+        pytest.param(1, Shard(1, 2), None, id="a share of one", marks=pytest.mark.slow),
+        pytest.param(2, Shard(), {"num_ops": 2, "magnitude": 9}, id="all of two", marks=pytest.mark.slow),
+    ],
+)
 def test_the_batches_of_servers_are_those_of_this_process(
-    servers: list[str], photos: Path, number: int, share: Shard
+    servers: list[str], images: Path, number: int, share: Shard, randaugment: dict[str, int] | None
 ) -> None:
     config = Config.model_validate(
         {
             "model": {"variant": "b0", "weights": None, "resolution": 32},
-            "data": {"source": "folder", "path": str(photos)},
+            "data": {"source": "folder", "path": str(images)},
             "augment": {
                 "transforms": ["RandomResizedCrop", "HorizontalFlip"],
-                "randaugment": {"num_ops": 2, "magnitude": 9},
+                "randaugment": randaugment,
                 "mixup": 0.2,
             },
             "train": {"global_batch_size": 16},
@@ -128,7 +142,7 @@ def test_a_slow_server_is_waited_for(servers: list[str]) -> None:
     assert next(with_watchdog(slow(), servers, patience=0.2)) == 1
 
 
-def test_what_goes_wrong_on_a_server_is_said() -> None:
+def test_what_goes_wrong_on_a_server_is_named() -> None:
     def broken() -> Iterator[int]:
         yield 1
         raise tf.errors.NotFoundError(None, None, "no such file: a.jpg\nmore")
@@ -176,17 +190,16 @@ def test_a_port_that_is_taken_is_named(servers: list[str]) -> None:
         (["runtime.data_service=[host]"], "runtime.data_service"),
     ],
 )
-def test_what_does_not_travel_is_refused(settings: list[str], message: str, photos: Path) -> None:
+def test_what_does_not_travel_is_refused(settings: list[str], message: str, images: Path) -> None:
     first = "runtime.data_service=[host:1]"
     with pytest.raises(ConfigError, match=message):
-        load_config(PROJECT / "configs/lite0_folder.yaml", [f"data.path={photos}", first, *settings])
+        load_config(PROJECT / "configs/lite0_folder.yaml", [f"data.path={images}", first, *settings])
 
 
-def test_a_server_of_its_own_ends_when_asked() -> None:
-    address = f"127.0.0.1:{free_port()}"
-    process = serve(address)
-    assert first_line(process).startswith(f"serving at {address} with ")
+def test_a_server_ends_when_asked(process: tuple[str, "subprocess.Popen[str]"]) -> None:
+    """The last test: nothing answers at its address any more."""
+    address, server = process
     check_servers([address])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
-    assert process.communicate() == ("", "")
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=30) == 0
+    assert server.communicate() == ("", "")

@@ -1,7 +1,9 @@
-"""The stream: purity, completeness, order, padding."""
+"""The stream: purity, completeness, order, padding; and the rows of the manifest in a mapped file."""
 
 import gc
 import io
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config.schema import Config
-from pipeline.data.input_pipeline import evaluation_stream, steps_per_epoch, training_stream
-from pipeline.data.manifest import Manifest
+from pipeline.data import input_pipeline, randaugment
+from pipeline.data.input_pipeline import (
+    IndexBatch,
+    evaluation_stream,
+    memory_mapped_table,
+    steps_per_epoch,
+    training_stream,
+)
+from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.data.preprocessing import preprocess
 from pipeline.distributed.sharding import Shard
 from pipeline.errors import DataError
@@ -22,6 +33,38 @@ SIDE = 32
 EVERYTHING = {"randaugment": {"num_ops": 2, "magnitude": 9}, "mixup": 0.4, "cutmix": 1.0}
 CROP_AND_FLIP: list[Any] = ["RandomResizedCrop", "HorizontalFlip"]
 NOISY: list[Any] = [*CROP_AND_FLIP, {"GaussNoise": {"p": 0.5}}]
+KEYS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), min_size=1, max_size=20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Trace what the streams have in common once, with three of RandAugment's operations: tracing takes most time.
+
+    Streams with albumentations each keep transforms of their own.
+    """
+    every_operation = randaugment.operations
+
+    def three_operations(magnitude: float) -> dict[str, randaugment.Operation]:
+        return {name: every_operation(magnitude)[name] for name in ("Rotate", "Color", "Cutout")}
+
+    def cached(build: Callable[..., Any]) -> Callable[..., Any]:
+        built: dict[str, Any] = {}
+
+        def build_once(*arguments: Any) -> Any:
+            if getattr(arguments[0], "backend", "native") != "native":
+                return build(*arguments)
+            key = repr(arguments)
+            if key not in built:
+                built[key] = tf.function(build(*arguments), autograph=False)
+            return built[key]
+
+        return build_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randaugment, "operations", three_operations)
+        for name in ("image_augmentation", "randaugment", "mixup_and_cutmix"):
+            patch.setattr(input_pipeline, name, cached(getattr(input_pipeline, name)))
+        yield
 
 
 class Memory:
@@ -128,18 +171,23 @@ def test_the_stream_is_a_function_of_the_step_whatever_the_workers(augment: dict
 
 
 @pytest.mark.parametrize(
+    "cases",
+    [[(2, 0), (4, 1)], pytest.param([(2, 3), (4, 0), (4, 3)], marks=pytest.mark.slow)],
+    ids=["from the start and later", "others"],
+)
+@pytest.mark.parametrize(
     "augment",
     [EVERYTHING, {"backend": "albumentations", "transforms": NOISY, "mixup": 0.4}],
     ids=["native", "albumentations"],
 )
-@pytest.mark.parametrize("shares", [2, 4])
-def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any], shares: int) -> None:
+def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any], cases: list[tuple[int, int]]) -> None:
     """Whatever process an image falls to, it looks the same, and so does the one that it is mixed with."""
     data, settings = make(21), config(batch=32, **augment)
-    whole = take(training_stream(*data, settings), 4)
-    for start in (0, 3):
+    steps = max(start for _, start in cases) + 1
+    whole = take(training_stream(*data, settings), steps)
+    for shares, start in cases:
         parts = [
-            take(training_stream(*data, settings, start_step=start, shard=Shard(n, shares)), 4 - start)
+            take(training_stream(*data, settings, start_step=start, shard=Shard(n, shares)), steps - start)
             for n in range(shares)
         ]
         joined = [
@@ -173,19 +221,20 @@ def test_a_share_reads_only_its_own_images() -> None:
     assert len(read) <= len(seen) + ahead
 
 
-@pytest.mark.parametrize("shares", [1, 2, 4])
-def test_shares_of_an_evaluation_hold_every_image_exactly_once(shares: int) -> None:
+def test_shares_of_an_evaluation_hold_every_image_exactly_once() -> None:
     data = make(21, test=13)
     whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
-    parts = [
-        take(evaluation_stream(*data, config(), "test", batch_size=8, shard=Shard(n, shares)), 9) for n in range(shares)
-    ]
-    joined = [
-        tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
-    ]
-    assert_equal(joined, whole)
-    index = np.concatenate([batch[3] for part in parts for batch in part])
-    assert sorted(index[index >= 0]) == list(range(13))
+    for shares in (1, 2, 4):
+        parts = [
+            take(evaluation_stream(*data, config(), "test", batch_size=8, shard=Shard(n, shares)), 9)
+            for n in range(shares)
+        ]
+        joined = [
+            tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
+        ]
+        assert_equal(joined, whole)
+        index = np.concatenate([batch[3] for part in parts for batch in part])
+        assert sorted(index[index >= 0]) == list(range(13))
 
 
 def test_every_image_comes_exactly_once_per_pass_in_ever_new_orders() -> None:
@@ -287,7 +336,7 @@ def test_starting_late_does_not_decode_what_it_skips() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
-    """The table of so many has 68 MB; it lies in a mapped file, and nothing makes a copy of it."""
+    """The table of so many has 34 MB; it lies in a mapped file, and nothing makes a copy of it."""
     manifest, source = make(10)
 
     def used(repeats: int) -> int:
@@ -299,7 +348,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
         return anonymous_bytes() - before
 
     used(1)
-    few, many = used(7_000), used(120_000)
+    few, many = used(7_000), used(60_000)
     assert many - few < 16 * 2**20  # what the process holds moves by some MiB of itself
 
 
@@ -308,3 +357,77 @@ def anonymous_bytes() -> int:
     gc.collect()
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
+
+
+# --- the mapped file --------------------------------------------------------------------------------------------------
+
+
+def manifest_of(keys: list[str]) -> Manifest:
+    number = np.arange(len(keys))
+    table = {
+        "key": keys,
+        "label": number % 7,
+        "height": number + 10,
+        "width": number + 20,
+        "orientation": (number % 8 + 1).astype(np.uint8),
+    }
+    return Manifest(tuple("abcdefg"), pd.DataFrame(table))
+
+
+def assert_rows(manifest: Manifest, found: IndexBatch, indices: np.ndarray) -> None:
+    table = manifest.table.iloc[indices]
+    assert found.index.numpy().tolist() == indices.tolist()
+    assert [key.decode() for key in found.key.numpy()] == table["key"].tolist()
+    for name in ("label", "height", "width", "orientation"):
+        assert getattr(found, name).numpy().tolist() == table[name].tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(keys=KEYS, data=st.data())
+def test_rows_are_those_of_the_manifest(keys: list[str], data: st.DataObject) -> None:
+    manifest = manifest_of(keys)
+    indices = np.array(data.draw(st.lists(st.integers(0, len(keys) - 1), min_size=1)), np.int64)
+    places = np.array(data.draw(st.lists(st.integers(0, len(indices) - 1))), np.int64)
+    assert_rows(manifest, memory_mapped_table(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
+
+
+def test_more_rows_than_are_written_at_once() -> None:
+    manifest = manifest_of([f"class/{number}.jpg" for number in range(CHUNK_ROWS + 10)])
+    indices = np.arange(CHUNK_ROWS + 5, dtype=np.int64)[::-1]
+    places = np.array([0, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 4])
+    assert_rows(manifest, memory_mapped_table(manifest, indices)(tf.constant(places, tf.int64)), indices[places])
+
+
+def test_a_column_in_several_pieces() -> None:
+    manifest = manifest_of(["a", "bc", "d"])
+    table = pd.concat([manifest.table] * 3, ignore_index=True)
+    indices = np.array([8, 1, 4, 6])
+    for some in (indices, np.arange(9)):
+        assert_rows(
+            Manifest(manifest.class_names, table),
+            memory_mapped_table(Manifest(manifest.class_names, table), some)(tf.range(len(some))),
+            some,
+        )
+
+
+def test_the_file_has_no_name_and_goes_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = memory_mapped_table(manifest_of(["a", "b"]), np.arange(2))
+    assert not list(tmp_path.iterdir())
+    assert mappings(tmp_path) == 2
+    assert rows(tf.constant([1])).key.numpy().tolist() == [b"b"]
+    del rows
+    gc.collect()
+    assert mappings(tmp_path) == 0
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    with pytest.raises(
+        DataError, match=r"not there: the table of 1 images cannot be written \(No such file or directory\); set TMPDIR"
+    ):
+        memory_mapped_table(manifest_of(["a"]), np.zeros(1, np.int64))
+
+
+def mappings(folder: Path) -> int:
+    return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())

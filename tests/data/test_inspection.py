@@ -176,11 +176,11 @@ def test_a_damaged_jpeg_fails_at_every_ratio_or_at_none(progressive: bool, place
     assert how != 0 or fails(8)
 
 
-def test_a_photo_and_its_smaller_copy_have_nearly_one_hash_whatever_ratio_they_are_decoded_at() -> None:
+def test_an_image_and_its_smaller_copy_have_nearly_one_hash_whatever_ratio_they_are_decoded_at() -> None:
     for seed in range(10):
-        photo = Image.fromarray(smooth(700, 900, seed=seed))
+        image = Image.fromarray(smooth(700, 900, seed=seed))
         hashes = [
-            int(inspect(encode(photo.resize(size), "JPEG"))["phash"])
+            int(inspect(encode(image.resize(size), "JPEG"))["phash"])
             for size in ((900, 700), (450, 350), (225, 175), (150, 117))
         ]
         assert all((hashes[0] ^ other).bit_count() <= HASH_DISTANCE for other in hashes)

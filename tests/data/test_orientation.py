@@ -116,7 +116,7 @@ def test_evaluation_turns_them_upright(oriented_files):
 def test_training_crops_and_flips_the_upright_image(oriented_files, backend, transforms):
     _, manifest, source, config = oriented_files
     changed = {**config.model_dump(mode="json"), "augment": {"backend": backend, "transforms": transforms}}
-    augment = build_augmentation(Config.model_validate(changed))
+    augment = tf.function(build_augmentation(Config.model_validate(changed)))
     for seed in range(4):
         rows = manifest.table[manifest.table["split"] == "test"].itertuples()
         seen = {

@@ -15,7 +15,7 @@ from pipeline.data.splits import assign_splits, near_duplicates, signature
 SHARES = SplitsConfig(train=0.7, val=0.1, test=0.2)
 
 
-def photo(seed: int, size: tuple[int, int] = (120, 160)) -> np.ndarray:
+def random_image(seed: int, size: tuple[int, int] = (120, 160)) -> np.ndarray:
     """uint8 (H, W, 3), coarse and colorful."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
@@ -41,27 +41,34 @@ def groups(images: list[np.ndarray], orientations: list[int] | None = None) -> l
 
 
 def test_recompressed_shrunk_and_brightened_copies_are_found_and_others_are_not():
-    one = photo(1)
+    one = random_image(1)
     shrunk = np.asarray(Image.fromarray(one).resize((80, 60), Image.Resampling.LANCZOS))
     brighter = np.clip(one * 0.9 + 20, 0, 255).astype(np.uint8)
-    assert groups([photo(0), one, recompressed(one, 60), photo(2), shrunk, brighter]) == [0, 1, 1, 2, 1, 1]
+    assert groups([random_image(0), one, recompressed(one, 60), random_image(2), shrunk, brighter]) == [
+        0,
+        1,
+        1,
+        2,
+        1,
+        1,
+    ]
 
 
 def test_the_same_shapes_in_other_colors_are_no_duplicates():
-    one = photo(3)
+    one = random_image(3)
     gray = np.asarray(Image.fromarray(one).convert("L"))
     tinted = np.stack([gray, gray // 4, 255 - gray], -1)
     assert groups([one, tinted]) == [0, 1]
 
 
 def test_a_image_turned_by_exif_equals_the_turned_image():
-    one = photo(4, (120, 120))
+    one = random_image(4, (120, 120))
     assert groups([one, np.ascontiguousarray(np.rot90(one))], [1, 6]) == [0, 0]
     assert groups([one, np.ascontiguousarray(np.rot90(one))]) == [0, 1]
 
 
 def test_small_images_are_compared_by_their_pixels():
-    small = photo(5, (8, 8))
+    small = random_image(5, (8, 8))
     other = small.copy()
     other[3, 3, 0] ^= 1
     assert groups([small, other, small.copy(), small.reshape(4, 16, 3)]) == [0, 1, 0, 2]
@@ -102,7 +109,7 @@ def test_groups_do_not_depend_on_how_many_pairs_are_held_at_once(monkeypatch):
     images = [
         image
         for seed in range(4)
-        for image in (photo(seed), recompressed(photo(seed), 80), recompressed(photo(seed), 60))
+        for image in (random_image(seed), recompressed(random_image(seed), 80), recompressed(random_image(seed), 60))
     ]
     assert groups(images) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 

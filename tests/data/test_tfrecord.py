@@ -56,9 +56,9 @@ def write(path: Path, records: Sequence[bytes]) -> Path:
 
 
 def run(*words: str | Path) -> str:
-    screen = FakeConsole()
-    assert main(screen, [str(word) for word in words]) == 0
-    return screen.output
+    console = FakeConsole()
+    assert main(console, [str(word) for word in words]) == 0
+    return console.output
 
 
 @pytest.fixture

@@ -374,9 +374,9 @@ def test_what_has_changed_since_a_scan_is_named(tmp_path):
 def test_other_splits_and_another_order_are_changes(tmp_path):
     config = write(tmp_path, two_classes(10))
     before = look(config)
-    said = describe_changes(
+    changes = describe_changes(
         before, look(config.model_copy(update={"splits": SplitsConfig(train=0.5, val=0.2, test=0.3)}))
     )
-    assert "is in another split" in said
+    assert "is in another split" in changes
     turned = Manifest(before.class_names, before.table.iloc[::-1].reset_index(drop=True))
     assert describe_changes(before, turned).strip() == "the images come in another order"

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from launcher import PROJECT, TRAIN_STEP
-from launching import LauncherProcess
+from launching import LauncherProcess, RunLauncher
 from PIL import Image
 
 from pipeline.distributed.cluster import ProcessInfo, cluster_from_tf_config
@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, RunError
 
 CONFIG = """
 model: {variant: {width: 0.1, depth: 0.3, resolution: 32}, weights: null, batch_norm_momentum: 0.9}
-data: {source: folder, path: PHOTOS, resize: squash, splits: {train: 0.6, val: 0.2, test: 0.2}}
+data: {source: folder, path: IMAGES, resize: squash, splits: {train: 0.6, val: 0.2, test: 0.2}}
 augment:
   transforms: [{RandomResizedCrop: {scale: [0.5, 1.0]}}, HorizontalFlip]
   mixup: 0.2
@@ -99,13 +99,13 @@ def test_a_tf_config_that_does_not_serve_is_refused_in_words(monkeypatch, text, 
 
 def test_a_process_waits_for_the_first_one_and_says_so():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        said: list[str] = []
-        ProcessInfo((f"127.0.0.1:{server.getsockname()[1]}", "b:2"), 1).wait_for_chief(said.append, timeout=20)
-        assert said == []
+        output: list[str] = []
+        ProcessInfo((f"127.0.0.1:{server.getsockname()[1]}", "b:2"), 1).wait_for_chief(output.append, timeout=20)
+        assert output == []
         port = server.getsockname()[1]
     with pytest.raises(RunError, match=rf"process 1 of 2 \(127.0.0.1:{port}\) cannot be reached after 1 s"):
-        ProcessInfo((f"127.0.0.1:{port}", "b:2"), 1).wait_for_chief(said.append, timeout=1)
-    assert said == [f"process 2 of 2 (b:2) waits for the first one at 127.0.0.1:{port}"]
+        ProcessInfo((f"127.0.0.1:{port}", "b:2"), 1).wait_for_chief(output.append, timeout=1)
+    assert output == [f"process 2 of 2 (b:2) waits for the first one at 127.0.0.1:{port}"]
 
 
 def test_several_processes_need_the_name_of_the_run(tmp_path):
@@ -120,12 +120,12 @@ def test_several_processes_need_the_name_of_the_run(tmp_path):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-class Machine(LauncherProcess):
+class Machine(RunLauncher):
     """Runs train.py in a folder of its own, as on a machine that shares no disk with others."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        super().__init__(folder)
+        super().__init__(folder, LauncherProcess())
 
     def start(
         self, run: str, *arguments: str, devices: int = 1, cluster: dict | None = None, traps: Sequence[dict] = ()
@@ -136,8 +136,8 @@ class Machine(LauncherProcess):
         )
 
     def shown(self, run: str) -> str:
-        """What the run's processes showed here."""
-        return self.screen(run).read_text()
+        """Output of the run's processes here."""
+        return self.output(run).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +145,15 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine
     root = tmp_path_factory.mktemp("machines")
     rng = np.random.default_rng(0)
     for label in range(3):
-        (root / "photos" / f"class {label}").mkdir(parents=True)
+        (root / "images" / f"class {label}").mkdir(parents=True)
         for number in range(32):
-            picture = rng.integers(0, 120, (36 + number % 3, 40, 3)) + 100 * np.eye(3)[label]
-            Image.fromarray(picture.astype(np.uint8)).save(root / "photos" / f"class {label}" / f"{number}.png")
-    (root / "config.yaml").write_text(CONFIG.replace("PHOTOS", str(root / "photos")))
+            image = rng.integers(0, 120, (36 + number % 3, 40, 3)) + 100 * np.eye(3)[label]
+            Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"class {label}" / f"{number}.png")
+    (root / "config.yaml").write_text(CONFIG.replace("IMAGES", str(root / "images")))
     started = Machine(root / "first"), Machine(root / "second")
     yield started
     for machine in started:
-        machine.close()
+        machine.launcher.close()
 
 
 def free_ports(count: int) -> list[int]:
@@ -249,7 +249,7 @@ def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
     for resume, number, steps in (((), 1, 4), (("--resume",), 0, 3)):
         assert sorted(run_together(machines, "broken", *resume, traps={number: killed(steps)})) == [-9, 1]
         other = machines[1 - number]
-        died, ended = machines[number].folder / "broken.marker", other.folder / "broken.screen"
+        died, ended = machines[number].marker("broken"), other.output("broken")
         assert ended.stat().st_mtime - died.stat().st_mtime < 60
         assert f"another process of the run has ended or cannot be reached: process {number + 1} of 2" in other.shown(
             "broken"
@@ -265,13 +265,13 @@ def test_a_killed_process_ends_all_and_all_resume_bit_identically(machines):
 @pytest.mark.slow
 def test_processes_with_another_network_or_other_data_are_refused(machines):
     first, second = machines
-    photos = first.folder.parent / "photos"
-    shutil.copytree(photos, first.folder.parent / "other photos")
-    shutil.copytree(photos / "class 0", first.folder.parent / "other photos" / "class 3")
+    images = first.folder.parent / "images"
+    shutil.copytree(images, first.folder.parent / "other images")
+    shutil.copytree(images / "class 0", first.folder.parent / "other images" / "class 3")
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     other = [
         "model.variant={width: 0.2, depth: 0.3, resolution: 32}",
-        f"data.path={first.folder.parent / 'other photos'}",
+        f"data.path={first.folder.parent / 'other images'}",
     ]
     for number, machine in enumerate(machines):
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}

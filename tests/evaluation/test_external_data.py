@@ -41,7 +41,7 @@ def test_a_class_map_names_the_others(tmp_path: Path) -> None:
 def test_every_class_of_the_model_competes_and_not_only_the_datas() -> None:
     alignment = align(["dog", "cat"], ANIMALS)
     aligned = alignment(predictions([0, 1, 1], [[0, 0, 1, 9, 0], [9, 0, 8, 0, 0], [0, 0, 9, 0, 0]]))
-    evaluation = evaluate_predictions(aligned, alignment.class_names, "photos")
+    evaluation = evaluate_predictions(aligned, alignment.class_names, "images")
     assert aligned.labels.tolist() == [3, 2, 2]
     assert evaluation.accuracy == pytest.approx(2 / 3)
     assert evaluation.metrics["balanced_accuracy"] == pytest.approx(0.75)
@@ -80,53 +80,53 @@ def test_a_class_map_of_other_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     for number, place in enumerate(("train/cat", "train/dog", "train/dog", "test/cat", "test/dog")):
-        folder = tmp_path / "photos" / place
+        folder = tmp_path / "images" / place
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (40 * number, 100, 200)).save(folder / f"{number}.png")
-    return tmp_path / "photos"
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize(("split", "count"), [(None, 5), ("test", 2)])
-def test_all_images_are_measured_or_those_of_one_split(photos: Path, split: str | None, count: int) -> None:
-    manifest = scan_external_data(*open_external_data(photos, split), lambda done, of: None)
+def test_all_images_are_measured_or_those_of_one_split(images: Path, split: str | None, count: int) -> None:
+    manifest = scan_external_data(*open_external_data(images, split), lambda done, of: None)
     assert len(manifest.indices(SPLIT)) == len(manifest.table) == count
     assert {Path(key).parent.name for key in manifest.table["key"]} == {"cat", "dog"}
 
 
-def test_a_pack_is_measured_as_what_was_packed(photos: Path, tmp_path: Path) -> None:
-    pack(SourceInput(open_folder(photos)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
+def test_a_pack_is_measured_as_what_was_packed(images: Path, tmp_path: Path) -> None:
+    pack(SourceInput(open_folder(images)), tmp_path / "pack", ShardLimit(2**20, None), lambda done, of: None)
     (tmp_path / "pack" / "cat").mkdir()  # a pack is recognized by its description, whatever lies beside it
     tables = [
         scan_external_data(*open_external_data(data, "test"), lambda done, of: None).table
-        for data in (photos, tmp_path / "pack")
+        for data in (images, tmp_path / "pack")
     ]
     assert len(tables[0]) == 2
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_measuring_a_split_leaves_what_is_known_of_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan_external_data(*open_external_data(photos, None), lambda done, of: None)
-    Image.new("RGB", (40, 40), "white").save(photos / "test" / "cat" / "3.png")
-    scan_external_data(*open_external_data(photos, "test"), lambda done, of: None)
+def test_measuring_a_split_leaves_what_is_known_of_the_others(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan_external_data(*open_external_data(images, None), lambda done, of: None)
+    Image.new("RGB", (40, 40), "white").save(images / "test" / "cat" / "3.png")
+    scan_external_data(*open_external_data(images, "test"), lambda done, of: None)
     read: list[str] = []
     monkeypatch.setattr(FileSource, "read", lambda self, key: read.append(key))
-    scan_external_data(*open_external_data(photos, None), lambda done, of: None)
+    scan_external_data(*open_external_data(images, None), lambda done, of: None)
     assert read == []
 
 
-def test_images_of_a_single_class_are_measured(photos: Path) -> None:
+def test_images_of_a_single_class_are_measured(images: Path) -> None:
     for place in ("train/dog", "test/dog"):
-        shutil.rmtree(photos / place)
-    assert len(scan_external_data(*open_external_data(photos, None), lambda done, of: None).table) == 2
+        shutil.rmtree(images / place)
+    assert len(scan_external_data(*open_external_data(images, None), lambda done, of: None).table) == 2
 
 
-def test_a_split_that_the_data_do_not_bring_is_refused(photos: Path) -> None:
+def test_a_split_that_the_data_do_not_bring_is_refused(images: Path) -> None:
     with pytest.raises(DataError, match="have no split val; omit --split"):
-        open_external_data(photos, "val")
+        open_external_data(images, "val")
 
 
-def test_a_csv_is_told_by_its_suffix(photos: Path) -> None:
-    (photos.parent / "list.CSV").write_text("path,label\nphotos/test/cat/3.png,cat\nphotos/test/dog/4.png,dog\n")
-    assert open_external_data(photos.parent / "list.CSV", None)[0].class_names == ("cat", "dog")
+def test_a_csv_is_recognized_by_its_suffix(images: Path) -> None:
+    (images.parent / "list.CSV").write_text("path,label\nimages/test/cat/3.png,cat\nimages/test/dog/4.png,dog\n")
+    assert open_external_data(images.parent / "list.CSV", None)[0].class_names == ("cat", "dog")

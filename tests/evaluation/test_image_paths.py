@@ -22,35 +22,35 @@ def found(*words: str, stdin: bytes = b"") -> list[str]:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the folder photos in it."""
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the folder images in it."""
     monkeypatch.chdir(tmp_path)
     touch(
         tmp_path,
         *(
-            f"photos/{name}"
+            f"images/{name}"
             for name in ("b.JPG", "a/2.png", "a/1.heic", "c.txt", ".d.jpg", ".e/f.jpg", "__MACOSX/g.jpg")
         ),
     )
     return tmp_path
 
 
-def test_a_folder_gives_the_images_below_it_in_the_order_of_names(photos: Path) -> None:
-    assert found("photos") == found("./photos/") == ["photos/a/1.heic", "photos/a/2.png", "photos/b.JPG"]
+def test_a_folder_gives_the_images_below_it_in_the_order_of_names(images: Path) -> None:
+    assert found("images") == found("./images/") == ["images/a/1.heic", "images/a/2.png", "images/b.JPG"]
 
 
-def test_a_glob_gives_every_file_that_matches(photos: Path) -> None:
-    assert sorted(found("photos/**/*.[pJ]*")) == ["photos/a/2.png", "photos/b.JPG"]
-    assert found("photos/?.txt") == ["photos/c.txt"], "whatever its suffix: it was asked for"
-    assert sorted(found(f"{photos}/photos/*")) == [f"{photos}/photos/{name}" for name in ("b.JPG", "c.txt")], (
+def test_a_glob_gives_every_file_that_matches(images: Path) -> None:
+    assert sorted(found("images/**/*.[pJ]*")) == ["images/a/2.png", "images/b.JPG"]
+    assert found("images/?.txt") == ["images/c.txt"], "whatever its suffix: it was asked for"
+    assert sorted(found(f"{images}/images/*")) == [f"{images}/images/{name}" for name in ("b.JPG", "c.txt")], (
         "no folders"
     )
 
 
-def test_a_name_that_looks_like_a_glob_is_a_file_where_there_is_one(photos: Path) -> None:
-    touch(photos, "x[1].png", "x1.png")
+def test_a_name_that_looks_like_a_glob_is_a_file_where_there_is_one(images: Path) -> None:
+    touch(images, "x[1].png", "x1.png")
     assert found("x[1].png") == ["x[1].png"]
-    (photos / "x[1].png").unlink()
+    (images / "x[1].png").unlink()
     assert found("x[1].png") == ["x1.png"]
 
 
@@ -58,30 +58,30 @@ def test_standard_input_gives_a_path_a_line_unchecked() -> None:
     assert found("-", stdin=b"a b.png\r\n\nnone/c.png\n\xff.png") == ["a b.png", "none/c.png", os.fsdecode(b"\xff.png")]
 
 
-def test_words_are_taken_in_their_order(photos: Path) -> None:
-    assert found("photos/c.txt", "-", "photos/a", stdin=b"x\n") == [
-        "photos/c.txt",
+def test_words_are_taken_in_their_order(images: Path) -> None:
+    assert found("images/c.txt", "-", "images/a", stdin=b"x\n") == [
+        "images/c.txt",
         "x",
-        "photos/a/1.heic",
-        "photos/a/2.png",
+        "images/a/1.heic",
+        "images/a/2.png",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["photos", "x.jpg", "-", "y.jpg"], r"^x\.jpg: there is no such file \(2 are missing\)$"),
-        (["photos", "photos/*.gif"], r"^photos/\*\.gif: no file matches$"),
-        (["photos/.e/..", "photos/empty"], r"^photos/empty: the folder contains no image$"),
+        (["images", "x.jpg", "-", "y.jpg"], r"^x\.jpg: there is no such file \(2 are missing\)$"),
+        (["images", "images/*.gif"], r"^images/\*\.gif: no file matches$"),
+        (["images/.e/..", "images/empty"], r"^images/empty: the folder contains no image$"),
     ],
 )
-def test_a_word_that_names_no_image_is_refused_at_once(photos: Path, words: list[str], message: str) -> None:
-    touch(photos, "photos/empty/notes.txt")
+def test_a_word_that_names_no_image_is_refused_at_once(images: Path, words: list[str], message: str) -> None:
+    touch(images, "images/empty/notes.txt")
     with pytest.raises(UserError, match=message):
         image_paths(words, io.BytesIO())
 
 
-def test_a_folder_that_cannot_be_listed_is_left_to_be_reported(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_left_to_be_reported(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def guarded(path: Path) -> Iterator[os.DirEntry]:
@@ -90,11 +90,11 @@ def test_a_folder_that_cannot_be_listed_is_left_to_be_reported(photos: Path, mon
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", guarded)
-    assert found("photos") == ["photos/a", "photos/b.JPG"]
+    assert found("images") == ["images/a", "images/b.JPG"]
 
 
-def test_folders_and_lists_are_read_no_further_than_asked(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(photos, *(f"many/{folder:02}/{number}.jpg" for folder in range(30) for number in range(2)))
+def test_folders_and_lists_are_read_no_further_than_asked(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(images, *(f"many/{folder:02}/{number}.jpg" for folder in range(30) for number in range(2)))
     scandir, listed, asked = os.scandir, [], 0
 
     def counted(path: Path) -> Iterator[os.DirEntry]:

@@ -87,6 +87,7 @@ def test_one_device_predicts_each_of_1009_images_once() -> None:
     check_1009_images(tf.distribute.get_strategy())
 
 
+@pytest.mark.slow
 def test_two_replicas_predict_each_of_1009_images_once() -> None:
     code = (
         "import tensorflow as tf\n"
@@ -147,7 +148,7 @@ def made_predictions(labels: np.ndarray, logits: np.ndarray) -> Predictions:
     return Predictions(np.arange(len(labels)), labels.astype(np.int32), logits.astype(np.float32))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), n=st.integers(1, 60), k=st.integers(2, 12))
 def test_metrics_equal_those_of_scikit_learn(data: st.DataObject, n: int, k: int) -> None:
     labels = data.draw(hnp.arrays(np.int32, n, elements=st.integers(0, k - 1)))

@@ -3,7 +3,9 @@
 import io
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pipeline.evaluation import statistics
 from pipeline.evaluation.batch_norm import BatchNormGap
 from pipeline.evaluation.calibration import measure_calibration
 from pipeline.evaluation.metrics import evaluate_predictions
@@ -34,6 +37,15 @@ FILES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples() -> Iterator[None]:
+    """Draw few resamples: the tests are about where the intervals are shown."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "INTERVAL_RESAMPLES", 100)
+        yield
+
+
+@cache
 def made(n: int, k: int, *, temperature: float | None = None) -> EvaluationResults:
     rng = np.random.default_rng(k)
     labels = rng.integers(0, k, n).astype(np.int32)

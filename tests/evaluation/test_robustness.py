@@ -11,21 +11,21 @@ from pipeline.evaluation.robustness import KINDS, SEVERITIES, corruption_preproc
 
 
 @pytest.fixture(scope="module")
-def photo() -> np.ndarray:
+def image() -> np.ndarray:
     return np.ascontiguousarray(load_sample_image("flower.jpg")[60:380, 100:420])
 
 
 @pytest.fixture(scope="module")
-def corrupted(photo: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    """One photo under several indices, corrupted: uint8 (4, 160, 160, 3) by kind and severity."""
+def corrupted(image: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+    """One image under several indices, corrupted: uint8 (4, 160, 160, 3) by kind and severity."""
     return {
-        (kind, severity): np.stack([square(tf.constant(photo), tf.constant(index, tf.int64)) for index in range(4)])
+        (kind, severity): np.stack([square(tf.constant(image), tf.constant(index, tf.int64)) for index in range(4)])
         for kind, severity, square in corruption_preprocess_fns(160, "squash")
     }
 
 
-def test_every_kind_gets_worse_with_its_severity(photo, corrupted):
-    clean = resize_to_square(tf.constant(photo), 160, "squash").numpy().astype(np.float32)
+def test_every_kind_gets_worse_with_its_severity(image, corrupted):
+    clean = resize_to_square(tf.constant(image), 160, "squash").numpy().astype(np.float32)
     assert list(corrupted) == [(kind, severity) for kind in KINDS for severity in SEVERITIES]
     for kind in KINDS:
         errors = [float(np.abs(corrupted[kind, severity] - clean).mean()) for severity in SEVERITIES]
@@ -37,11 +37,11 @@ def test_every_kind_gets_worse_with_its_severity(photo, corrupted):
         assert all(corrupted[kind, severity].shape == (4, 160, 160, 3) for severity in SEVERITIES)
 
 
-def test_an_image_is_corrupted_alike_each_time_and_unlike_another(photo, corrupted):
+def test_an_image_is_corrupted_alike_each_time_and_unlike_another(image, corrupted):
     drawn = ("gaussian noise", "shot noise", "motion blur")
     for kind, severity, square in corruption_preprocess_fns(160, "squash"):
         first, second, *_ = corrupted[kind, severity]
-        np.testing.assert_array_equal(square(tf.constant(photo), tf.constant(0, tf.int64)), first)
+        np.testing.assert_array_equal(square(tf.constant(image), tf.constant(0, tf.int64)), first)
         assert (first != second).any() == (kind in drawn), kind
 
 

@@ -1,4 +1,4 @@
-"""Models under one name in a real MLflow registry: which of them is the champion, and what is message of it."""
+"""Models under one name in a real MLflow registry: which of them is the champion, and why."""
 
 import hashlib
 import subprocess
@@ -18,6 +18,7 @@ from pipeline.data.manifest import COLUMNS, Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
+from pipeline.evaluation.report import tables
 from pipeline.evaluation.report.tables import write_results
 from pipeline.evaluation.results import summarize_with_intervals
 from pipeline.runs.run_directory import RunDirectory
@@ -35,6 +36,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = keras.Input((8, 8, 3))
     keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(inputs))).save(folder / "final.keras")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of evaluations out: they take most of the time, and nothing here reads them."""
+    monkeypatch.setattr(tables, "save_figure", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +63,8 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
     )
     table["sha256"] = [hashlib.sha256(f"{contents}{i}".encode()).hexdigest() for i in range(IMAGES)]
     Manifest(CLASSES, table.assign(height=8, width=8, orientation=1)[list(COLUMNS)].astype(COLUMNS)).save(run.manifest)
-    message = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
-    predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[message])
+    classes = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
+    predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[classes])
     evaluation = evaluate_predictions(predictions, CLASSES, "test")
     write_results(
         summarize_with_intervals(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test")
@@ -68,7 +75,7 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
 def end(
     config: Config, home: Path, run: RunDirectory, name: str, *, resumed: tuple[str, str] | None = None
 ) -> tuple[str, MLflowLogger]:
-    """The end of a training; what was message of the champion."""
+    """End a training; return the message about the champion, and the logger."""
     with MLflowLogger(config, run.path, resumed=resumed) as tracker:
         tracker.log_artifacts(run.manifest)
         tracker.log_artifacts(run.evaluation("test"), "evaluation/test")

@@ -104,7 +104,7 @@ def test_one_changed_bit_is_noticed_by_the_comparison_itself():
     assert contents(state) != contents(other)
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_stay(tmp_path):
     state = make_state()
     for step in (10, 20, 30, 40, 50):
         state.step = step
@@ -201,7 +201,7 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     assert manifest["versions"]["tensorflow"] == tf.__version__
 
 
-def test_the_last_epochs_checkpoint_is_kept_for_a_rollback(tmp_path):
+def test_the_last_epochs_checkpoint_stays_for_a_rollback(tmp_path):
     state = make_state()
     for step in (0, 2, 4, 5, 6, 8):
         state.step = step
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_a_function_of_the_state_whatever_was_written_or_restore
     assert checkpoint.read_manifest(one)["sha256"] == checkpoint.read_manifest(two)["sha256"]
 
 
-def test_values_that_are_equal_but_not_the_same_bits_are_kept(tmp_path):
+def test_values_that_are_equal_but_not_the_same_bits_are_saved(tmp_path):
     """Zero has two signs, and NaN another payload than its like."""
     state = make_state()
     layer, averages = state.model.get_layer("dense"), state.groups()["average"]

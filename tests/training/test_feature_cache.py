@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from short_network import short_network
 
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
@@ -73,7 +74,7 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
 
 
 @pytest.mark.slow
-def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_on_features_is_training_on_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout's masks, slots, averages and the order of the images are the same.
 
     A stage that follows finds nothing different.
@@ -97,7 +98,7 @@ def test_training_on_features_is_training_on_pictures(monkeypatch: pytest.Monkey
 
 
 def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
-    model = efficientnet(CONFIG.variant, num_classes=10, seed=3)
+    model = short_network(num_classes=10, seed=3)
     kernel = model.get_layer("predictions").kernel
     kernel.assign(np.random.default_rng(1).normal(0, 1e4, kernel.shape))  # random logits are near zero
     images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
@@ -122,22 +123,24 @@ def test_the_cut_network_is_the_network_and_is_saved_as_before() -> None:
         ({}, [StageConfig(epochs=1), HEAD], False),
     ],
 )
-def test_features_are_kept_where_nothing_before_the_head_changes(augment: dict, stages: list, constant: bool) -> None:
+def test_features_are_cached_where_nothing_before_the_head_changes(augment: dict, stages: list, constant: bool) -> None:
     config = Config.model_validate({"data": {"source": "digits"}, "augment": augment})
     assert are_constant(config.augment, stages, num_images=1000, width=1280) is constant
 
 
-def test_features_that_would_fill_the_memory_are_not_kept() -> None:
+def test_features_that_would_fill_the_memory_are_not_cached() -> None:
     most = MAX_BYTES // (4 * 1280)
     assert are_constant(CONFIG.augment, [HEAD], most, 1280)
     assert not are_constant(CONFIG.augment, [HEAD], most + 1, 1280)
 
 
-def test_features_of_a_backbone_whose_average_moves_are_not_kept_and_a_stop_is_heard_while_they_are_computed() -> None:
+def test_features_of_a_backbone_whose_average_moves_are_not_cached_and_a_stop_is_heard_while_they_are_computed() -> (
+    None
+):
     manifest, source = digits()
     runtime, model = (
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
+        short_network(num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
     state = TrainState(
         model,
@@ -158,7 +161,7 @@ def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_
     manifest, source = digits()
     runtime, model = (
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        efficientnet(CONFIG.variant, num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
+        short_network(num_classes=10, layer_types=LayerTypes(PerReplicaDropout)),
     )
     state = TrainState(model, build_optimizer(CONFIG.optimizer, model.trainable_variables), None, MetricAccumulator())
     model.get_layer("predictions").bias.assign(np.full(10, np.nan))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.tasks import SINGLE_LABEL
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, trainer
 from pipeline.training.callbacks import Callback
 from pipeline.training.checkpoint import CheckpointCallback
 from pipeline.training.nan_policy import MAX_ROLLBACKS, NanPolicy, raise_nan_error
@@ -81,7 +82,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.epochs: list[dict] = []
-        self.kept: list[int] = []
+        self.saved: list[int] = []
         self.left_out: list[int] = []
         self.first_steps: list[str] = []
 
@@ -102,7 +103,7 @@ class Recorder(Callback):
         self.left_out.append(epochs)
 
     def on_checkpoint(self, state: TrainState) -> None:
-        self.kept.append(state.step)
+        self.saved.append(state.step)
 
 
 def run(
@@ -115,7 +116,7 @@ def run(
     on_nan: Callable[[TrainState], None] = raise_nan_error,
     poisoned: int | None = None,
 ) -> list[dict]:
-    trainer = Trainer(
+    loop = Trainer(
         config.train,
         config.optimizer,
         setup_devices(config.runtime, config.seed),
@@ -129,7 +130,7 @@ def run(
     def validate() -> dict[str, float]:
         return {"val/accuracy": accuracies[state.step // STEPS - 1], "val/loss": 1.0}
 
-    return trainer.fit(
+    return loop.fit(
         state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=poisoned), validate)
     )
 
@@ -140,6 +141,51 @@ def contents(state: TrainState) -> dict[str, bytes]:
         for group, variables in state.groups().items()
         for name, v in variables.items()
     }
+
+
+class FinishedRun(NamedTuple):
+    """A run to its end.
+
+    Attributes:
+        state: Its state; not to be changed.
+        history: Its history.
+        recorder: Its record.
+        checkpoints: The folder of its last checkpoint.
+    """
+
+    state: TrainState
+    history: list[dict]
+    recorder: Recorder
+    checkpoints: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run that nothing interrupts: compiling its two steps takes most of the time of a test."""
+    state, recorder, folder = fresh_state(), Recorder(), tmp_path_factory.mktemp("whole")
+    return FinishedRun(state, run(state, [recorder, CheckpointCallback(folder, {}, keep=1)]), recorder, folder)
+
+
+@pytest.fixture(scope="module")
+def seven_steps() -> TrainState:
+    """The state of a run that is stopped after seven steps; not to be changed."""
+    state = fresh_state()
+    with pytest.raises(TrainingInterrupted):
+        run(state, [], stop_at=7)
+    return state
+
+
+class CountedStep(TrainStep):
+    """A step that counts, and trains nothing: for what the loop does whatever the weights are."""
+
+    def __call__(self, batch: tuple, learning_rate: float) -> None:
+        self._optimizer.iterations.assign_add(1)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trainer take steps that train nothing."""
+    monkeypatch.setattr(trainer, "TrainStep", CountedStep)
 
 
 def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
@@ -166,10 +212,9 @@ def test_a_stage_trains_its_blocks_and_what_lies_behind_them(trainable, freeze, 
     assert {variable.path.split("/")[0] for variable in model.trainable_variables} == expected
 
 
-def test_a_run_keeps_history_best_epoch_and_checkpoints():
-    state, recorder = fresh_state(), Recorder()
-    history = run(state, [recorder])
-    assert [record["step"] for record in history] == [5, 10, 15, 20] == recorder.kept
+def test_a_run_saves_history_best_epoch_and_checkpoints(whole: FinishedRun):
+    state, history, recorder = whole.state, whole.history, whole.recorder
+    assert [record["step"] for record in history] == [5, 10, 15, 20] == recorder.saved
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert recorder.steps == list(range(1, 21))
     assert recorder.first_steps == ["head", "block6"]
@@ -203,11 +248,11 @@ def test_frozen_blocks_do_not_move_and_slots_outlive_the_change_of_stage():
     )
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 10, 13, 19])
-def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int):
-    whole = fresh_state()
-    history = run(whole, [])
-
+@pytest.mark.parametrize(
+    "stop_at",
+    [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5, 10, 19)), 13],
+)
+def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, whole: FinishedRun, stop_at: int):
     stopped = fresh_state()
     with pytest.raises(TrainingInterrupted):
         run(stopped, [CheckpointCallback(tmp_path, {}, keep=1)], stop_at=stop_at)
@@ -217,13 +262,13 @@ def test_an_interrupted_run_goes_on_bit_identically(tmp_path: Path, stop_at: int
     assert newest is not None
     checkpoint.restore(resumed, newest)
     assert resumed.step == stop_at
-    assert run(resumed, []) == history
-    assert contents(resumed) == contents(whole)
+    assert run(resumed, []) == whole.history
+    assert contents(resumed) == contents(whole.state)
 
 
-def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
+def test_a_stop_after_a_step_that_is_not_finite_saves_nothing(tmp_path: Path):
     state = fresh_state()
-    trainer = Trainer(
+    loop = Trainer(
         CONFIG.train,
         CONFIG.optimizer,
         setup_devices(CONFIG.runtime, CONFIG.seed),
@@ -233,7 +278,7 @@ def test_a_stop_after_a_step_that_is_not_finite_keeps_nothing(tmp_path: Path):
         lambda: state.step == 4,
     )  # reports every 5 steps
     with pytest.raises(TrainingError, match="not finite in step 3"):
-        trainer.fit(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
+        loop.fit(state, lambda stage: StageInputs(state.model, lambda start: stream(start, poisoned=2), lambda: {}))
     assert not list(tmp_path.iterdir())
 
 
@@ -254,22 +299,20 @@ def test_validation_sees_the_moving_average():
         setup_devices(CONFIG.runtime, CONFIG.seed),
         build_schedule(CONFIG.train, CONFIG.optimizer, STEPS),
     )
-    trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
-    trainer.fit(state, lambda stage: StageInputs(state.model, stream, validate))
+    loop = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
+    loop.fit(state, lambda stage: StageInputs(state.model, stream, validate))
     assert seen == [True] * 4
     assert state.best is None, "without a validation metric no epoch is best"
 
 
-def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_state():
-    good, bad = fresh_state(), fresh_state()
-    with pytest.raises(TrainingInterrupted):
-        run(good, [], stop_at=7)
+def test_a_step_that_is_not_finite_ends_the_run_with_advice_and_the_last_good_state(seven_steps: TrainState):
+    bad = fresh_state()
     with pytest.raises(
         TrainingError, match=r"not finite in step 8; nothing of that step was applied. Try a lower optimizer.base_lr"
     ):
         run(bad, [], poisoned=7)
     assert {k: v for k, v in contents(bad).items() if "totals" not in k} == {
-        k: v for k, v in contents(good).items() if "totals" not in k
+        k: v for k, v in contents(seven_steps).items() if "totals" not in k
     }
 
 
@@ -285,6 +328,7 @@ def early(**rule: float) -> Config:
     )
 
 
+@pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
     ("rule", "accuracies", "epochs", "left_out"),
     [
@@ -305,20 +349,31 @@ def test_early_stopping_leaves_a_stage_that_does_not_improve_and_goes_on_with_th
     assert state.best["val/accuracy"] == max(value for value in accuracies if value is not None)
 
 
-@pytest.mark.parametrize("stop_at", [3, 15, 21, 25])
-def test_early_stopping_survives_a_resume(tmp_path: Path, stop_at: int):
-    config, accuracies = early(patience=2), (0.5, 0.4, 0.3, None, 0.3, 0.6, 0.7, 0.8)
-    whole = fresh_state()
-    history = run(whole, [], config=config, accuracies=accuracies)
-    assert [record["epoch"] for record in history] == [1, 2, 3, 5, 6, 7, 8]
+PATIENT = {"config": early(patience=2), "accuracies": (0.5, 0.4, 0.3, None, 0.3, 0.6, 0.7, 0.8)}
+
+
+@pytest.fixture(scope="module")
+def stopped_early() -> TrainState:
+    """The state at the end of a run whose first stage is left early; not to be changed."""
+    state = fresh_state()
+    run(state, [], **PATIENT)
+    return state
+
+
+@pytest.mark.parametrize(
+    "stop_at",
+    [15, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 21, 25))],
+)
+def test_early_stopping_survives_a_resume(tmp_path: Path, stopped_early: TrainState, stop_at: int):
+    assert [record["epoch"] for record in stopped_early.history] == [1, 2, 3, 5, 6, 7, 8]
     stopped = fresh_state()
     with pytest.raises(TrainingInterrupted):
-        run(stopped, [CheckpointCallback(tmp_path, {}, keep=1)], config=config, accuracies=accuracies, stop_at=stop_at)
+        run(stopped, [CheckpointCallback(tmp_path, {}, keep=1)], stop_at=stop_at, **PATIENT)
     resumed = fresh_state()
     newest, _ = checkpoint.latest_valid_checkpoint(tmp_path)
     checkpoint.restore(resumed, newest)
-    assert run(resumed, [], config=config, accuracies=accuracies) == history
-    assert contents(resumed) == contents(whole)
+    assert run(resumed, [], **PATIENT) == stopped_early.history
+    assert contents(resumed) == contents(stopped_early)
 
 
 def test_the_average_of_a_block_goes_on_after_the_block_is_frozen_again():
@@ -401,10 +456,11 @@ def with_train(**changes: object) -> Config:
     return Config.model_validate({**CONFIG.model_dump(), "train": {**CONFIG.train.model_dump(), **changes}})
 
 
-def test_checkpoints_are_kept_between_epochs_as_the_config_says():
+@pytest.mark.usefixtures("untrained")
+def test_checkpoints_are_saved_between_epochs_as_the_config_says():
     recorder = Recorder()
     run(fresh_state(), [recorder], config=with_train(checkpoint_every_steps=4))
-    assert recorder.kept == [4, 5, 8, 10, 12, 15, 16, 20]
+    assert recorder.saved == [4, 5, 8, 10, 12, 15, 16, 20]
 
 
 class Policy(NanPolicy):
@@ -423,26 +479,28 @@ class Policy(NanPolicy):
         )
 
 
-@pytest.mark.parametrize("bad", [6, 9, 10])  # in an epoch, at the end of a stage, at the start of one
-def test_a_bad_batch_is_passed_over_and_the_schedule_and_the_epochs_go_on(tmp_path: Path, bad: int):
+@pytest.mark.parametrize(  # in an epoch, at the end of a stage, at the start of one
+    "bad", [*(pytest.param(step, marks=pytest.mark.slow) for step in (6, 9)), 10]
+)
+def test_a_bad_batch_is_passed_over_and_the_schedule_and_the_epochs_go_on(tmp_path: Path, whole: FinishedRun, bad: int):
     config = with_train(on_nan={"skip": 1})
-    state, whole = fresh_state(), fresh_state()
+    state = fresh_state()
     policy, recorder = Policy(config, tmp_path, poisoned=bad), Recorder()
     history = run(state, [recorder], config=config, on_nan=policy, poisoned=bad)
-    reference = run(whole, [])
+    reference = whole.history
     assert state.skipped == [bad]
     assert int(state.optimizer.iterations.numpy()) == 19, "all but one of the steps were applied"
     for key in ("epoch", "step", "learning_rate"):
         assert [record[key] for record in history] == [record[key] for record in reference]
-    assert recorder.kept == [5, 10, 15, 20]
+    assert recorder.saved == [5, 10, 15, 20]
     assert history[0] == reference[0]
     assert history[bad // STEPS]["train/loss"] != reference[bad // STEPS]["train/loss"]
-    [said] = policy.messages
-    assert f"not finite in step {bad + 1}; nothing of that step was applied. Skipped, 1 of at most 1 steps" in said
+    [message] = policy.messages
+    assert f"not finite in step {bad + 1}; nothing of that step was applied. Skipped, 1 of at most 1 steps" in message
 
 
-def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_path: Path):
-    state, good = fresh_state(), fresh_state()
+def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_path: Path, seven_steps: TrainState):
+    state = fresh_state()
     with pytest.raises(TrainingError) as caught:
         run(state, [], on_nan=Policy(CONFIG, tmp_path, poisoned=7), poisoned=7)
     folder = tmp_path / "nan" / "step-00000008"
@@ -455,10 +513,8 @@ def test_a_bad_batch_is_saved_as_it_was_fed_beside_the_state_that_it_met(tmp_pat
     assert checkpoint.verify_checkpoint(folder) is None
     met = fresh_state()
     checkpoint.restore(met, folder)
-    with pytest.raises(TrainingInterrupted):
-        run(good, [], stop_at=7)
-    assert contents(met) == contents(good)
-    assert (met.step, met.history) == (7, good.history)
+    assert contents(met) == contents(seven_steps)
+    assert (met.step, met.history) == (7, seven_steps.history)
 
 
 def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path):
@@ -472,9 +528,9 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
         setup_devices(config.runtime, config.seed),
         build_schedule(config.train, config.optimizer, STEPS),
     )
-    trainer = Trainer(config.train, config.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False, policy)
+    loop = Trainer(config.train, config.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False, policy)
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps have already been skipped"):
-        trainer.fit(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
+        loop.fit(state, lambda stage: StageInputs(state.model, policy._training_stream, lambda: {}))
     assert state.skipped == [0, 1]
     assert {path.name for path in (tmp_path / "nan").iterdir()} == {f"step-{number:08d}" for number in (1, 2, 3)}
 
@@ -491,7 +547,9 @@ def diverging(monkeypatch: pytest.MonkeyPatch, step: int, above: float) -> None:
     monkeypatch.setattr(TrainStep, "__call__", train_step)
 
 
-@pytest.mark.parametrize("bad", [3, 7, 12])  # in the first epoch, in the second, in the second stage
+@pytest.mark.parametrize(  # in the first epoch, in the second, in the second stage
+    "bad", [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 7)), 12]
+)
 def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learning_rate(
     tmp_path: Path, monkeypatch, bad: int
 ):
@@ -571,13 +629,11 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
     assert state.best["epoch"] == 6
 
 
-def test_a_run_that_is_resumed_at_its_end_still_has_its_average(tmp_path: Path):
-    state = fresh_state()
-    run(state, [CheckpointCallback(tmp_path, {}, keep=1)])
+def test_a_run_that_is_resumed_at_its_end_still_has_its_average(whole: FinishedRun):
     resumed = fresh_state()
-    checkpoint.restore(resumed, checkpoint.latest_valid_checkpoint(tmp_path)[0])
-    assert run(resumed, []) == state.history
-    for one in (state, resumed):
+    checkpoint.restore(resumed, checkpoint.latest_valid_checkpoint(whole.checkpoints)[0])
+    assert run(resumed, []) == whole.history
+    for one in (whole.state, resumed):
         with one.averaged():
             assert all(
                 np.array_equal(v.numpy(), a.numpy()) for v, a in zip(one.ema.averaged, one.ema.variables, strict=True)

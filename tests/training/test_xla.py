@@ -1,6 +1,7 @@
 """XLA is worth its compilation or not, by estimate."""
 
 import re
+from functools import cache
 
 import keras
 import pytest
@@ -55,12 +56,15 @@ def config(*stages: dict, xla: bool | str = "auto", **train: int) -> Config:
     )
 
 
-def network(runtime: Runtime) -> keras.Model:
+def network(*, jit_compile: bool = False) -> keras.Model:
     return efficientnet(
         config().variant,
         num_classes=3,
-        layer_types=layer_types(jit_compile=bool(runtime.jit_compile), sync_batch_norm=runtime.sync_batch_norm),
+        layer_types=layer_types(jit_compile=jit_compile, sync_batch_norm=False),
     )
+
+
+shared_network = cache(network)  # for estimates, which do not ask whether its fused layers are disabled
 
 
 def settle(wanted: Config, steps: int, before: Config | None = None) -> tuple[bool | str, str]:
@@ -68,7 +72,7 @@ def settle(wanted: Config, steps: int, before: Config | None = None) -> tuple[bo
     settled, decided, reason = resolve_xla(
         wanted,
         runtime,
-        network(runtime),
+        shared_network(jit_compile=bool(runtime.jit_compile)),
         build_schedule(wanted.train, wanted.optimizer, steps).stages,
         previous=before,
     )
@@ -125,7 +129,7 @@ def test_what_the_config_says_is_done(given: bool) -> None:
 @pytest.mark.parametrize("steps", [10, 10**8])
 def test_batch_normalisation_is_left_to_xla_where_it_compiles(steps: int) -> None:
     runtime = setup_devices(config().runtime, config().seed)
-    model = network(runtime)
+    model = network(jit_compile=bool(runtime.jit_compile))
     schedule = build_schedule(config().train, config().optimizer, steps)
     _, decided, _ = resolve_xla(config(), runtime, model, schedule.stages)
     fused = {layer.fused for layer in model.layers if isinstance(layer, FusedBatchNormalization)}
