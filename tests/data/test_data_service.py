@@ -109,12 +109,12 @@ def test_the_batches_of_servers_are_those_of_this_process(
 
     def stream(server: int, of: int) -> tf.data.Dataset:
         return training_stream(
-            manifest, source, config, start_step=2 + server, stride=of, shard=share, num_workers=tf.data.AUTOTUNE
+            manifest, source, config, 16, start_step=2 + server, stride=of, shard=share, num_workers=tf.data.AUTOTUNE
         )
 
     dataset = from_data_service(stream, servers[:number])
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
-    here = training_stream(manifest, source, config, start_step=2, shard=share).take(7).as_numpy_iterator()
+    here = training_stream(manifest, source, config, 16, start_step=2, shard=share).take(7).as_numpy_iterator()
     for one, other in zip(dataset.take(7).as_numpy_iterator(), here, strict=True):
         for there_part, here_part in zip(one, other, strict=True):
             np.testing.assert_array_equal(there_part, here_part)

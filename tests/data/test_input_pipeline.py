@@ -26,6 +26,7 @@ from pipeline.data.input_pipeline import (
 )
 from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.data.preprocessing import preprocess
+from pipeline.data.sources.base import DataSource
 from pipeline.distributed.sharding import Shard
 from pipeline.errors import DataError
 
@@ -129,6 +130,10 @@ def config(
     )
 
 
+def batches_of(manifest: Manifest, source: DataSource, config: Config, **stream_kwargs: Any) -> tf.data.Dataset:
+    return training_stream(manifest, source, config, config.train.global_batch_size, **stream_kwargs)
+
+
 def take(dataset: tf.data.Dataset, count: int) -> list[tuple[np.ndarray, ...]]:
     return list(dataset.take(count).as_numpy_iterator())
 
@@ -146,7 +151,7 @@ def test_an_epoch_is_the_whole_batches_in_the_images(images: int, batch: int, st
 
 
 def test_batches_have_the_shapes_and_types_that_the_trainer_expects() -> None:
-    stream = training_stream(*make(10), config(mixup=0.2))
+    stream = batches_of(*make(10), config(mixup=0.2))
     assert stream.element_spec == (
         tf.TensorSpec((8, SIDE, SIDE, 3), tf.uint8),
         tf.TensorSpec((8, 3), tf.float32),
@@ -163,10 +168,10 @@ def test_batches_have_the_shapes_and_types_that_the_trainer_expects() -> None:
 )
 def test_the_stream_is_a_function_of_the_step_whatever_the_workers(augment: dict[str, Any]) -> None:
     data = make(21)
-    whole = take(training_stream(*data, config(workers=1, **augment)), 7)
+    whole = take(batches_of(*data, config(workers=1, **augment)), 7)
     for workers, start in ((4, 0), (2, 3)):
         assert_equal(
-            take(training_stream(*data, config(workers=workers, **augment), start_step=start), 7 - start), whole[start:]
+            take(batches_of(*data, config(workers=workers, **augment), start_step=start), 7 - start), whole[start:]
         )
 
 
@@ -184,10 +189,10 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
     """Whatever process an image falls to, it looks the same, and so does the one that it is mixed with."""
     data, settings = make(21), config(batch=32, **augment)
     steps = max(start for _, start in cases) + 1
-    whole = take(training_stream(*data, settings), steps)
+    whole = take(batches_of(*data, settings), steps)
     for shares, start in cases:
         parts = [
-            take(training_stream(*data, settings, start_step=start, shard=Shard(n, shares)), steps - start)
+            take(batches_of(*data, settings, start_step=start, shard=Shard(n, shares)), steps - start)
             for n in range(shares)
         ]
         joined = [
@@ -199,8 +204,8 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
 @pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
     data, settings = make(21), config(batch=16, **augment)
-    whole = take(training_stream(*data, settings), 8)
-    parts = [take(training_stream(*data, settings, start_step=2 + n, stride=3, shard=Shard(1, 2)), 2) for n in range(3)]
+    whole = take(batches_of(*data, settings), 8)
+    parts = [take(batches_of(*data, settings, start_step=2 + n, stride=3, shard=Shard(1, 2)), 2) for n in range(3)]
     for n, part in enumerate(parts):
         assert_equal(part, [tuple(column[8:] for column in batch) for batch in whole[2 + n :: 3]])
 
@@ -214,7 +219,7 @@ def test_a_share_reads_only_its_own_images() -> None:
         return source.read(key.decode())
 
     source.read_tf = lambda key: tf.ensure_shape(tf.numpy_function(noted, [key], tf.string), ())  # type: ignore[method-assign]
-    batches = take(training_stream(manifest, source, config(workers=1), start_step=16, shard=Shard(1, 4)), 8)
+    batches = take(batches_of(manifest, source, config(workers=1), start_step=16, shard=Shard(1, 4)), 8)
     seen = np.concatenate([index for *_, index in batches])
     ahead = 3 * 2 + 2  # batches of two that may wait ready, and what is on its way
     assert [int(key) for key in read[: len(seen)]] == seen.tolist()
@@ -239,9 +244,7 @@ def test_shares_of_an_evaluation_hold_every_image_exactly_once() -> None:
 
 def test_every_image_comes_exactly_once_per_pass_in_ever_new_orders() -> None:
     manifest, source = make(21, test=4)
-    index = np.concatenate(
-        [batch[3] for batch in take(training_stream(manifest, source, config()), 17)]
-    )  # 8 passes of 17
+    index = np.concatenate([batch[3] for batch in take(batches_of(manifest, source, config()), 17)])  # 8 passes of 17
     passes = index.reshape(8, 17)
     for one in passes:
         assert sorted(one) == list(range(4, 21))
@@ -249,7 +252,7 @@ def test_every_image_comes_exactly_once_per_pass_in_ever_new_orders() -> None:
 
 
 def test_labels_belong_to_their_images() -> None:
-    for _, labels, weights, index in take(training_stream(*make(21), config()), 5):
+    for _, labels, weights, index in take(batches_of(*make(21), config()), 5):
         np.testing.assert_array_equal(labels, np.eye(3)[index % 3])
         np.testing.assert_array_equal(weights, np.ones(8))
 
@@ -258,23 +261,23 @@ def test_the_same_image_looks_different_in_every_pass_and_under_every_seed() -> 
     manifest, source = make(3)
     seen = set()
     for seed in (1, 2):
-        for images, _, _, index in take(training_stream(manifest, source, config(batch=3, seed=seed)), 4):
+        for images, _, _, index in take(batches_of(manifest, source, config(batch=3, seed=seed)), 4):
             seen.add(images[list(index).index(1)].tobytes())
     assert len(seen) == 8
 
 
 def test_fewer_images_than_a_batch_wrap_around() -> None:
     data = make(3)
-    batches = take(training_stream(*data, config(mixup=0.2)), 3)
+    batches = take(batches_of(*data, config(mixup=0.2)), 3)
     index = np.concatenate([batch[3] for batch in batches])
     assert [sorted(index[i : i + 3]) for i in range(0, 24, 3)] == [[0, 1, 2]] * 8
-    assert_equal(take(training_stream(*data, config(mixup=0.2), start_step=2), 1), batches[2:])
+    assert_equal(take(batches_of(*data, config(mixup=0.2), start_step=2), 1), batches[2:])
 
 
 def test_mixing_stays_inside_groups_of_the_batch() -> None:
     manifest, source = make(16)
-    plain = take(training_stream(manifest, source, config(batch=16)), 4)
-    blended = take(training_stream(manifest, source, config(batch=16, mixup=1.0)), 4)
+    plain = take(batches_of(manifest, source, config(batch=16)), 4)
+    blended = take(batches_of(manifest, source, config(batch=16, mixup=1.0)), 4)
     for (images, _, _, index), (mixed, _, _, mixed_index) in zip(plain, blended, strict=True):
         np.testing.assert_array_equal(index, mixed_index)
         for start in (0, 8):
@@ -331,7 +334,7 @@ def test_starting_late_does_not_decode_what_it_skips() -> None:
         def read_tf(self, key: tf.Tensor) -> tf.Tensor:
             return tf.py_function(lambda k: (read.append(k.numpy()), source.read_tf(k))[1], [key], tf.string)
 
-    take(training_stream(manifest, Counting(), config(workers=1), start_step=10_000), 1)
+    take(batches_of(manifest, Counting(), config(workers=1), start_step=10_000), 1)
     assert len(read) < 8 * 6  # the batch, and what is fetched ahead
 
 
@@ -343,7 +346,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
         table = manifest.table.iloc[np.tile(np.arange(10), repeats)].reset_index(drop=True)
         many = Manifest(manifest.class_names, table)
         before = anonymous_bytes()
-        batches = iter(training_stream(many, source, config()))
+        batches = iter(batches_of(many, source, config()))
         assert len(next(batches)[0]) == 8
         return anonymous_bytes() - before
 

@@ -26,7 +26,7 @@ def config(**augment: float) -> Config:
 
 
 def build_mixing(settings: Config) -> MixFn:
-    group_size = mixing_group_size(settings.train.batch_size, settings.train.gradient_accumulation_steps)
+    group_size = mixing_group_size(settings.train.global_batch_size, settings.train.gradient_accumulation_steps)
     augment = settings.augment
     return mixup_and_cutmix(group_size, settings.variant.resolution, augment.mixup, augment.cutmix, settings.seed)
 

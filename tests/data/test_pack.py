@@ -176,7 +176,13 @@ def test_training_from_a_pack_sees_the_same_as_from_the_files(tmp_path: Path, gi
         config = Config.model_validate(values)
         opened = open_source(config.data)
         manifests.append(scan(opened, config.data, seed=config.seed))
-        batches.append(list(training_stream(manifests[-1], opened, config, start_step=2).take(6).as_numpy_iterator()))
+        batches.append(
+            list(
+                training_stream(manifests[-1], opened, config, config.train.global_batch_size, start_step=2)
+                .take(6)
+                .as_numpy_iterator()
+            )
+        )
     assert manifests[0].digest() == manifests[1].digest()
     assert manifests[0].table.equals(manifests[1].table)
     for one, other in zip(*batches, strict=True):
@@ -208,7 +214,11 @@ def test_starting_at_a_step_reads_nothing_of_what_lies_before(
     monkeypatch.setattr(
         pack_module, "read_record", lambda *arguments: [read.append(arguments[-1]), whole(*arguments)][1]
     )
-    [(_, _, _, index)] = training_stream(manifest, source, config, start_step=1_000_001).take(1).as_numpy_iterator()
+    [(_, _, _, index)] = (
+        training_stream(manifest, source, config, config.train.global_batch_size, start_step=1_000_001)
+        .take(1)
+        .as_numpy_iterator()
+    )
     assert read[:2] == manifest.table["key"][index].tolist()
     assert len(read) < 20, "batches that wait ready"
 

@@ -256,7 +256,9 @@ def test_an_evaluation_is_added_to_a_run_that_has_ended(config: Config, client: 
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
     (tmp_path / "index.html").write_text("<!doctype html>")
-    log_evaluation(config, (tracker.uri, tracker.run_id), {"test/accuracy": 0.6}, results, tmp_path / "index.html")
+    log_evaluation(
+        config.tracking.uri, (tracker.uri, tracker.run_id), {"test/accuracy": 0.6}, results, tmp_path / "index.html"
+    )
     run = client.get_run(tracker.run_id)
     assert run.info.status == "KILLED"
     assert run.data.metrics["test/accuracy"] == 0.6
@@ -272,11 +274,11 @@ def test_the_uri_comes_from_the_config_then_the_environment_then_the_folder(
     monkeypatch.chdir(tmp_path)
     bare = Config.model_validate({"data": {"source": "digits"}})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uri(bare) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking_uri(bare, "http://noted") == "http://noted"
+    assert tracking_uri(bare.tracking.uri) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(bare.tracking.uri, "http://noted") == "http://noted"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking_uri(bare) == "http://127.0.0.1:5000"
-    assert tracking_uri(config_for(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(bare.tracking.uri) == "http://127.0.0.1:5000"
+    assert tracking_uri(config_for(tmp_path).tracking.uri) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_the_environment_is_left_as_it_was(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,9 @@ def test_results_are_linked_to_the_model_and_the_data_set(
         tracker.log_metrics({"train/loss": 0.5}, 5)
         model = tracker.log_model(home / "final.keras", "model", step=5)
         tracker.log_results({"test/accuracy": 0.95}, 5)
-    log_evaluation(config, (tracker.uri, tracker.run_id), {"val/accuracy": 0.9}, run.evaluation("test"), run.manifest)
+    log_evaluation(
+        config.tracking.uri, (tracker.uri, tracker.run_id), {"val/accuracy": 0.9}, run.evaluation("test"), run.manifest
+    )
     logged = client.get_logged_model(model.removeprefix("models:/"))
     found = {
         metric.key: (metric.value, metric.step, metric.dataset_name, metric.dataset_digest) for metric in logged.metrics
@@ -199,7 +201,7 @@ def test_a_comparison_is_added_to_the_run_that_is_judged(config: Config, client:
     folder = run.comparison(["plain (1)"])
     folder.mkdir(parents=True)
     (folder / "test.html").write_text("page")
-    log_comparison(config, (tracker.uri, tracker.run_id), {"compare/plain (1)": "it is better"}, folder)
+    log_comparison(config.tracking.uri, (tracker.uri, tracker.run_id), {"compare/plain (1)": "it is better"}, folder)
     logged = client.get_run(tracker.run_id)
     assert (logged.info.status, logged.data.tags["compare/plain _1_"]) == ("FINISHED", "it is better")
     assert [file.path for file in client.list_artifacts(tracker.run_id, "report/compare/plain (1)")] == [

@@ -12,14 +12,16 @@ from pipeline.console import Console
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.digits import DigitsSource
-from pipeline.distributed.devices import setup_devices
+from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import TrainingError
 from pipeline.models.efficientnet import LayerTypes, efficientnet, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.tasks import SINGLE_LABEL
 from pipeline.training.feature_cache import MAX_BYTES, are_constant, backbone_and_head
+from pipeline.training.memory import BatchSize
 from pipeline.training.optimizers import ModelEMA, build_optimizer
+from pipeline.training.resolve import ResolvedConfig
 from pipeline.training.schedule import build_schedule
 from pipeline.training.stage_data import StageData
 from pipeline.training.state import MetricAccumulator, TrainState
@@ -56,6 +58,11 @@ def digits() -> tuple[Manifest, DigitsSource]:
     return Manifest(source.class_names, table), source
 
 
+def resolved_config(runtime: Runtime, steps: int) -> ResolvedConfig:
+    schedule = build_schedule(CONFIG.train.stages, CONFIG.optimizer, global_batch_size=16, steps_per_epoch=steps)
+    return ResolvedConfig(CONFIG, runtime, BatchSize(16, 1), schedule)
+
+
 def train() -> tuple[TrainState, list[dict[str, float]]]:
     keras.utils.clear_session()
     manifest, source = digits()
@@ -67,8 +74,9 @@ def train() -> tuple[TrainState, list[dict[str, float]]]:
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    schedule = build_schedule(CONFIG.train, CONFIG.optimizer, steps_per_epoch(len(manifest.indices("train")), 16))
-    stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: False)
+    resolved = resolved_config(runtime, steps_per_epoch(len(manifest.indices("train")), 16))
+    schedule = resolved.schedule
+    stages = StageData(resolved, manifest, source, state, Console(), lambda: False)
     trainer = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
     return state, trainer.fit(state, stages.for_stage)
 
@@ -148,9 +156,9 @@ def test_features_of_a_backbone_whose_average_moves_are_not_cached_and_a_stop_is
         ModelEMA(model.weights, 0.9),
         MetricAccumulator(),
     )
-    schedule = build_schedule(CONFIG.train, CONFIG.optimizer, 4)
-    [stage, *_] = schedule.stages
-    stages = StageData(CONFIG, runtime, schedule, manifest, source, state, Console(), lambda: True)
+    resolved = resolved_config(runtime, 4)
+    [stage, *_] = resolved.schedule.stages
+    stages = StageData(resolved, manifest, source, state, Console(), lambda: True)
     with pytest.raises(TrainingInterrupted):
         stages.for_stage(stage)
     state.ema.track(model.get_layer("stem_conv").weights)
@@ -168,6 +176,4 @@ def test_outputs_of_a_network_in_training_that_are_not_finite_are_no_mistake_in_
     with pytest.raises(
         TrainingError, match=r"not finite for 16 of the 16 images of the split val.*lower optimizer\.base_lr"
     ):
-        StageData(
-            CONFIG, runtime, build_schedule(CONFIG.train, CONFIG.optimizer, 4), manifest, source, state, Console(), bool
-        ).evaluate("val")
+        StageData(resolved_config(runtime, 4), manifest, source, state, Console(), bool).evaluate("val")

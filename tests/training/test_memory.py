@@ -11,6 +11,7 @@ from pipeline.errors import TrainingError
 from pipeline.models.efficientnet import efficientnet
 from pipeline.training import memory
 from pipeline.training.memory import (
+    BatchSize,
     check_batch,
     device_memory,
     largest_micro_batch,
@@ -18,6 +19,7 @@ from pipeline.training.memory import (
     step_memory,
     translate_oom_error,
 )
+from pipeline.training.resolve import resolve_batch
 
 VARIANT = {"width": 0.25, "depth": 0.3, "resolution": 64}
 MIB = 2**20
@@ -44,17 +46,15 @@ def test_auto_takes_256_images_in_the_fewest_micro_batches_that_fit(monkeypatch,
     seen = set()
     for mib in (100_000, 600, 200, 60):
         monkeypatch.setattr(memory, "device_memory", lambda mib=mib: mib * MIB)
-        settled = resolve_batch_size(auto, runtime, model).train
-        fitting = largest_micro_batch(auto, model, mib * MIB)
-        assert settled.batch_size == 256
-        assert 256 // settled.gradient_accumulation_steps <= fitting
-        assert settled.gradient_accumulation_steps == 1 or 512 // settled.gradient_accumulation_steps > fitting, (
-            "twice as many would not fit"
-        )
-        assert (
-            Config.model_validate(auto.model_copy(update={"train": settled}).model_dump(mode="json")).train == settled
-        )
-        seen.add(settled.gradient_accumulation_steps)
+        batch_size = resolve_batch_size(auto.train, auto.optimizer, runtime, model)
+        fitting = largest_micro_batch(auto.optimizer, model, mib * MIB)
+        assert batch_size.images == 256
+        assert 256 // batch_size.accumulation <= fitting
+        assert batch_size.accumulation == 1 or 512 // batch_size.accumulation > fitting, "twice as many would not fit"
+        resolved, _ = resolve_batch(auto, runtime, model)
+        assert Config.model_validate(resolved.model_dump(mode="json")) == resolved
+        assert (resolved.train.global_batch_size, resolved.train.gradient_accumulation_steps) == batch_size
+        seen.add(batch_size.accumulation)
     assert 1 in seen
     assert len(seen) > 1
 
@@ -66,19 +66,20 @@ def test_what_auto_chooses_can_be_shared_and_mixed(monkeypatch, model, replicas)
     mixed = config(global_batch_size="auto").model_copy(update={"augment": AugmentConfig(mixup=0.2)})
     for fitting in (8, 42, 50, 1000):
         monkeypatch.setattr(memory, "largest_micro_batch", lambda *_, fitting=fitting: fitting)
-        settled = resolve_batch_size(mixed, runtime, model)
-        share = settled.train.batch_size // settled.train.gradient_accumulation_steps // replicas
-        assert settled.train.batch_size == share * settled.train.gradient_accumulation_steps * replicas
+        batch_size = resolve_batch_size(mixed.train, mixed.optimizer, runtime, model)
+        share = batch_size.images // batch_size.accumulation // replicas
+        assert batch_size.images == share * batch_size.accumulation * replicas
         assert 1 <= share <= fitting
-        assert 128 <= settled.train.batch_size <= max(384, replicas)
+        assert 128 <= batch_size.images <= max(384, replicas)
         if share >= 8:
-            check_batch(settled, runtime)
+            check_batch(batch_size, mixed.augment, runtime)
 
 
 def test_a_resumed_run_stays_with_what_it_settled_on(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
     auto, before = config(global_batch_size="auto"), config(global_batch_size=256, gradient_accumulation_steps=4)
-    assert resolve_batch_size(auto, runtime, model, previous=before.train).train == before.train
+    batch_size = resolve_batch_size(auto.train, auto.optimizer, runtime, model, previous=before.train)
+    assert batch_size == (256, 4)
 
 
 def test_a_containers_limit_counts(monkeypatch, tmp_path):
@@ -92,22 +93,25 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path):
 def test_the_estimate_counts_what_fits_and_not_one_more(model):
     plain = config()
     for mib in (50, 500, 5_000):
-        images = largest_micro_batch(plain, model, mib * MIB)
-        assert step_memory(plain, model, images, accumulation=True) <= memory.MEMORY_FRACTION * mib * MIB or images == 0
-        assert step_memory(plain, model, images + 1, accumulation=True) > memory.MEMORY_FRACTION * mib * MIB
+        limit = memory.MEMORY_FRACTION * mib * MIB
+        images = largest_micro_batch(plain.optimizer, model, mib * MIB)
+        assert step_memory(plain.optimizer, model, images, accumulation=True) <= limit or images == 0
+        assert step_memory(plain.optimizer, model, images + 1, accumulation=True) > limit
 
 
 def test_a_number_stays_and_auto_does_not_share_with_accumulation(model, runtime):
     plain = config(global_batch_size=48)
-    assert resolve_batch_size(plain, runtime, model) is plain
+    assert resolve_batch_size(plain.train, plain.optimizer, runtime, model) == (48, 1)
     with pytest.raises(ValueError, match="auto chooses gradient_accumulation_steps"):
         config(global_batch_size="auto", gradient_accumulation_steps=2)
 
 
 def test_a_network_that_fits_in_no_way_is_refused(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
-    with pytest.raises(TrainingError, match=r"width=0\.25.* at 64 px does not fit into 0\.0 GiB with a single image"):
-        resolve_batch_size(config(global_batch_size="auto"), runtime, model)
+    with pytest.raises(
+        TrainingError, match=r"efficientnet_.*0\.25.* at 64 px does not fit into 0\.0 GiB with a single image"
+    ):
+        resolve_batch(config(global_batch_size="auto"), runtime, model)
 
 
 def test_out_of_memory_names_the_batch_the_variant_and_what_would_fit(monkeypatch, model, runtime):
@@ -115,12 +119,12 @@ def test_out_of_memory_names_the_batch_the_variant_and_what_would_fit(monkeypatc
     plain = config(global_batch_size=64)
 
     def out_of_memory() -> None:
-        with translate_oom_error(plain, runtime, model):
+        with translate_oom_error(BatchSize(64, 1), plain.optimizer, runtime, model):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[64,16]\nmore")
 
     with pytest.raises(TrainingError) as caught:
         out_of_memory()
-    fitting = largest_micro_batch(plain, model, 100 * MIB)
+    fitting = largest_micro_batch(plain.optimizer, model, 100 * MIB)
     assert 0 < fitting < 64
     for words in (
         "64 images per device",

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import LayerTypes, to_inference_model
 from pipeline.models.layers import PerReplicaDropout
 from pipeline.tasks import SINGLE_LABEL
-from pipeline.training.memory import check_batch
+from pipeline.training.memory import BatchSize, check_batch
 from pipeline.training.optimizers import FUSED_CLASSES, ModelEMA, build_optimizer
 from pipeline.training.state import MetricAccumulator
 from pipeline.training.train_step import TrainStep
@@ -172,6 +172,7 @@ def test_class_weights_count_a_mixed_image_as_the_shares_that_it_is_mixed_from()
         bench.ema,
         bench.metrics,
         config.train,
+        config.train.global_batch_size,
         config.optimizer,
         bench.runtime,
         SINGLE_LABEL,
@@ -289,7 +290,7 @@ with runtime.strategy.scope():
     x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
     model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
     optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
-    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, config.optimizer, runtime, SINGLE_LABEL)
+    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, 8, config.optimizer, runtime, SINGLE_LABEL)
 images = batch()[0].numpy().astype(float)
 for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
     step(one, 0.01)
@@ -334,7 +335,7 @@ for name in sys.argv[1:]:
             start = [variable.numpy() for variable in model.trainable_variables]
             optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
             metrics = MetricAccumulator()
-            step = TrainStep(model, optimizer, ema, metrics, config.train, config.optimizer, runtime, SINGLE_LABEL)
+            step = TrainStep(model, optimizer, ema, metrics, config.train, 8, config.optimizer, runtime, SINGLE_LABEL)
         for one in runtime.feed(tf.data.Dataset.from_tensors(batch()).repeat(3)):
             step(one, 0.01)
         variables = [*model.trainable_variables, *ema.variables, *optimizer.variables]
@@ -371,7 +372,17 @@ def test_bfloat16_trains_float32_weights_and_their_average(tmp_path):
     )
     average, totals = ModelEMA(model.weights, 0.9), MetricAccumulator()
     optimizer = build_optimizer(config.optimizer, model.trainable_variables)
-    step = TrainStep(model, optimizer, average, totals, config.train, config.optimizer, runtime, SINGLE_LABEL)
+    step = TrainStep(
+        model,
+        optimizer,
+        average,
+        totals,
+        config.train,
+        config.train.global_batch_size,
+        config.optimizer,
+        runtime,
+        SINGLE_LABEL,
+    )
     before = model.get_layer("stem_conv").kernel.numpy()
     rng = np.random.default_rng(0)
     images = tf.constant(rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))
@@ -394,14 +405,14 @@ def test_an_indivisible_batch_is_refused():
         augment={"mixup": 0.2},
     )
     two = Runtime(SimpleNamespace(num_replicas_in_sync=2), "float32", False)
-    check_batch(config, setup_devices(config.runtime, config.seed))
+    check_batch(BatchSize(12, 2), config.augment, setup_devices(config.runtime, config.seed))
     with pytest.raises(
         ConfigError, match=r"groups of 2 images, which 3 images per replica and micro-batch would cut apart; .* of 8"
     ):
-        check_batch(config, two)
+        check_batch(BatchSize(12, 2), config.augment, two)
     with pytest.raises(
         ConfigError,
         match="6 images cannot be shared evenly among 2 replicas with 2 micro-batches each; take a multiple of 4",
     ):
-        check_batch(make_config(train={"global_batch_size": 6, "gradient_accumulation_steps": 2}), two)
+        check_batch(BatchSize(6, 2), config.augment, two)
     assert two.round_up_to_replicas(31) == 32

@@ -22,7 +22,7 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.checkpoint import CheckpointCallback
 from pipeline.training.nan_policy import MAX_ROLLBACKS, NanPolicy, raise_nan_error
 from pipeline.training.optimizers import ModelEMA, build_optimizer
-from pipeline.training.schedule import build_schedule, check_uninitialized_layers, set_trainable
+from pipeline.training.schedule import TrainSchedule, build_schedule, check_uninitialized_layers, set_trainable
 from pipeline.training.state import MetricAccumulator, TrainState
 from pipeline.training.train_step import TrainStep
 from pipeline.training.trainer import StageInputs, Trainer
@@ -106,6 +106,10 @@ class Recorder(Callback):
         self.saved.append(state.step)
 
 
+def schedule_of(config: Config, steps_per_epoch: int) -> TrainSchedule:
+    return build_schedule(config.train.stages, config.optimizer, global_batch_size=4, steps_per_epoch=steps_per_epoch)
+
+
 def run(
     state: TrainState,
     callbacks: list,
@@ -120,7 +124,7 @@ def run(
         config.train,
         config.optimizer,
         setup_devices(config.runtime, config.seed),
-        build_schedule(config.train, config.optimizer, STEPS),
+        schedule_of(config, STEPS),
         SINGLE_LABEL,
         callbacks,
         lambda: state.step == stop_at,
@@ -189,7 +193,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_epochs_become_steps_once_and_each_stage_has_its_own_schedule():
-    stages = build_schedule(CONFIG.train, CONFIG.optimizer, STEPS).stages
+    stages = schedule_of(CONFIG, STEPS).stages
     assert [(stage.first, stage.stop) for stage in stages] == [(0, 10), (10, 20)]
     assert stages[0].learning_rate(0) == pytest.approx(4 / 256)
     assert stages[1].learning_rate(0) == pytest.approx(0.5 * 4 / 256)
@@ -272,7 +276,7 @@ def test_a_stop_after_a_step_that_is_not_finite_saves_nothing(tmp_path: Path):
         CONFIG.train,
         CONFIG.optimizer,
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        build_schedule(CONFIG.train, CONFIG.optimizer, 100),
+        schedule_of(CONFIG, 100),
         SINGLE_LABEL,
         [CheckpointCallback(tmp_path, {}, keep=1)],
         lambda: state.step == 4,
@@ -297,7 +301,7 @@ def test_validation_sees_the_moving_average():
 
     runtime, schedule = (
         setup_devices(CONFIG.runtime, CONFIG.seed),
-        build_schedule(CONFIG.train, CONFIG.optimizer, STEPS),
+        schedule_of(CONFIG, STEPS),
     )
     loop = Trainer(CONFIG.train, CONFIG.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False)
     loop.fit(state, lambda stage: StageInputs(state.model, stream, validate))
@@ -526,7 +530,7 @@ def test_no_more_bad_steps_are_passed_over_than_the_config_allows(tmp_path: Path
     )
     runtime, schedule = (
         setup_devices(config.runtime, config.seed),
-        build_schedule(config.train, config.optimizer, STEPS),
+        schedule_of(config, STEPS),
     )
     loop = Trainer(config.train, config.optimizer, runtime, schedule, SINGLE_LABEL, [], lambda: False, policy)
     with pytest.raises(TrainingError, match=r"not finite in step 3; .*\n2 steps have already been skipped"):
@@ -556,7 +560,7 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
     config = with_train(on_nan="rollback", checkpoint_every_steps=1)
     rates = [
         stage.learning_rate(step - stage.first)
-        for stage in build_schedule(config.train, config.optimizer, STEPS).stages
+        for stage in schedule_of(config, STEPS).stages
         for step in range(stage.first, stage.stop)
     ]
     diverging(monkeypatch, bad, above=0.6 * rates[bad])
@@ -614,7 +618,7 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
         "stages": stages,
     }
     config = Config.model_validate({"data": {"source": "digits"}, "optimizer": {"base_lr": 1.0}, "train": train})
-    rate = build_schedule(config.train, config.optimizer, STEPS).stages[1].learning_rate(2)
+    rate = schedule_of(config, STEPS).stages[1].learning_rate(2)
     diverging(monkeypatch, 12, above=0.6 * rate)  # the third step of the second stage, ten of the first being left out
     state = fresh_state()
     policy, recorder = Policy(config, tmp_path), Recorder()

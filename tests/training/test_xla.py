@@ -73,7 +73,7 @@ def settle(wanted: Config, steps: int, before: Config | None = None) -> tuple[bo
         wanted,
         runtime,
         shared_network(jit_compile=bool(runtime.jit_compile)),
-        build_schedule(wanted.train, wanted.optimizer, steps).stages,
+        build_schedule(wanted.train.stages, wanted.optimizer, global_batch_size=32, steps_per_epoch=steps),
         previous=before,
     )
     assert settled.runtime.xla == decided.jit_compile
@@ -130,7 +130,7 @@ def test_what_the_config_says_is_done(given: bool) -> None:
 def test_batch_normalisation_is_left_to_xla_where_it_compiles(steps: int) -> None:
     runtime = setup_devices(config().runtime, config().seed)
     model = network(jit_compile=bool(runtime.jit_compile))
-    schedule = build_schedule(config().train, config().optimizer, steps)
-    _, decided, _ = resolve_xla(config(), runtime, model, schedule.stages)
+    schedule = build_schedule(config().train.stages, config().optimizer, global_batch_size=32, steps_per_epoch=steps)
+    _, decided, _ = resolve_xla(config(), runtime, model, schedule)
     fused = {layer.fused for layer in model.layers if isinstance(layer, FusedBatchNormalization)}
     assert fused == {not decided.jit_compile}
