@@ -290,7 +290,9 @@ with runtime.strategy.scope():
     x = keras.layers.GlobalAveragePooling2D()(norm(inputs))
     model = keras.Model(inputs, keras.layers.Dense(4, name="predictions")(x))
     optimizer, ema = build_optimizer(config.optimizer, model.trainable_variables), ModelEMA(model.weights, 0.9)
-    step = TrainStep(model, optimizer, ema, MetricAccumulator(), config.train, 8, config.optimizer, runtime, SINGLE_LABEL)
+    step = TrainStep(
+        model, optimizer, ema, MetricAccumulator(), config.train, 8, config.optimizer, runtime, SINGLE_LABEL
+    )
 images = batch()[0].numpy().astype(float)
 for one in runtime.feed(tf.data.Dataset.from_tensors(batch())):
     step(one, 0.01)
