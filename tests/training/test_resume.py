@@ -20,7 +20,7 @@ def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
 
 def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
     def identity(seed: int, keep: int, path: str, classes: list[str]) -> dict:
-        config = {"seed": seed, "train": {"max_checkpoints": keep}, "data": {"path": path}}
+        config = {"seed": seed, "train": {"max_checkpoints": keep}, "data": {"name": path, "path": f"/{path}"}}
         return {"config": config, "classes": classes, "data": "abc", "replicas": 1}
 
     written = tmp_path / "step-00000003"
@@ -30,9 +30,9 @@ def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
     changed = identity(2, 2, "b", ["x", "z"])
     with pytest.raises(RunError) as caught:
         check_compatible(written, changed, ["seed"])
-    assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.path: was 'a', is 'b'\n" in str(caught.value)
+    assert "  classes: was ['x', 'y'], is ['x', 'z']\n  data.name: was 'a', is 'b'\n" in str(caught.value)
     assert "seed: was" not in str(caught.value)
-    assert "by --allow-change classes --allow-change data.path" in str(caught.value)
+    assert "by --allow-change classes --allow-change data.name" in str(caught.value)
     with pytest.raises(RunError, match=r"data:\n    a/3\.png: is gone\n.*--allow-change data$"):
         check_compatible(
             written, identity(1, 2, "a", ["x", "y"]) | {"data": "def"}, details={"data": "  a/3.png: is gone"}
@@ -40,7 +40,7 @@ def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
     allowed = check_compatible(written, changed, ["seed", "data", "classes"])
     assert [(one["step"], one["key"], one["was"], one["is"]) for one in allowed] == [
         (3, "classes", ["x", "y"], ["x", "z"]),
-        (3, "data.path", "a", "b"),
+        (3, "data.name", "a", "b"),
         (3, "seed", 1, 2),
     ]
     with pytest.raises(RunError, match="--allow-change sed: there is no such key; did you mean 'seed'"):

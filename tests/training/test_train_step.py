@@ -79,6 +79,7 @@ class Bench:
             self.ema,
             self.metrics,
             config.train,
+            config.train.global_batch_size,
             config.optimizer,
             self.runtime,
             SINGLE_LABEL,
