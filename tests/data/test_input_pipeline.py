@@ -177,8 +177,8 @@ def test_the_stream_is_a_function_of_the_step_whatever_the_workers(augment: dict
 
 @pytest.mark.parametrize(
     "cases",
-    [[(2, 0), (4, 1)], pytest.param([(2, 3), (4, 0), (4, 3)], marks=pytest.mark.slow)],
-    ids=["from the start and later", "others"],
+    [[(4, 1)], pytest.param([(2, 0), (2, 3), (4, 0), (4, 3)], marks=pytest.mark.slow)],
+    ids=["four from the second step", "others"],
 )
 @pytest.mark.parametrize(
     "augment",
@@ -201,7 +201,7 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
         assert_equal(joined, whole[start:])
 
 
-@pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("augment", [{}, {"mixup": 0.4, "cutmix": 1.0}], ids=["plain", "mixed"])
 def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
     data, settings = make(21), config(batch=16, **augment)
     whole = take(batches_of(*data, settings), 8)
@@ -229,7 +229,7 @@ def test_a_share_reads_only_its_own_images() -> None:
 def test_shares_of_an_evaluation_hold_every_image_exactly_once() -> None:
     data = make(21, test=13)
     whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
-    for shares in (1, 2, 4):
+    for shares in (2, 4):
         parts = [
             take(evaluation_stream(*data, config(), "test", batch_size=8, shard=Shard(n, shares)), 9)
             for n in range(shares)
@@ -238,8 +238,9 @@ def test_shares_of_an_evaluation_hold_every_image_exactly_once() -> None:
             tuple(np.concatenate(column) for column in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
         ]
         assert_equal(joined, whole)
-        index = np.concatenate([batch[3] for part in parts for batch in part])
-        assert sorted(index[index >= 0]) == list(range(13))
+        for some in ([whole], parts):
+            index = np.concatenate([batch[3] for part in some for batch in part])
+            assert sorted(index[index >= 0]) == list(range(13))
 
 
 def test_every_image_comes_exactly_once_per_pass_in_ever_new_orders() -> None:

@@ -158,7 +158,9 @@ def test_a_pack_is_the_files_in_shards_with_an_index(images: Path, tmp_path: Pat
         packed.read("cat/none.jpg")
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["splits made", "splits given"])
+@pytest.mark.parametrize(
+    "given", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["splits made", "splits given"]
+)
 def test_training_from_a_pack_sees_the_same_as_from_the_files(tmp_path: Path, given: bool) -> None:
     images = tmp_path / "images"
     for prefix in ("train", "test") if given else ("",):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.config.loader import load_config
 from pipeline.errors import UserError
 from pipeline.models import compound_search as search
+from pipeline.models import profile
 from pipeline.models.compound_search import Budget, Candidate, Solution, WeightOverlap
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import estimated_memory, profile_model
@@ -20,7 +21,12 @@ from pipeline.models.variants import VARIANTS, Variant, from_phi, phi_of
 
 
 @pytest.mark.parametrize(
-    "variant", [replace(VARIANTS["b0"], resolution=64), replace(VARIANTS["lite0"], width=0.5, resolution=48)]
+    "variant",
+    [
+        pytest.param(replace(VARIANTS["b0"], resolution=64), marks=pytest.mark.slow),
+        replace(VARIANTS["lite0"], width=0.5, resolution=48),
+    ],
+    ids=["b0", "lite0"],
 )
 def test_a_network_without_values_has_the_size_of_one_with_them(variant: Variant) -> None:
     model = efficientnet(variant, num_classes=7)
@@ -81,13 +87,14 @@ def test_the_solution_is_within_every_budget_and_the_next_step_is_not(wanted: li
         assert binding.measure(from_phi(found.phi + 0.01)) > binding.limit
 
 
-@pytest.mark.parametrize("line", [(-2, 1), pytest.param((-6, 9), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("limit", "line"), [(1.8e6, (-6, -4)), pytest.param(4e6, (-6, 9), marks=pytest.mark.slow)], ids=["small", "whole"]
+)
 def test_a_built_network_is_the_largest_under_its_parameters(
-    line: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    limit: float, line: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, phi in zip(("SMALLEST_PHI", "LARGEST_PHI"), line, strict=True):
         monkeypatch.setattr(search, name, phi)
-    limit = 4e6
     size = search.once_per_architecture(search.profile_variant)
     found = search.largest_within([Budget("parameters", limit, lambda variant: size(variant).parameters)])
     assert size(found.variant).parameters <= limit < size(from_phi(found.phi + 0.01)).parameters
@@ -107,7 +114,8 @@ def test_the_grid_keeps_the_papers_triple_and_orders_by_the_measured_ratio() -> 
     assert Candidate(1.2, 1.1, 1.15, 2).product == pytest.approx(1.920, abs=0.001)
 
 
-def test_a_latency_is_a_time_above_zero() -> None:
+def test_a_latency_is_a_time_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "TIMING_SECONDS", 0.1)
     assert 0 < search.latency_of(replace(VARIANTS["lite0"], width=0.25, depth=0.3, resolution=32), num_classes=2) < 5
 
 

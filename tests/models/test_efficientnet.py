@@ -24,6 +24,7 @@ from pipeline.models.efficientnet import (
 from pipeline.models.variants import VARIANTS, Variant, from_multipliers
 
 TINY = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
+SHORT = replace(VARIANTS["b0"], width=0.25, resolution=32, family_name="short")
 
 
 def images(size: int, count: int = 3) -> np.ndarray:
@@ -208,7 +209,7 @@ def test_normalisation_is_decided_by_the_family_and_done_in_float32(
 
 
 def test_bfloat16_keeps_weights_and_logits_in_float32() -> None:
-    model = efficientnet(TINY, num_classes=7, dtype="mixed_bfloat16")
+    model = efficientnet(SHORT, num_classes=7, dtype="mixed_bfloat16")
     assert {weight.dtype for weight in model.weights} == {"float32"}
     assert model.get_layer("block2a_expand_conv").compute_dtype == "bfloat16"
     logits = model(images(32))
@@ -258,12 +259,12 @@ def test_initial_weights_have_the_published_spread(b0: keras.Model) -> None:
 
 @pytest.mark.parametrize(("num_classes", "bound"), [(2, 1000**-0.5), (4000, 4000**-0.5)])
 def test_the_classifier_of_few_classes_starts_no_wider_than_imagenets(num_classes: int, bound: float) -> None:
-    kernel = efficientnet(TINY, num_classes=num_classes).get_layer("predictions").kernel.numpy()
+    kernel = efficientnet(SHORT, num_classes=num_classes).get_layer("predictions").kernel.numpy()
     assert 0.99 * bound < np.abs(kernel).max() <= bound
 
 
 def test_one_seed_gives_equal_weights_and_another_gives_others() -> None:
-    first, again, other = (efficientnet(TINY, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (efficientnet(SHORT, seed=seed) for seed in (3, 3, 4))
     assert all(np.array_equal(a, b) for a, b in zip(first.get_weights(), again.get_weights(), strict=True))
     kernels = [(a, b) for a, b in zip(first.get_weights(), other.get_weights(), strict=True) if a.ndim > 1]
     assert not any(np.array_equal(a, b) for a, b in kernels)
@@ -308,7 +309,7 @@ def test_a_network_deeper_than_pythons_recursion_can_be_built_and_copied() -> No
 def test_a_free_variant_is_named_so_that_it_can_be_traced() -> None:
     import tensorflow as tf
 
-    model = efficientnet(Variant("phi=-2.5", 0.25, 0.5, 32, 0.2), num_classes=2)
+    model = efficientnet(Variant("phi=-2.5", 0.25, 0.5, 32, 0.2, "short"), num_classes=2)
     assert tf.function(model)(images(32)).shape == (3, 2)
 
 
@@ -328,9 +329,9 @@ def test_a_plain_copy_has_kerass_own_layers_again() -> None:
             )
 
 
-def test_a_plain_copy_computes_in_float32_and_loads_without_this_package(tmp_path: Path) -> None:
-    same = lively(TINY, num_classes=4)
-    model = efficientnet(TINY, num_classes=4, dtype="mixed_bfloat16", synchronized=True)
+def test_a_plain_copy_computes_in_float32() -> None:
+    same = lively(SHORT, num_classes=4)
+    model = efficientnet(SHORT, num_classes=4, dtype="mixed_bfloat16", synchronized=True)
     model.set_weights(same.get_weights())
     model.get_layer("stem_conv").trainable = False
     copy = to_inference_model(model)
@@ -341,6 +342,10 @@ def test_a_plain_copy_computes_in_float32_and_loads_without_this_package(tmp_pat
     assert not model.get_layer("stem_conv").trainable
     np.testing.assert_array_equal(copy(images(32)), same(images(32)))
 
+
+@pytest.mark.slow
+def test_a_plain_copy_loads_without_this_package(tmp_path: Path) -> None:
+    copy = to_inference_model(lively(TINY, num_classes=4))
     copy.save(tmp_path / "model.keras")
     np.save(tmp_path / "images.npy", images(32))
     script = """

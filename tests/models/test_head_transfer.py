@@ -20,7 +20,7 @@ from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, loa
 from pipeline.tasks import SINGLE_LABEL
 
 LITE = replace(VARIANTS["lite0"], resolution=64)
-SMALL = replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32)
+SMALL = replace(VARIANTS["b0"], width=0.25, resolution=32, family_name="short")
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 SYNSETS, NAMES = map(list, zip(*imagenet_classes(), strict=True))
 

@@ -20,7 +20,8 @@ from pipeline.models.variants import VARIANTS, Variant
 from pipeline.models.weights import pretrained as module
 from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
 
-B, LITE = (replace(VARIANTS[name], width=0.25, depth=0.3, resolution=32) for name in ("b0", "lite0"))
+B = replace(VARIANTS["b0"], width=0.25, resolution=32, family_name="short")
+LITE = replace(VARIANTS["lite0"], width=0.25, resolution=32, family_name="short_lite")
 CLASSES = ("ant", "bee", "cat")
 
 
@@ -378,7 +379,7 @@ def test_a_compound_network_takes_what_fits_of_a_published_one(
 ) -> None:
     legacy_h5(trained, tmp_path / "b0.h5")
     monkeypatch.setattr(module, "_download", lambda name: tmp_path / f"{name}.h5")
-    variant = Variant("phi=-9", 0.25, 1.1, 32, 0.2)
+    variant = Variant("phi=-9", 0.25, 1.1, 32, 0.2, "short")
     model = efficientnet(variant, num_classes=7)
     report = load_pretrained(model, "imagenet:b0", variant=variant, class_names=list("abcdefg"))
     assert set(backbone(trained)) < set(backbone(model))

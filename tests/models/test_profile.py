@@ -68,7 +68,7 @@ def test_a_small_network_counted_by_hand() -> None:
 
 
 def test_frozen_layers_need_no_gradients() -> None:
-    model = efficientnet(replace(VARIANTS["b0"], width=0.25, resolution=32))
+    model = efficientnet(replace(VARIANTS["b0"], width=0.25, depth=0.3, resolution=32))
     everything = estimated_memory(model, 1)
     for layer in model.layers[:-1]:
         layer.trainable = False
@@ -78,7 +78,7 @@ def test_frozen_layers_need_no_gradients() -> None:
 
 
 def test_memory_grows_with_batch_slots_average_and_accumulation() -> None:
-    model = efficientnet(replace(VARIANTS["lite0"], width=0.25, resolution=32))
+    model = efficientnet(replace(VARIANTS["lite0"], width=0.25, depth=0.3, resolution=32))
     size = profile_model(model)
     base = estimated_memory(model, 4, optimizer_slots=1, ema=False)
     assert estimated_memory(model, 4, optimizer_slots=2, ema=False) - base == 4 * size.trainable_parameters
@@ -92,7 +92,7 @@ def test_memory_grows_with_batch_slots_average_and_accumulation() -> None:
 
 
 def test_bfloat16_halves_the_activations_but_for_batch_normalisation() -> None:
-    variant = replace(VARIANTS["b0"], resolution=64)
+    variant = replace(VARIANTS["b0"], width=0.5, depth=0.3, resolution=64)
 
     def per_image(dtype: str) -> int:
         model = efficientnet(variant, dtype=dtype)

@@ -1,4 +1,4 @@
-"""How many images a device takes: what auto settles on, and what is said when memory runs out."""
+"""How many images a device takes: what auto settles on, and the error when memory runs out."""
 
 import keras
 import pytest
