@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.cli import compare as program
 from pipeline.data.manifest import COLUMNS, Manifest
+from pipeline.data.sources.base import CorruptImageError
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import RunError, UserError
 from pipeline.evaluation import statistics
@@ -363,6 +364,17 @@ def test_pictures_that_changed_or_are_gone_are_not_shown(two: tuple[Path, Path],
     assert "the report shows no images: data.path" in run(*two)
     assert not pictures_in(page.read_text())
     assert "ant/00.jpg" in page.read_text()
+
+
+def test_images_that_cannot_be_read_are_not_shown(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: FileSource, key: str) -> bytes:
+        raise CorruptImageError(key, "is damaged")
+
+    monkeypatch.setattr(FileSource, "read", damaged)
+    run(*two)
+    page = (two[1] / "report/compare/plain/test.html").read_text()
+    assert not pictures_in(page)
+    assert "ant/00.jpg" in page
 
 
 def test_names_are_text_and_never_markup() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.data.preprocessing import decode
 from pipeline.data.sources.base import DataSource
+from pipeline.errors import DataError
 from pipeline.evaluation.compare import RunComparison, RunPredictions, format_percent, format_points
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.report.figures import curve, format_epoch_axis
@@ -109,10 +110,10 @@ def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | No
 
 
 def _thumbnail(source: DataSource, stored: Any) -> str | None:
-    """Return a small JPEG of the image as a data URI; None where the file is missing or has changed since."""
+    """Return a small JPEG of the image as a data URI; None where the file is missing, damaged or changed."""
     try:
         encoded = source.read(str(stored.name))
-    except (OSError, LookupError, ValueError):
+    except (DataError, OSError, LookupError, ValueError):
         return None
     if sha256_of(encoded) != stored["sha256"]:
         return None
