@@ -77,6 +77,11 @@ class Console:
         if isinstance(text, str) and self.log_path is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 
+    @property
+    def shows_progress(self) -> bool:
+        """True if there are progress bars: in a terminal, and not when debugging."""
+        return self.rich.is_terminal and not is_debugging()
+
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int, int | None], None]]:
         """Show a progress bar during the block.
@@ -84,8 +89,7 @@ class Console:
         The block receives a function and calls it with the number done and the total, None if that is not known.
         """
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
-        disable = is_debugging() or not self.rich.is_terminal
-        with Progress(*columns, console=self.rich, transient=True, disable=disable) as progress:
+        with Progress(*columns, console=self.rich, transient=True, disable=not self.shows_progress) as progress:
             task = progress.add_task(description, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 

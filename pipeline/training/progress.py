@@ -42,13 +42,13 @@ class ProgressBar(Callback):
 
     def __enter__(self) -> "ProgressBar":
         """Show the bar, in a terminal."""
-        if self._console.rich.is_terminal:
+        if self._console.shows_progress:
             self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the bar."""
-        if self._console.rich.is_terminal:
+        if self._console.shows_progress:
             self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
