@@ -43,7 +43,7 @@ class ExportResult(NamedTuple):
     """The result of one format.
 
     Attributes:
-        size: Bytes; None if the format could not be writing.
+        size: Bytes; None if the format could not be written.
         proof: Comparison with the model; None if the format could not be written or run.
         failures: Reasons why the export does not agree with the model; empty if it does.
     """

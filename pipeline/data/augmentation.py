@@ -120,7 +120,7 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
     """Return the window of a random resized crop (Szegedy et al. 2015, arXiv 1409.4842).
 
     The area is uniform in `scale`, the aspect log-uniform in `ratio`, the position uniform. The first attempt that fits
-    into the image is taken; if none does, the largest centerd window within `ratio`.
+    into the image is taken; if none does, the largest centered window within `ratio`.
 
     Args:
         upright: int32 (2,): height and width of the image.
@@ -142,12 +142,12 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
         size = sizes[attempt]
         return tf.concat([tf.floor(draws[2:, attempt] * (sides - size + 1)), size], 0)
 
-    def centerd() -> tf.Tensor:
+    def centered() -> tf.Tensor:
         limits = tf.round(tf.stack([sides[1] / ratio[0], sides[0] * ratio[1]]))
         size = tf.maximum(tf.minimum(sides, limits), 1)
         return tf.concat([(sides - size) // 2, size], 0)
 
-    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centerd), tf.int32)
+    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centered), tf.int32)
 
 
 def decode_window(

@@ -21,14 +21,8 @@ from pipeline.data.splits import signature
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
 MAX_BYTES = 2**30  # of a file; an image of the most pixels takes half of it uncompressed, with 16 bits a channel
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "GIF",
-    "BMP",
-    "WEBP",
-)  # PIL's names of what tf.io decodes; never change the order without SCAN
+# PIL's names of what tf.io decodes; never change the order without scan_cache.SCAN_VERSION
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag
 SIGNATURE_MIN_SIDE = (
     128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to

@@ -1,7 +1,7 @@
 """Decoding and resizing of images to the network's input, for evaluation, prediction, export and augmentation.
 
-`preprocess` is the only evaluation preprocessing, so that training's validation, `evaluate.py`, predictions
-and exports agree. Normalization is in the model, not here.
+`resize_to_square` after `decode` is the only evaluation preprocessing, so that training's validation, `evaluate.py`,
+predictions and exports agree; `preprocess` is both. Normalization is in the model, not here.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ CROP_PADDING = 32
 PADDING_GRAY = 128  # close to ImageNet's mean color, so nearly zero after normalization
 ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
-# the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
 RGB = 3  # channels that every file is decoded to
+# the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
 JPEG_METHOD = "INTEGER_ACCURATE"
 
 

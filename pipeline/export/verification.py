@@ -95,7 +95,7 @@ def check_parity(
     exact: bool,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Run an exported network over the split that the model was run over, and compares.
+    """Run an exported network over the split that the model was run over, and compare both.
 
     Args:
         exported: The network as it came out of its file.

@@ -144,7 +144,7 @@ def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant]
 
 
 def profile_variant(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> VariantProfile:
-    """Build a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
+    """Build a variant without values and count it; `batch_size` images per step matter to the memory alone."""
     model = without_values(variant, num_classes)
     counted = profile_model(model)
     memory = estimated_memory(model, batch_size)

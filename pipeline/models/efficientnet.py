@@ -227,8 +227,8 @@ def efficientnet(
         batch_norm_momentum: Of the moving statistics.
         synchronized: Whether batch normalization takes its statistics over all replicas.
         layer_types: Keras's, or subclasses for training.
-        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier
-            stay float32.
+        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. The input rescaling and
+            the classifier stay float32.
         seed: Decides the initial weights and the dropout masks, by way of each layer's name.
 
     Returns:

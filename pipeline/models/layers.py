@@ -23,7 +23,7 @@ class PerReplicaDropout(keras.layers.Dropout):
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Mask `inputs` of any shape and floating dtype while training; passes them on otherwise."""
+        """Mask `inputs` of any shape and floating dtype while training; pass them on otherwise."""
         if not training or not self.trainable or self.rate == 0:
             return inputs
         seed, counter = tf.unstack(tf.cast(self.seed_generator.next(), tf.int64))
