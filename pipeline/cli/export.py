@@ -168,9 +168,9 @@ def export(
         manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]
     )
     batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size or MAX_BATCH_SIZE)
-    images = evaluation_stream(manifest, source, config, split, batch_size=batch_size)
+    images = evaluation_stream(manifest, source, config, manifest.indices(split), batch_size=batch_size)
     rows = writing.calibration_rows(manifest, config.export.calibration_images, config.seed)
-    calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=rows)
+    calibration = evaluation_stream(manifest, source, config, rows, batch_size=1)
     formats: dict[str, tuple[Callable[..., None], Callable[[Path], LoadedExport]]] = {
         "savedmodel": (writing.write_saved_model, loading.open_saved_model),
         "litert": (writing.write_litert, loading.open_litert),

@@ -59,7 +59,8 @@ class LoadedModel:
         forward = Predictor(self.model, self.runtime.strategy, TASKS[self.config.task])
 
         def predict(split: str, **stream_kwargs: Any) -> "Predictions":
-            dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size, **stream_kwargs)
+            indices = manifest.indices(split)
+            dataset = evaluation_stream(manifest, source, self.config, indices, batch_size=batch_size, **stream_kwargs)
             with console.progress(f"evaluating {split}") as progress:
                 return forward(dataset, progress=progress)
 

@@ -83,7 +83,7 @@ def training_stream(
         ConfigError: The augmentation cannot be built.
         DataError: The split is empty, or its table cannot be written.
     """
-    indices = _split_indices(manifest, "train")
+    indices = _training_indices(manifest)
     num_workers = num_workers or _num_workers(config.runtime)
     local_batch_size, count = batch_size // shard.count, len(indices)
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
@@ -160,7 +160,7 @@ def feature_stream(
         An infinite dataset of global batches, or of the shard of each: features float32 (B, C), labels float32 (B, K),
         weights float32 (B,), index int64 (B,).
     """
-    rows = _split_indices(manifest, "train")
+    rows = _training_indices(manifest)
     local_batch_size, count = batch_size // shard.count, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
@@ -192,22 +192,20 @@ def evaluation_stream(
     manifest: Manifest,
     source: DataSource,
     config: Config,
-    split: str,
+    indices: np.ndarray,
     *,
     batch_size: int,
-    rows: np.ndarray | None = None,
     preprocess_fn: PreprocessFn | None = None,
     shard: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
-    """Return batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
+    """Return batches that hold each of some images exactly once, in the given order, without augmentation.
 
     Args:
         manifest: All images.
         source: Source of the image files.
         config: Its resolution R, `data.resize` and `runtime.num_workers` are used.
-        split: train, val or test.
+        indices: Indices of the images in the manifest, int64 (N,), such as `manifest.indices(split)`.
         batch_size: Images per batch, B.
-        rows: Use only these images of the manifest, int64 (N,), in this order.
         preprocess_fn: Maps an upright image, uint8 (H, W, 3), and its index to the network's input, uint8 (R, R, 3);
             None for `resize_to_square`.
         shard: Shard of each batch; the rest of the batch is not read.
@@ -217,12 +215,13 @@ def evaluation_stream(
         batch is padded with black images of weight 0, index -1 and labels of zeros.
 
     Raises:
-        DataError: The split is empty, or its table cannot be written.
+        DataError: There are no images, or their table cannot be written.
     """
-    rows = _split_indices(manifest, split) if rows is None else rows
-    lookup, num_classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
+    if not len(indices):
+        raise DataError("the split holds no images; give it a share in data.splits, or images of its own")
+    lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
     resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config.runtime)
-    local_batch_size, count, batches = batch_size // shard.count, len(rows), -(-len(rows) // batch_size)
+    local_batch_size, count, batches = batch_size // shard.count, len(indices), -(-len(indices) // batch_size)
     task, shape = TASKS[config.task], (resolution, resolution, config.model.channels)
 
     @tf.autograph.experimental.do_not_convert
@@ -358,10 +357,10 @@ def _evaluation_transform(resolution: int, resize: Resize) -> Augmentation:
     return Augmentation(lambda seed: seed, decode_full_image, transform)
 
 
-def _split_indices(manifest: Manifest, split: str) -> np.ndarray:
-    indices = manifest.indices(split)
+def _training_indices(manifest: Manifest) -> np.ndarray:
+    indices = manifest.indices("train")
     if not len(indices):
-        raise DataError(f"split {split} holds no images; give it a share in data.splits, or images of its own")
+        raise DataError("split train holds no images; give it a share in data.splits, or images of its own")
     return indices
 
 

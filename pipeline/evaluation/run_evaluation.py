@@ -110,7 +110,7 @@ class RunEvaluator:
         rows = np.random.default_rng(0).permutation(results.predictions.index)
         size = min(BATCH_NORM_BATCH_SIZE, len(rows))
         rows = rows[: len(rows) - len(rows) % size]
-        dataset = evaluation_stream(self.manifest, self.source, self.config, self.split, batch_size=size, rows=rows)
+        dataset = evaluation_stream(self.manifest, self.source, self.config, rows, batch_size=size)
         return replace(results, batch_norm=batch_norm_gap(self.model, dataset, TASKS[self.config.task]))
 
     def write(self, results: EvaluationResults) -> None:
@@ -141,6 +141,6 @@ class RunEvaluator:
     def load_images(self, indices: np.ndarray) -> np.ndarray:
         """Load images of the manifest as the network sees them, uint8 (N, R, R, 3)."""
         [(images, *_)] = evaluation_stream(
-            self.manifest, self.source, self.config, self.split, batch_size=len(indices), rows=indices
+            self.manifest, self.source, self.config, indices, batch_size=len(indices)
         ).as_numpy_iterator()
         return images

@@ -149,7 +149,7 @@ class StageData:
             self._manifest,
             self._source,
             self._config,
-            split,
+            self._manifest.indices(split),
             batch_size=self._batch_size.images // self._batch_size.accumulation,
             shard=self._shard,
             **stream_kwargs,
