@@ -16,7 +16,7 @@ from pipeline.evaluation import tta
 from pipeline.evaluation.batch_norm import batch_norm_gap
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.grad_cam import GradCam
-from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
+from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.gallery import gallery_items, most_confident_correct, worst_errors
 from pipeline.evaluation.report.html_report import write_report
@@ -76,24 +76,14 @@ class RunEvaluator:
             self.run.temperature() if self.run.calibration.exists() else self.fit_temperature(self.predict_validation())
         )
 
-    def summarize_with_intervals(
-        self, predictions: Predictions, evaluation: Evaluation, temperature: float | None
-    ) -> EvaluationResults:
-        """Add intervals, calibration and suspected label errors to the metrics of a split."""
-        table = self.manifest.table
-        return summarize_with_intervals(
-            predictions, evaluation, table["key"].tolist(), table["group"].to_numpy(), temperature
-        )
-
     def with_tta(self, split: str, name: str) -> EvaluationResults:
         """Evaluate a split with the views `tta.VIEWS[name]`, named split-name; means have no temperature."""
         preprocess_fns = tta.tta_preprocess_fns(name, self.config.variant.resolution, self.config.data.resize)
         predictions = tta.average_predictions(
             [self.predict(split, preprocess_fn=preprocess_fn) for preprocess_fn in preprocess_fns]
         )
-        return self.summarize_with_intervals(
-            predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}"), None
-        )
+        evaluation = evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}")
+        return summarize_with_intervals(predictions, evaluation, self.manifest, None)
 
     def with_corruptions(self, results: EvaluationResults) -> EvaluationResults:
         """Evaluate the split with every kind of corruption at every severity."""
