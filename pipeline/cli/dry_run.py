@@ -12,8 +12,8 @@ from pipeline.data.validation import class_table, scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
+from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
-from pipeline.training.recipe import class_weights
 from pipeline.training.resolve import ResolvedConfig, resolve, resolve_batch
 
 
@@ -41,7 +41,7 @@ def print_dry_run(config: Config, console: Console) -> None:
             manifest = scan(source, config.data, seed=config.seed, progress=progress)
         resolved = resolve(config, runtime, model, manifest)
         config, runtime = resolved.config, resolved.runtime
-        class_weights(config.train, class_names, manifest.class_counts()["train"].tolist())
+        class_weights(config.train, manifest)
     console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
         console.print(

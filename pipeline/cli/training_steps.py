@@ -28,10 +28,10 @@ from pipeline.tasks import TASKS
 from pipeline.tracking.mlflow_logger import MLflowLogger
 from pipeline.training import checkpoint
 from pipeline.training.callbacks import Callback
+from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
-from pipeline.training.recipe import class_weights
 from pipeline.training.resolve import ResolvedConfig, open_data, resolve_on_chief
 from pipeline.training.resume import restore_latest
 from pipeline.training.setup import create_model, create_train_state
@@ -164,7 +164,7 @@ def prepare_run(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume
     )
     config, runtime = resolved.config, resolved.runtime
-    weight_per_class = class_weights(config.train, manifest.class_names, manifest.class_counts()["train"].tolist())
+    weight_per_class = class_weights(config.train, manifest)
     state = create_train_state(config.optimizer, runtime, model)
     identity = {
         "config": config.model_dump(mode="json"),
