@@ -14,7 +14,7 @@ All of them take what `model.keras` takes, float32 (B, R, R, 3), RGB in [0, 255]
 import json
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,15 @@ def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None
         converted.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     onnx.checker.check_model(converted, full_check=True)
     onnx.save(converted, path)
+
+
+# By format: writes it, given the model, its interface, the training images that int8 is calibrated on, and the path.
+WRITERS: dict[str, Callable[[keras.Model, ModelSignature, tf.data.Dataset, Path], None]] = {
+    "savedmodel": lambda model, contract, _, path: write_saved_model(model, contract, path),
+    "litert": lambda model, contract, _, path: write_litert(model, contract, path),
+    "litert-int8": lambda model, contract, images, path: write_litert(model, contract, path, calibration=images),
+    "onnx": lambda model, contract, _, path: write_onnx(model, contract, path),
+}
 
 
 def _serving(model: keras.Model, contract: ModelSignature) -> tf.types.experimental.PolymorphicFunction:
