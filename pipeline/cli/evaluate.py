@@ -16,11 +16,11 @@ from pipeline.cli.loaded_model import (
     add_model_arguments,
     check_model_arguments,
     check_new_output,
+    choose_split,
     load_model,
 )
 from pipeline.cli.predict import IMAGES_HELP, add_output_arguments, check_output_arguments, predict
 from pipeline.console import Console
-from pipeline.errors import RunError
 from pipeline.runs.run_directory import RunDirectory
 
 
@@ -146,9 +146,7 @@ def evaluate_run(
     evaluator = RunEvaluator(
         loaded.model, loaded.config, run, manifest, source, loaded.predictor(manifest, source, console)
     )
-    split = split or evaluator.split
-    if not len(manifest.indices(split)):
-        raise RunError(f"{run.path}: its data have no split {split}")
+    split = choose_split(run, manifest, split)
     if tta:
         results = evaluator.with_tta(split, tta)
     else:

@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.arguments import add_overrides, command_parser, local_path
-from pipeline.cli.loaded_model import find_finished_run
+from pipeline.cli.loaded_model import choose_split, find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
-from pipeline.errors import RunError, UserError, suggest
+from pipeline.errors import UserError, suggest
 from pipeline.export.directory import FAILED, FORMATS, ExportDirectory, prepare
 from pipeline.files import sha256_of
 from pipeline.runs.run_directory import RunDirectory
@@ -155,10 +155,7 @@ def export(
     # The other runtimes use the CPU. Latencies and last digits are comparable only on the same device.
     tf.config.set_visible_devices([], "GPU")
     manifest = Manifest.load(run.manifest)
-    if split is None:
-        split = "test" if len(manifest.indices("test")) else "val"
-    if not len(manifest.indices(split)):
-        raise RunError(f"{run.path}: its data have no split {split}")
+    split = choose_split(run, manifest, split)
     source = open_source(config.data)
     signature = ModelSignature(
         manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]

@@ -95,6 +95,18 @@ def check_new_output(path: Path) -> None:
         raise UserError(f"{path}: exists already and is not overwritten; choose another --out")
 
 
+def choose_split(run: RunDirectory, manifest: "Manifest", split: str | None) -> str:
+    """Return the split to evaluate on: the given one; for None, the one that the run is evaluated on.
+
+    Raises:
+        RunError: The data of the run have no such split.
+    """
+    split = split or manifest.evaluation_split
+    if not len(manifest.indices(split)):
+        raise RunError(f"{run.path}: its data have no split {split}")
+    return split
+
+
 def find_finished_run(name: str) -> RunDirectory:
     """Find a run that has its final model.
 

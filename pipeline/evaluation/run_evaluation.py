@@ -54,8 +54,8 @@ class RunEvaluator:
 
     @property
     def split(self) -> str:
-        """The split that the run is evaluated on: test, or val where there is no test split."""
-        return "test" if len(self.manifest.indices("test")) else "val"
+        """The split that the run is evaluated on."""
+        return self.manifest.evaluation_split
 
     def predict_validation(self) -> Predictions | None:
         """Predict the validation split; None where there is none."""
