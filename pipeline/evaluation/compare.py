@@ -29,6 +29,7 @@ from pipeline.evaluation.statistics import (
 )
 
 Verdict = Literal["better", "worse", "open"]
+DIRECTIONS = ("right to wrong", "wrong to right")  # of the images that only one run classifies correctly
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,8 @@ class RunComparison:
             `exact_bounds`.
         loss: Difference of the mean cross-entropies in nats; None where all images are one group.
         class_metrics: By name, the metrics that follow from class counts.
-        changed_images: A row for each image that only one run classifies correctly: key, true_class, turned ("right to
-            wrong" or "wrong to right", from A to B), predicted_a, probability_a, predicted_b, probability_b.
+        changed_images: A row for each image that only one run classifies correctly: key, true_class, turned (from A to
+            B, one of DIRECTIONS), predicted_a, probability_a, predicted_b, probability_b.
     """
 
     a: str
@@ -285,7 +286,7 @@ def _changed_images(first: RunPredictions, other: RunPredictions) -> pd.DataFram
         {
             "key": a["key"],
             "true_class": a["true_class"],
-            "turned": np.where(became_wrong, "right to wrong", "wrong to right"),
+            "turned": np.where(became_wrong, *DIRECTIONS),
             "predicted_a": a["predicted_class"],
             "probability_a": a["probability"],
             "predicted_b": b["predicted_class"],
