@@ -14,7 +14,7 @@ from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
 from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
-from pipeline.training.resolve import ResolvedConfig, resolve, resolve_batch
+from pipeline.training.resolve import ResolvedConfig, print_notes, resolve, resolve_batch
 
 
 def print_dry_run(config: Config, console: Console) -> None:
@@ -68,13 +68,7 @@ def print_dry_run(config: Config, console: Console) -> None:
 def print_data(manifest: Manifest, console: Console) -> None:
     """Print the images of each class and split, the notes, and the number of images that cannot be used."""
     console.print(class_table(manifest))
-    for note in manifest.notes:
-        console.print(f"note: {note}")
-    if manifest.left_out:
-        console.print(
-            f"left out: {len(manifest.left_out):,} images that cannot be used; "
-            f"{python_executable()} -m pipeline check lists them"
-        )
+    print_notes(manifest, f"; {python_executable()} -m pipeline check lists them", console)
 
 
 def print_schedule(resolved: ResolvedConfig, num_images: int, console: Console) -> None:
