@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, command_parser, local_path
+from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.console import Console
-from pipeline.errors import UserError
 from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; create it first")
+    if arguments.json is not None:
+        check_folder(arguments.json)
     console.redirect_library_output(None)
 
     import tensorflow as tf

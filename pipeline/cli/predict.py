@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.cli.arguments import command_parser, local_path
+from pipeline.cli.arguments import check_folder, command_parser, local_path, positive_int
 from pipeline.cli.loaded_model import (
     LoadedModel,
     add_model_arguments,
@@ -23,7 +23,6 @@ from pipeline.cli.loaded_model import (
     load_model,
 )
 from pipeline.console import Console
-from pipeline.errors import UserError
 from pipeline.evaluation.image_paths import STDIN, image_paths
 
 IMAGES_HELP = "images to label: files, folders, quoted globs, or - for a list on standard input"
@@ -48,13 +47,11 @@ def add_output_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--format", choices=["table", "csv", "jsonl"], help="format of the labels on standard output (default: table)"
     )
-    parser.add_argument("--top", type=int, metavar="K", help="number of most probable classes (default: 5)")
+    parser.add_argument("--top", type=positive_int, metavar="K", help="number of most probable classes (default: 5)")
 
 
 def check_output_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Exit with an error if --top, --format and --out are invalid. Take the format of a file from its suffix."""
-    if arguments.top is not None and arguments.top < 1:
-        parser.error(f"--top must be at least 1. Received: {arguments.top}")
+    """Exit with an error if --format and --out are invalid. Take the format of a file from its suffix."""
     if arguments.out is not None:
         if arguments.format:
             parser.error("--format belongs to standard output; the suffix of --out selects the format: .csv or .jsonl")
@@ -81,8 +78,7 @@ def predict(arguments: argparse.Namespace, console: Console) -> int:
     """
     if arguments.out is not None:
         check_new_output(arguments.out)
-        if not arguments.out.parent.is_dir():
-            raise UserError(f"{arguments.out}: there is no folder {arguments.out.parent}; create it first")
+        check_folder(arguments.out)
     paths = image_paths(arguments.images, sys.stdin.buffer if STDIN in arguments.images else ())
     stdout = console.reserve_stdout() if arguments.format in ("csv", "jsonl") and not arguments.out else None
     loaded = load_model(arguments, console)

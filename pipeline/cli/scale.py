@@ -9,6 +9,7 @@ from pipeline.cli.arguments import (
     BYTES,
     COUNT,
     SECONDS,
+    check_folder,
     command_parser,
     local_path,
     positive_int,
@@ -234,8 +235,7 @@ def check_writable(path: Path) -> None:
         raise UserError(
             f"{path}: exists already and is not overwritten; choose another name for --write, or remove the file"
         )
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; create it first")
+    check_folder(path)
 
 
 def write_config(
