@@ -171,7 +171,7 @@ def load_pretrained_model(weights: str, variant: str, console: Console) -> Loade
         model=ModelConfig(variant=variant, weights=None), data=DataConfig(source="digits")
     )
     runtime = setup_devices(config.runtime, config.seed)
-    synsets, names = zip(*imagenet_classes(), strict=True)
+    synsets, names = imagenet_classes()
     with runtime.strategy.scope():
         model = efficientnet(config.variant, num_classes=len(names))
         report = load_pretrained(model, weights, variant=config.variant, class_names=names)

@@ -15,7 +15,7 @@ from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
 from pipeline.errors import DataError, suggest
 from pipeline.evaluation.predictor import Predictions
-from pipeline.models.head_transfer import match_classes, read_class_map
+from pipeline.models.head_transfer import match_classes
 
 SPLIT = "test"  # of every row of the manifest: the data are not used for training
 
@@ -127,8 +127,7 @@ def align(
         WeightsError: The class map cannot be read or names unknown classes.
         DataError: A class of the data has no output, or shares one with another; the message names all of them.
     """
-    mapping = None if class_map is None else read_class_map(class_map)
-    match = match_classes(data_classes, class_lists, mapping, origin=str(class_map))
+    match = match_classes(data_classes, class_lists, class_map)
     if match.new:
         known = [name for names in class_lists for name in names]
         unmatched = [
