@@ -23,6 +23,7 @@ from rich.text import Text
 from pipeline.errors import TrainingError, UserError
 
 DEBUG = "EFFICIENTNET_DEBUG"
+ProgressFn = Callable[[int, int | None], None]  # called with the number done and the total, None if it is not known
 
 
 def is_debugging() -> bool:
@@ -83,7 +84,7 @@ class Console:
         return self.rich.is_terminal and not is_debugging()
 
     @contextmanager
-    def progress(self, description: str) -> Iterator[Callable[[int, int | None], None]]:
+    def progress(self, description: str) -> Iterator[ProgressFn]:
         """Show a progress bar during the block.
 
         The block receives a function and calls it with the number done and the total, None if that is not known.

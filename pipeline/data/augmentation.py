@@ -4,7 +4,6 @@ An augmentation is a function of (encoded file, its height and width as stored, 
 arguments give the same pixels on any thread, in any order.
 """
 
-import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.augment import AugmentConfig, TransformConfig
+from pipeline.config.augment import AugmentConfig, TransformConfig, import_albumentations
 from pipeline.data.preprocessing import (
     JPEG_METHOD,
     RGB,
@@ -270,7 +269,6 @@ class AlbumentationsTransforms:
 
     def __init__(self, transforms: Sequence[TransformConfig], resolution: int) -> None:
         """Create the transforms."""
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import cv2
 
         cv2.setNumThreads(0)  # the threads are tf.data's
@@ -297,8 +295,7 @@ class AlbumentationsTransforms:
         return np.ascontiguousarray(compose(image=image)["image"])
 
     def _build(self) -> Any:
-        import albumentations
-
+        albumentations = import_albumentations()
         built = []
         for transform in self._transforms:
             if transform.name in REJECTED_TRANSFORMS:

@@ -29,7 +29,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import TASKS
 
 PREFETCH = 2  # batches that wait ready; more would only take memory
-INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch
+INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch, or the corruption
 NUMBERS = ("label", "height", "width", "orientation")
 BYTES = tuple(bytes([value]) for value in range(256))
 
@@ -143,8 +143,8 @@ def feature_stream(
     batch_size: int,
     features: np.ndarray,
     *,
-    start_step: int = 0,
-    shard: Shard = FULL_SHARD,
+    start_step: int,
+    shard: Shard,
 ) -> tf.data.Dataset:
     """Return the batches of `training_stream` without augmentation, with a frozen backbone's features as the images.
 

@@ -3,7 +3,7 @@
 Training begins with it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from rich.table import Table
 
 from pipeline.config.data import DataConfig
+from pipeline.console import ProgressFn
 from pipeline.data.inspection import FORMATS, ImageFlag, inspect_all
 from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
@@ -90,7 +91,7 @@ def scan(
     config: DataConfig,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     min_classes: int = 2,
     full_dataset: bool = True,
 ) -> Manifest:
@@ -119,7 +120,7 @@ def validate(
     config: DataConfig,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     min_classes: int = 2,
     full_dataset: bool = True,
 ) -> ValidationReport:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from pipeline.config.runtime import RuntimeConfig
@@ -92,8 +90,6 @@ def setup_devices(config: RuntimeConfig, seed: int, process_info: ProcessInfo | 
     """
     # Connecting comes first: TensorFlow wants it before it has looked at a device.
     multi_worker = None if process_info is None else tf.distribute.MultiWorkerMirroredStrategy()
-    random.seed(seed)
-    np.random.seed(seed)
     keras.utils.set_random_seed(seed)
     gpus = tf.config.list_logical_devices("GPU")
     if not gpus:

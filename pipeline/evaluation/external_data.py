@@ -1,6 +1,6 @@
 """Labeled data that a network was not trained on, and the alignment of their classes with the network's outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.data import DataConfig
+from pipeline.console import ProgressFn
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
 from pipeline.data.sources.catalog import open_source
@@ -80,7 +81,7 @@ def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, Data
     return source, config
 
 
-def scan_external_data(source: SplitSource, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
+def scan_external_data(source: SplitSource, config: DataConfig, progress: ProgressFn) -> Manifest:
     """Read and decode every image, as before training; all of them belong to the split `SPLIT`.
 
     Raises:

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.export import ExportConfig
+from pipeline.console import ProgressFn
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictor import Predictions, Progress, predict_batches
+from pipeline.evaluation.predictor import Predictions, predict_batches
 from pipeline.export.loading import Forward, LoadedExport
 from pipeline.models.profile import latency
 from pipeline.tasks import Task
@@ -62,7 +63,7 @@ def run_reference(
     dataset: tf.data.Dataset,
     split: str,
     task: Task,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> ReferenceResult:
     """Run the model over a split.
 
@@ -93,7 +94,7 @@ def check_parity(
     limits: ExportConfig,
     *,
     exact: bool,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> ParityReport:
     """Run an exported network over the split that the model was run over, and compare both.
 
@@ -150,7 +151,7 @@ def _shortfalls(
     return failures
 
 
-def _predict(forward: Forward, dataset: tf.data.Dataset, task: Task, progress: Progress | None) -> Predictions:
+def _predict(forward: Forward, dataset: tf.data.Dataset, task: Task, progress: ProgressFn | None) -> Predictions:
     def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor | np.ndarray]:
         return [index, task.decode(labels), forward(images.numpy().astype(np.float32))]
 

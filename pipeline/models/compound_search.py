@@ -17,11 +17,14 @@ import keras
 import tensorflow as tf
 import yaml
 
+from pipeline.console import ProgressFn
 from pipeline.errors import UserError
 from pipeline.models.efficientnet import CLASSIFIER, efficientnet
 from pipeline.models.profile import estimated_memory, latency, profile_model
 from pipeline.models.variants import (
     IMAGENET_VARIANTS,
+    LARGEST_PHI,
+    SMALLEST_PHI,
     VARIANTS,
     Variant,
     end_filters,
@@ -32,7 +35,6 @@ from pipeline.models.variants import (
 )
 
 STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
-SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
 
 T = TypeVar("T")
 
@@ -151,8 +153,8 @@ def profile_variant(variant: Variant, *, num_classes: int = 1000, batch_size: in
     return VariantProfile(sum(stage_repeats(variant)), counted.trainable_parameters, counted.flops, memory)
 
 
-def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
-    """Seconds that the network takes for one image.
+def latency_of(variant: Variant, *, num_classes: int) -> float:
+    """Measure the seconds that the network takes for one image.
 
     As a tf.function on TensorFlow's default device, the result's way back included.
     """
@@ -179,7 +181,7 @@ def grid(
 def flops_ratios(
     triples: Sequence[tuple[float, float, float]],
     flops: Callable[[Variant], float],
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: ProgressFn | None = None,
 ) -> list[Candidate]:
     """Measure the triples of a grid at phi = 1.
 
@@ -196,7 +198,8 @@ def flops_ratios(
     for done, (alpha, beta, gamma) in enumerate(triples, 1):
         ratio = flops(from_multipliers(beta, alpha, round(VARIANTS["b0"].resolution * gamma))) / base
         candidates.append(Candidate(alpha, beta, gamma, ratio))
-        progress(done, len(triples))
+        if progress is not None:
+            progress(done, len(triples))
     return sorted(candidates, key=lambda candidate: (abs(candidate.flops_ratio - 2), abs(candidate.product - 2)))
 
 

@@ -33,7 +33,7 @@ from keras import layers
 from pipeline.models.variants import BlockArgs, Family, Variant, end_filters, stage_filters, stage_repeats
 
 CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
-TOP_DROPOUT = "top_dropout"
+TOP_ACTIVATION, POOLING, TOP_DROPOUT = "top_activation", "avg_pool", "top_dropout"
 
 
 class LayerTypes(NamedTuple):
@@ -182,7 +182,7 @@ class LayerBuilder:
 
     def classifier(self, x: keras.KerasTensor, num_classes: int, dropout: float) -> keras.KerasTensor:
         """Pool a feature map and classify it: float32 logits (B, num_classes)."""
-        x = layers.GlobalAveragePooling2D(dtype=self.dtype, name="avg_pool")(x)
+        x = layers.GlobalAveragePooling2D(dtype=self.dtype, name=POOLING)(x)
         if dropout > 0:
             x = self.layer_types.dropout(dropout, seed=self.seed_of(TOP_DROPOUT), dtype=self.dtype, name=TOP_DROPOUT)(x)
         # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of
@@ -278,7 +278,7 @@ def block_of(layer_name: str) -> int:
         return int(match[1])
     if layer_name in (TOP_DROPOUT, CLASSIFIER):
         return CLASSIFIER_BLOCK
-    return 8 if layer_name.startswith(("top_", "avg_pool")) else 0
+    return 8 if layer_name.startswith(("top_", POOLING)) else 0
 
 
 def to_inference_model(model: keras.Model) -> keras.Model:

@@ -19,13 +19,9 @@ import tensorflow as tf
 from pipeline.errors import DataError
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}  # accepted spellings
+# accepted spellings
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MAX_LISTED = 20  # problems in a message
 
 
 class LabeledImage(NamedTuple):
@@ -93,7 +89,7 @@ class CorruptImageError(DataError):
         self.problem = problem
 
 
-def format_list(problems: Sequence[str], limit: int = 20) -> str:
+def format_list(problems: Sequence[str]) -> str:
     """Format the first problems, one on a line, and the number of the others."""
-    rest = [f"  and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n".join([*(f"  {problem}" for problem in problems[:limit]), *rest])
+    rest = [f"  and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join([*(f"  {problem}" for problem in problems[:MAX_LISTED]), *rest])

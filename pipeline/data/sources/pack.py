@@ -9,7 +9,6 @@ Records are read by number, so only the requested bytes are read. `pipeline.data
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
+from pipeline.console import ProgressFn
 from pipeline.data.scan_cache import key_hash
 from pipeline.data.sources.base import CorruptImageError, FileStat, LabeledImage
 from pipeline.errors import DataError
@@ -247,7 +247,7 @@ def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
     return problems or [f"{path}: is not the file that was written, but all of its images are intact"]
 
 
-def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
+def verify(folder: Path, progress: ProgressFn) -> tuple[PackMetadata, list[str]]:
     """Read a full pack and compare it with its hashes.
 
     Args:

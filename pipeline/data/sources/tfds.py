@@ -54,7 +54,7 @@ class TfdsSource:
         return tf.ensure_shape(file, ())
 
 
-def open_tfds(name: str, data_dir: Path, *, download: bool = True) -> TfdsSource:
+def open_tfds(name: str, data_dir: Path, *, download: bool) -> TfdsSource:
     """Open a data set.
 
     Args:
