@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntFlag
 from itertools import chain
@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.console import ProgressFn
 from pipeline.data.preprocessing import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
 from pipeline.data.sources.base import CorruptImageError, DataSource, LabeledImage
@@ -128,7 +129,7 @@ def inspect(data: bytes) -> np.ndarray | str:
         if not result.perceptual and image.shape[:2] != (header.height, header.width):
             result = signature(_decode(data, header.kind, 1), header.orientation)  # compared by all of its pixels
     except (tf.errors.OpError, ValueError) as error:
-        return f"is a damaged {header.kind}: {_reason(error)}"
+        return f"is a damaged {header.kind}: {short_message(error)}"
     facts = np.zeros((), FACTS)
     facts["sha256"] = np.void(hashlib.sha256(data).digest())
     facts["kind"], facts["orientation"], facts["traits"] = FORMATS.index(header.kind), header.orientation, header.flags
@@ -150,7 +151,8 @@ def _decode(data: bytes, kind: str, ratio: int) -> np.ndarray:
         return (decode_webp if kind == "WEBP" else decode_plain)(data).numpy()
 
 
-def _reason(error: Exception) -> str:
+def short_message(error: Exception) -> str:
+    """Return the message of an error, of TensorFlow's without the names of its operations."""
     message = getattr(error, "message", str(error))
     return message.rpartition("}} ")[2].partition(" [Op:")[0].strip()
 
@@ -159,7 +161,7 @@ def inspect_all(
     source: DataSource,
     images: Sequence[LabeledImage],
     cache: ScanCache,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     *,
     full_dataset: bool = True,
 ) -> tuple[np.ndarray, dict[int, str]]:
