@@ -255,13 +255,12 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         )
     leaks = alike[members["split"].transform("nunique") > 1]
     if len(leaks) and on_leak != "ignore":
-        text = f"{len(leaks)} near-duplicate images stand in more than one split, as the data give them"
+        text = f"{len(leaks)} near-duplicate images are in more than one of the data set's own splits"
         items = _groups(leaks, "group", "split")
         if on_leak == "error":
             remedy = (
-                "Figures on val and test would be too good. Delete the copies or move them into one split; or let the "
-                "program make the "
-                "splits, from data without any; or accept it by data.on_leak=warn."
+                "Metrics on val and test would be optimistic. Delete the copies or move them into one split; "
+                "or let the program make the splits, from data without any; or accept it by data.on_leak=warn."
             )
             yield Finding("leaks", "error", text, items, remedy)
         else:

@@ -71,8 +71,8 @@ class ExportDirectory:
     ) -> None:
         """Put everything in its place: good files beside the metadata, the others into `failed/`.
 
-        A format of which there is no new file keeps the earlier one. The metadata come first: an export that is cut off
-        in here is known for one, and is mended by another.
+        A format of which there is no new file keeps the earlier one. Metadata are written first, so the next export
+        recognizes and repairs an interrupted one.
 
         Args:
             description: What `metadata.json` says of all formats.

@@ -118,7 +118,7 @@ def write_litert(
 
     Args:
         model: What to write.
-        contract: What goes with it.
+        contract: Interface of the model.
         path: The file.
         calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by
             channel) and activations become 8-bit integers; input and output stay float32.
@@ -131,9 +131,8 @@ def write_litert(
             converter.representative_dataset = lambda: (
                 [images.numpy().astype(np.float32)] for images, *_ in calibration
             )
-            converter.target_spec.supported_ops = [
-                tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-            ]  # an operation without integers is an error
+            # An operation without integers is an error.
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         path.write_bytes(converter.convert())
     with zipfile.ZipFile(path, "a") as archive:  # the runtime reads to the model's end, zip readers from the file's
         archive.writestr("labels.txt", "\n".join(contract.class_names) + "\n")

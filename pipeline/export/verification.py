@@ -47,7 +47,7 @@ class ParityReport:
         agreement: Share of the images whose top-1 class is the model's.
         accuracy: Top-1, in [0, 1].
         latency: Seconds for one image.
-        failures: Why the file may not be taken for the model; empty if it may.
+        failures: Reasons why the file fails the limits; empty if it meets them.
     """
 
     max_logit_difference: float
@@ -102,7 +102,7 @@ def check_parity(
         exported: The network as it came out of its file.
         reference: The model.
         dataset: The same batches.
-        limits: What it must come up to.
+        limits: Limits of the comparison.
         exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
         progress: As of `run_reference`.
     """
@@ -136,14 +136,12 @@ def _shortfalls(
     if exact and difference > limits.max_logit_difference * reference.logit_std:
         failures.append(
             f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' "
-            "standard deviation; "
-            f"export.max_logit_difference allows {limits.max_logit_difference:g}"
+            f"standard deviation; export.max_logit_difference allows {limits.max_logit_difference:g}"
         )
     if agreement < limits.min_agreement:
         failures.append(f"top-1 agreement is {agreement:.2%}; export.min_agreement asks for {limits.min_agreement:.2%}")
-    loss = round(
-        reference.accuracy - accuracy, 9
-    )  # of two shares, which may be a last digit above a limit that they meet
+    # The difference of two shares may be a last digit above a limit that they meet.
+    loss = round(reference.accuracy - accuracy, 9)
     if loss > limits.max_accuracy_loss:
         failures.append(
             f"accuracy is {loss:.2%} below the model's; export.max_accuracy_loss allows {limits.max_accuracy_loss:.2%}"

@@ -66,7 +66,7 @@ def resolve_xla(
     if previous is not None and previous.runtime.xla != "auto":
         jit_compile = previous.runtime.xla
         if jit_compile != runtime.jit_compile:
-            reason = f"XLA {'on' if jit_compile else 'off'}, as the run began"
+            reason = f"XLA {'on' if jit_compile else 'off'}, as when the run was started"
     elif runtime.jit_compile is None:
         jit_compile, reason = _estimate(config, model, schedule)
     if jit_compile:
