@@ -113,10 +113,9 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    image_augmentation(
-        config.augment, config.variant.resolution, config.data.resize
-    )  # reports a wrong argument of a transform before the scan, which may take an hour
-    check_servers(config.runtime.data_service or ())  # likewise
+    # These report a wrong argument of a transform and a missing server before the scan, which may take an hour.
+    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
+    check_servers(config.runtime.data_service or ())
     variant = config.variant
     console.print(
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"

@@ -192,24 +192,12 @@ def decode_window(
     return tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, crop_decoded)
 
 
-# --- albumentations
-# ----------------------------------------------------------------------------------------------------------------
+# --- albumentations ---------------------------------------------------------------------------------------------------
 
 # Arguments in pixels: a float is a fraction of the resolution, a whole number is pixels.
 PIXEL_ARGUMENTS = frozenset(
-    {
-        "size",
-        "height",
-        "width",
-        "min_height",
-        "min_width",
-        "min_max_height",
-        "max_size",
-        "max_size_hw",
-        "target_size",
-        "padding",
-        "px",
-    }
+    {"size", "height", "width", "min_height", "min_width", "min_max_height", "max_size", "max_size_hw", "target_size"}
+    | {"padding", "px"}
     | {"x_min", "y_min", "x_max", "y_max", "unit_size_range", "shift_xy", "mask_x_length", "mask_y_length"}
     | {"src_radius", "drop_length", "drop_width"}
 )
@@ -337,8 +325,8 @@ class AlbumentationsTransforms:
                 if result.dtype != np.uint8 or result.shape != (side, side, RGB):
                     raise ConfigError(
                         f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into "
-                        f"{result.dtype} of "
-                        f"{' x '.join(map(str, result.shape))}; the network takes uint8 of {side} x {side} x 3. "
+                        f"{result.dtype} of {' x '.join(map(str, result.shape))}; "
+                        f"the network takes uint8 of {side} x {side} x 3. "
                         "Begin with RandomResizedCrop or end with Resize or a crop"
                     )
 

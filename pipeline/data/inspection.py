@@ -25,9 +25,8 @@ MAX_BYTES = 2**30  # of a file; an image of the most pixels takes half of it unc
 # PIL's names of what tf.io decodes; never change the order without scan_cache.SCAN_VERSION
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag
-SIGNATURE_MIN_SIDE = (
-    128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to
-)
+# Pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to.
+SIGNATURE_MIN_SIDE = 128
 CHUNK = 16  # files that a thread takes at a time
 
 
@@ -71,9 +70,8 @@ def read_header(data: bytes) -> ImageHeader | str:
     try:
         with Image.open(io.BytesIO(data)) as header:
             kind, mode, (width, height) = header.format or "", header.mode, header.size
-            orientation = (
-                header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
-            )  # without the test, a PNG would be decoded
+            # Without the test, a PNG would be decoded.
+            orientation = header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
             transparent = mode in ("LA", "PA", "RGBA") or "transparency" in header.info
             animated = kind in ("GIF", "PNG") and bool(getattr(header, "is_animated", False))
     except UnidentifiedImageError:

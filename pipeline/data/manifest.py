@@ -115,9 +115,8 @@ class Manifest:
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
         """Return the manifest that `to_bytes` serialized."""
-        rows = pq.read_table(
-            io.BytesIO(content)
-        ).combine_chunks()  # of many, each look at some rows would join them all
+        # Of many chunks, each look at some rows would join them all.
+        rows = pq.read_table(io.BytesIO(content)).combine_chunks()
         lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
         left_out = tuple(SkippedImage(*row) for row in lists["left_out"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)

@@ -162,14 +162,8 @@ def _finished(staging: Path) -> list[_WrittenShard]:
         try:
             rows = pq.read_table(path.with_suffix(".parquet"), memory_map=False)
             parts.append(_WrittenShard(path, rows.cast(ROWS), rows.schema.metadata[b"sha256"].decode()))
-        except (
-            OSError,
-            pa.ArrowException,
-            KeyError,
-            TypeError,
-            ValueError,
-        ):  # it is missing, or a loss of power cut it short
-            break
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            break  # it is missing, or a loss of power cut it short
     for path in staging.glob("[0-9]*.parquet"):
         if int(path.stem) >= len(parts):
             path.unlink()

@@ -262,9 +262,8 @@ def efficientnet(
     x = build.norm_activate(build.conv(x, "top_conv", top_filters), "top")
     if include_top:
         x = build.classifier(x, num_classes, variant.dropout if dropout is None else dropout)
-    return keras.Model(
-        images, x, name="efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)
-    )  # = and , break TensorFlow's scopes
+    name = "efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)  # = and , break TensorFlow's scopes
+    return keras.Model(images, x, name=name)
 
 
 def block_of(layer_name: str) -> int:

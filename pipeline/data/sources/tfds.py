@@ -118,9 +118,8 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
         '      python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='DIR').download_and_prepare(file_format='array_record')\""
     )
-    by_hand = (
-        builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
-    )  # then the addresses are where people get the files, and the error says how
+    # Where files are downloaded by hand, the addresses are where people get them, and the error says how.
+    by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
     silent = (
         {} if by_hand else unreachable(set(builder.url_infos) - _downloaded_urls(data_dir / "downloads"), REACH_SECONDS)
     )
