@@ -156,3 +156,10 @@ def run_cli(program: Callable[[Console], int]) -> int:
         if console.log_path is not None:
             logging.getLogger("pipeline").error("%s", details)
         return 1
+
+
+def format_duration(seconds: float) -> str:
+    """Return a text such as `2 min 05 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -2,13 +2,14 @@
 
 from rich.syntax import Syntax
 
+from pipeline.cli.check import class_table
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
 from pipeline.data.sources.catalog import open_source
-from pipeline.data.validation import class_table, scan
+from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model

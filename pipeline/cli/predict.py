@@ -7,12 +7,14 @@ find IMAGES -newer labels.csv | efficientnet predict --run latest --format jsonl
 """
 
 import argparse
+import csv
+import json
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pipeline.cli.arguments import check_folder, command_parser, local_path, positive_int
 from pipeline.cli.loaded_model import (
@@ -24,6 +26,9 @@ from pipeline.cli.loaded_model import (
 )
 from pipeline.console import Console
 from pipeline.evaluation.image_paths import STDIN, image_paths
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.predict import FilePrediction
 
 IMAGES_HELP = "images to label: files, folders, quoted globs, or - for a list on standard input"
 
@@ -109,7 +114,7 @@ def predict_images(
     Returns:
         The exit code: 0, 1 if an image could not be read, or 141 (128 + SIGPIPE) if the reader of the output is gone.
     """
-    from pipeline.evaluation.predict import csv_writer, format_prediction, json_lines_writer, predict_files
+    from pipeline.evaluation.predict import format_prediction, predict_files
     from pipeline.tasks import TASKS
 
     names = [" ".join(synonyms) for synonyms in zip(*loaded.class_lists, strict=True)]
@@ -142,3 +147,38 @@ def predict_images(
         + (f", {failed:,} could not be read" if failed else "")
     )
     return 1 if failed else 0
+
+
+def csv_writer(file: TextIO, k: int) -> Callable[["FilePrediction"], None]:
+    """Write the header of a CSV file: path, error, class1, probability1, and so on up to `k`.
+
+    Returns:
+        A function that adds the row of a prediction.
+    """
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(
+        ["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))]
+    )
+
+    def add(prediction: "FilePrediction") -> None:
+        cells = [cell for label in prediction.top for cell in (label.name, f"{label.probability:.6g}")]
+        rows.writerow([prediction.path, prediction.error, *(cells or [""] * (2 * k))])
+        file.flush()
+
+    return add
+
+
+def json_lines_writer(file: TextIO) -> Callable[["FilePrediction"], None]:
+    """Return a function that writes a prediction as a line of JSON.
+
+    A line is {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}.
+    """
+
+    def add(prediction: "FilePrediction") -> None:
+        top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]
+        file.write(
+            json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n"
+        )
+        file.flush()
+
+    return add

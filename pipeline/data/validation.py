@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from rich.table import Table
 
 from pipeline.config.data import DataConfig
 from pipeline.console import ProgressFn
@@ -313,18 +312,3 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
     for text, which in unusual.items():
         if which.any():
             yield Finding("traits", "fact", f"{which.sum():,} images are {text}", tuple(keys[which]))
-
-
-def class_table(manifest: Manifest) -> Table:
-    """Return a console table of the images per class and split."""
-    counts = manifest.class_counts()
-    table = Table(box=None)
-    for column in ("class", *counts.columns):
-        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
-    rows = counts if len(counts) <= 30 else counts.head(10)
-    for name, row in rows.iterrows():
-        table.add_row(str(name), *(f"{count:,}" for count in row))
-    if len(rows) < len(counts):
-        table.add_row(f"and {len(counts) - len(rows)} more classes")
-    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
-    return table

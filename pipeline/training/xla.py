@@ -12,11 +12,11 @@ import keras
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
+from pipeline.console import format_duration
 from pipeline.distributed.devices import Runtime
 from pipeline.models.layers import disable_fused_layers
 from pipeline.models.profile import profile_model
 from pipeline.training.feature_cache import is_augmented
-from pipeline.training.progress import format_duration
 from pipeline.training.schedule import TrainSchedule
 
 # Measured for B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores. Without XLA, only batch
