@@ -1,5 +1,5 @@
 # make setup      the environment: .venv with the pinned dependencies
-# make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarise
+# make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarize
 # make test       lint, types, and the fast tests
 # make test-slow  the long checks
 

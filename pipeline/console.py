@@ -24,6 +24,7 @@ from rich.text import Text
 from pipeline.errors import TrainingError, UserError
 
 DEBUG = "EFFICIENTNET_DEBUG"
+ProgressFn = Callable[[int, int | None], None]  # called with the number done and the total, None if it is not known
 
 
 def is_debugging() -> bool:
@@ -78,15 +79,19 @@ class Console:
         if isinstance(text, str) and self.log_path is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 
+    @property
+    def shows_progress(self) -> bool:
+        """True if there are progress bars: in a terminal, and not when debugging."""
+        return self.rich.is_terminal and not is_debugging()
+
     @contextmanager
-    def progress(self, description: str) -> Iterator[Callable[[int, int | None], None]]:
+    def progress(self, description: str) -> Iterator[ProgressFn]:
         """Show a progress bar during the block.
 
         The block receives a function and calls it with the number done and the total, None if that is not known.
         """
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
-        disable = is_debugging() or not self.rich.is_terminal
-        with Progress(*columns, console=self.rich, transient=True, disable=disable) as progress:
+        with Progress(*columns, console=self.rich, transient=True, disable=not self.shows_progress) as progress:
             task = progress.add_task(description, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -188,3 +193,10 @@ def run_cli(program: Callable[[Console], int]) -> int:
         if console.log_path is not None:
             logging.getLogger("pipeline").error("%s", details)
         return 1
+
+
+def format_duration(seconds: float) -> str:
+    """Return a text such as `2 min 05 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

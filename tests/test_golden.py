@@ -51,7 +51,7 @@ def pictures() -> list[bytes]:
 def logits() -> np.ndarray:
     """Lite0's for each picture, float32 (4, 1000)."""
     model = efficientnet(LITE0)
-    load_pretrained(model, "imagenet", variant=LITE0, class_names=[name for name, _ in imagenet_classes()])
+    load_pretrained(model, "imagenet", variant=LITE0, class_names=imagenet_classes()[1])
     squares = [
         preprocess(tf.constant(file), tf.constant(1), resolution=LITE0.resolution, resize="crop") for file in pictures()
     ]

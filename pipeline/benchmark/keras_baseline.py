@@ -18,6 +18,7 @@ from pipeline import ORIGINAL_ENVIRONMENT
 from pipeline.benchmark import keras_fit
 from pipeline.benchmark.throughput import ThroughputBenchmark
 from pipeline.config.optimizer import OPTIMIZERS
+from pipeline.console import ProgressFn
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import ConfigError, RunError
 
@@ -30,7 +31,7 @@ def run_keras_baseline(
     *,
     seconds: float,
     pairs: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
 ) -> list[tuple[float, float]]:
     """Time this project's training and Keras's in turns.
 

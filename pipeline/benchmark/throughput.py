@@ -25,7 +25,7 @@ from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.tasks import TASKS
 from pipeline.training.callbacks import Callback
-from pipeline.training.recipe import class_weights
+from pipeline.training.class_weights import class_weights
 from pipeline.training.resolve import resolve
 from pipeline.training.schedule import TrainStage, build_schedule, set_trainable
 from pipeline.training.setup import create_model, create_train_state
@@ -117,9 +117,7 @@ class ThroughputBenchmark:
             [self.clock],
             self.clock.is_over,
             data_servers=self.config.runtime.data_service,
-            class_weights=class_weights(
-                config.train, self.manifest.class_names, self.manifest.class_counts()["train"].tolist()
-            ),
+            class_weights=class_weights(config.train, self.manifest),
         )
         [self._stage] = schedule.stages
         set_trainable(model, self._stage.config)

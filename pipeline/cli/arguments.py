@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from pipeline.config.hints import suggest_key
 from pipeline.console import DEBUG
+from pipeline.errors import UserError
 
 COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 BYTES = {
@@ -134,3 +135,13 @@ def positive_int(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
     return int(text)
+
+
+def check_folder(path: Path) -> None:
+    """Check that the folder of a file to be written exists, before anything is computed for it.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; create it first")

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pipeline.cli.arguments import add_overrides, command_parser, local_path
+from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path, positive_int
 from pipeline.config.loader import load_config
 from pipeline.console import Console
-from pipeline.errors import UserError
 from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
@@ -41,14 +40,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--baseline", choices=["keras-fit", "keras-step"], help="instead, time this in turns with plain Keras"
     )
-    parser.add_argument("--pairs", type=int, default=7, help="with --baseline: number of rounds (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=positive_int, default=7, help="with --baseline: number of rounds (default: %(default)s)"
+    )
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the results as JSON")
     add_overrides(parser, "data.path=IMAGES")
     arguments = parser.parse_intermixed_args(argv)
     if not 0 < arguments.seconds < float("inf"):
         parser.error("--seconds must be above 0 and finite")
-    if arguments.pairs < 1:
-        parser.error("--pairs must be at least 1")
     return arguments
 
 
@@ -61,8 +60,8 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; create it first")
+    if arguments.json is not None:
+        check_folder(arguments.json)
     if config.recipe is None:
         config.train.stage(arguments.stage)  # raises now if there is no such stage
     console.redirect_library_output(None)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, command_parser, local_path
+from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.console import Console
-from pipeline.errors import UserError
 from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
+    from pipeline.data.manifest import Manifest
     from pipeline.data.validation import ValidationReport
 
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
@@ -45,8 +46,8 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise UserError(f"{arguments.json}: there is no folder {arguments.json.parent}; create it first")
+    if arguments.json is not None:
+        check_folder(arguments.json)
     console.redirect_library_output(None)
 
     import tensorflow as tf
@@ -68,8 +69,6 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
 def print_report(report: "ValidationReport", seconds: float, console: Console) -> None:
     """Print the classes, the findings with their first files, and the verdict."""
-    from pipeline.data.validation import class_table
-
     if report.manifest is not None:
         console.print(class_table(report.manifest))
         num_images = len(report.manifest.table)
@@ -101,3 +100,18 @@ def as_json(report: "ValidationReport") -> str:
         indent=1,
         ensure_ascii=False,
     )
+
+
+def class_table(manifest: "Manifest") -> Table:
+    """Return a console table of the images per class and split."""
+    counts = manifest.class_counts()
+    table = Table(box=None)
+    for column in ("class", *counts.columns):
+        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
+    rows = counts if len(counts) <= 30 else counts.head(10)
+    for name, row in rows.iterrows():
+        table.add_row(str(name), *(f"{count:,}" for count in row))
+    if len(rows) < len(counts):
+        table.add_row(f"and {len(counts) - len(rows)} more classes")
+    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
+    return table

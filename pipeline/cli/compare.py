@@ -14,6 +14,7 @@ from pipeline.console import Console, command_line
 from pipeline.errors import RunError, UserError
 from pipeline.files import atomic_write
 from pipeline.runs import run_directory
+from pipeline.runs.provenance import flatten
 from pipeline.runs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -135,7 +136,6 @@ def config_differences(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
     """Find the config keys, data and library versions in which the runs differ."""
     from pipeline.data.manifest import Manifest
     from pipeline.evaluation.report.comparison_report import ConfigDiff
-    from pipeline.runs.provenance import flatten
 
     values_by_run = []
     for run in named.values():

@@ -2,19 +2,20 @@
 
 from rich.syntax import Syntax
 
+from pipeline.cli.check import class_table
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
 from pipeline.data.sources.catalog import open_source
-from pipeline.data.validation import class_table, scan
+from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
+from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
-from pipeline.training.recipe import class_weights
-from pipeline.training.resolve import ResolvedConfig, resolve, resolve_batch
+from pipeline.training.resolve import ResolvedConfig, print_notes, resolve, resolve_batch
 
 
 def print_dry_run(config: Config, console: Console) -> None:
@@ -41,7 +42,7 @@ def print_dry_run(config: Config, console: Console) -> None:
             manifest = scan(source, config.data, seed=config.seed, progress=progress)
         resolved = resolve(config, runtime, model, manifest)
         config, runtime = resolved.config, resolved.runtime
-        class_weights(config.train, class_names, manifest.class_counts()["train"].tolist())
+        class_weights(config.train, manifest)
     console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
         console.print(
@@ -68,13 +69,7 @@ def print_dry_run(config: Config, console: Console) -> None:
 def print_data(manifest: Manifest, console: Console) -> None:
     """Print the images of each class and split, the notes, and the number of images that cannot be used."""
     console.print(class_table(manifest))
-    for note in manifest.notes:
-        console.print(f"note: {note}")
-    if manifest.left_out:
-        console.print(
-            f"left out: {len(manifest.left_out):,} images that cannot be used; "
-            f"{command_line('check', '--config', 'CONFIG')} lists them"
-        )
+    print_notes(manifest, f"; {command_line('check', '--config', 'CONFIG')} lists them", console)
 
 
 def print_schedule(resolved: ResolvedConfig, num_images: int, console: Console) -> None:

@@ -16,11 +16,11 @@ from pipeline.cli.loaded_model import (
     add_model_arguments,
     check_model_arguments,
     check_new_output,
+    choose_split,
     load_model,
 )
 from pipeline.cli.predict import IMAGES_HELP, add_output_arguments, check_output_arguments, predict
 from pipeline.console import Console
-from pipeline.errors import RunError
 from pipeline.runs.run_directory import RunDirectory
 
 
@@ -137,6 +137,7 @@ def evaluate_run(
     from pipeline.data.sources.catalog import open_source
     from pipeline.evaluation.metrics import evaluate_predictions
     from pipeline.evaluation.report.tables import metrics_table
+    from pipeline.evaluation.results import summarize_with_intervals
     from pipeline.evaluation.robustness import NUM_CORRUPTIONS
     from pipeline.evaluation.run_evaluation import RunEvaluator
     from pipeline.tracking.mlflow_logger import log_evaluation
@@ -145,16 +146,14 @@ def evaluate_run(
     evaluator = RunEvaluator(
         loaded.model, loaded.config, run, manifest, source, loaded.predictor(manifest, source, console)
     )
-    split = split or evaluator.split
-    if not len(manifest.indices(split)):
-        raise RunError(f"{run.path}: its data have no split {split}")
+    split = choose_split(run, manifest, split)
     if tta:
         results = evaluator.with_tta(split, tta)
     else:
         predictions = evaluator.predict(split)
         evaluation = evaluate_predictions(predictions, manifest.class_names, split)
         results = evaluator.with_batch_norm_gap(
-            evaluator.summarize_with_intervals(predictions, evaluation, evaluator.temperature())
+            summarize_with_intervals(predictions, evaluation, manifest, evaluator.temperature())
         )
     if corruptions:
         console.print(f"evaluating {split} on corrupted images: {NUM_CORRUPTIONS} more passes ...")
@@ -198,9 +197,7 @@ def evaluate_external_data(
         manifest = scan_external_data(source, data, progress)
     predictions = alignment(loaded.predictor(manifest, source, console)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, path.name)
-    results = summarize_with_intervals(
-        predictions, evaluation, manifest.table["key"].tolist(), manifest.table["group"].to_numpy(), None
-    )
+    results = summarize_with_intervals(predictions, evaluation, manifest, None)
     console.print(metrics_table(results))
     if out is not None:
         write_results(results, out)

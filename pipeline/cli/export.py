@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.arguments import add_overrides, command_parser, local_path
-from pipeline.cli.loaded_model import find_finished_run
+from pipeline.cli.loaded_model import choose_split, find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, python_executable
-from pipeline.errors import RunError, UserError, suggest
-from pipeline.export.directory import FAILED, FILES, ExportDirectory, prepare
+from pipeline.errors import UserError, suggest
+from pipeline.export.directory import FAILED, FORMATS, ExportDirectory, prepare
 from pipeline.files import sha256_of
 from pipeline.runs.run_directory import RunDirectory
 
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from pipeline.export.loading import LoadedExport
     from pipeline.export.verification import ParityReport, ReferenceResult
 
-PACKAGES = {  # modules that write and load a format, beside TensorFlow, and the packages that hold them
-    "savedmodel": {},
-    "litert": {"ai_edge_litert": "ai-edge-litert"},
-    "litert-int8": {"ai_edge_litert": "ai-edge-litert"},
-    "onnx": {"tf2onnx": "tf2onnx", "onnx": "onnx", "onnxruntime": "onnxruntime"},
-}
-LOSSY = ("litert-int8",)
 MAX_BATCH_SIZE = 32  # images
 
 
@@ -43,7 +36,7 @@ class ExportResult(NamedTuple):
     """The result of one format.
 
     Attributes:
-        size: Bytes; None if the format could not be writing.
+        size: Bytes; None if the format could not be written.
         proof: Comparison with the model; None if the format could not be written or run.
         failures: Reasons why the export does not agree with the model; empty if it does.
     """
@@ -57,8 +50,8 @@ def parse_formats(text: str) -> tuple[str, ...]:
     """Parse a comma-separated list of formats, without duplicates."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in FILES:
-            raise argparse.ArgumentTypeError(f"there is no format {name!r}{suggest(name, FILES)}")
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"there is no format {name!r}{suggest(name, FORMATS)}")
     return names
 
 
@@ -74,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--run", type=os.path.expanduser, required=True, help="a run's directory, its MLflow run id, or latest"
     )
     parser.add_argument(
-        "--formats", type=parse_formats, default=tuple(FILES), help=f"some of {','.join(FILES)} (default: all)"
+        "--formats", type=parse_formats, default=tuple(FORMATS), help=f"some of {','.join(FORMATS)} (default: all)"
     )
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="folder of the files (default: export/ in the run's directory)"
@@ -113,7 +106,10 @@ def check_packages(names: Sequence[str]) -> None:
         UserError: Packages are missing. The message names all of them.
     """
     missing = {
-        package: name for name in names for module, package in PACKAGES[name].items() if find_spec(module) is None
+        package: name
+        for name in names
+        for module, package in FORMATS[name].packages.items()
+        if find_spec(module) is None
     }
     if missing:
         raise UserError(
@@ -151,57 +147,45 @@ def export(
     from pipeline.data.input_pipeline import evaluation_stream
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources.catalog import open_source
-    from pipeline.export import formats as writing
-    from pipeline.export import loading
+    from pipeline.export.formats import WRITERS, ModelSignature, calibration_rows
+    from pipeline.export.loading import LOADERS, run_model
     from pipeline.export.verification import check_parity, run_reference
     from pipeline.tasks import TASKS
 
     # The other runtimes use the CPU. Latencies and last digits are comparable only on the same device.
     tf.config.set_visible_devices([], "GPU")
     manifest = Manifest.load(run.manifest)
-    if split is None:
-        split = "test" if len(manifest.indices("test")) else "val"
-    if not len(manifest.indices(split)):
-        raise RunError(f"{run.path}: its data have no split {split}")
+    split = choose_split(run, manifest, split)
     source = open_source(config.data)
-    signature = writing.ModelSignature(
+    signature = ModelSignature(
         manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]
     )
     batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size or MAX_BATCH_SIZE)
-    images = evaluation_stream(manifest, source, config, split, batch_size=batch_size)
-    rows = writing.calibration_rows(manifest, config.export.calibration_images, config.seed)
-    calibration = evaluation_stream(manifest, source, config, "train", batch_size=1, rows=rows)
-    formats: dict[str, tuple[Callable[..., None], Callable[[Path], LoadedExport]]] = {
-        "savedmodel": (writing.write_saved_model, loading.open_saved_model),
-        "litert": (writing.write_litert, loading.open_litert),
-        "litert-int8": (partial(writing.write_litert, calibration=calibration), loading.open_litert),
-        "onnx": (writing.write_onnx, loading.open_onnx),
-    }
+    images = evaluation_stream(manifest, source, config, manifest.indices(split), batch_size=batch_size)
+    rows = calibration_rows(manifest, config.export.calibration_images, config.seed)
+    calibration = evaluation_stream(manifest, source, config, rows, batch_size=1)
     model = keras.saving.load_model(run.model, compile=False)
     console.print(
         f"{run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px, "
         f"compared on all images of {split}"
     )
     with console.progress(f"model.keras: evaluating {split}") as progress:
-        reference = run_reference(
-            loading.run_model(model), signature.class_names, images, split, signature.task, progress
-        )
+        reference = run_reference(run_model(model), signature.class_names, images, split, signature.task, progress)
     results = {}
     with directory.staged() as staging:
         for name in names:
-            write, load = formats[name]
+            spec = FORMATS[name]
             with console.progress(f"{name}: evaluating {split}") as progress:
                 compare = partial(
                     check_parity,
                     reference=reference,
                     dataset=images,
                     limits=config.export,
-                    exact=name not in LOSSY,
+                    exact=spec.exact,
                     progress=progress,
                 )
-                results[name] = export_format(
-                    name, staging / FILES[name], partial(write, model, signature), load, compare
-                )
+                write = partial(WRITERS[name], model, signature, calibration)
+                results[name] = export_format(name, staging / spec.file, write, LOADERS[name], compare)
         directory.publish(
             {"model": {"run": str(run.path), "sha256": digest, "variant": config.variant.name}, **signature.describe()},
             {name: metadata_entry(name, result, reference, config) for name, result in results.items()},
@@ -244,14 +228,14 @@ def metadata_entry(name: str, result: ExportResult, reference: "ReferenceResult"
     """Return the entry of a format in `metadata.json`."""
     from pipeline.distributed.devices import processor_name
 
-    folder = f"{FAILED}/" if result.failures else ""
+    spec, folder = FORMATS[name], f"{FAILED}/" if result.failures else ""
     metadata: dict[str, Any] = {
-        "file": None if result.size is None else folder + FILES[name],
+        "file": None if result.size is None else folder + spec.file,
         "passed": not result.failures,
         "failures": list(result.failures),
         "bytes": result.size,
         "limits": config.export.model_dump(mode="json"),
-        "versions": {package: version(package) for package in ("tensorflow", "keras", *PACKAGES[name].values())},
+        "versions": {package: version(package) for package in ("tensorflow", "keras", *spec.packages.values())},
     }
     if (proof := result.proof) is not None:
         figures = {

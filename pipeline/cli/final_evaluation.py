@@ -6,7 +6,7 @@ import keras
 
 from pipeline.console import Console
 from pipeline.errors import TrainingError, UserError
-from pipeline.evaluation.results import EvaluationResults
+from pipeline.evaluation.results import EvaluationResults, summarize_with_intervals
 from pipeline.evaluation.run_evaluation import RunEvaluator
 from pipeline.files import atomic_path
 from pipeline.models.efficientnet import to_inference_model
@@ -37,7 +37,8 @@ def evaluate_final_model(
         if not is_chief:
             return None
         save_inference_model(state.model, evaluator.run.pending_model)
-        results = evaluator.summarize_with_intervals(predictions, evaluation, evaluator.fit_temperature(validation))
+        temperature = evaluator.fit_temperature(validation)
+        results = summarize_with_intervals(predictions, evaluation, evaluator.manifest, temperature)
         evaluator.write(results)
     return results
 

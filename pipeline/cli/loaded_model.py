@@ -59,7 +59,8 @@ class LoadedModel:
         forward = Predictor(self.model, self.runtime.strategy, TASKS[self.config.task])
 
         def predict(split: str, **stream_kwargs: Any) -> "Predictions":
-            dataset = evaluation_stream(manifest, source, self.config, split, batch_size=batch_size, **stream_kwargs)
+            indices = manifest.indices(split)
+            dataset = evaluation_stream(manifest, source, self.config, indices, batch_size=batch_size, **stream_kwargs)
             with console.progress(f"evaluating {split}") as progress:
                 return forward(dataset, progress=progress)
 
@@ -92,6 +93,18 @@ def check_new_output(path: Path) -> None:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists already and is not overwritten; choose another --out")
+
+
+def choose_split(run: RunDirectory, manifest: "Manifest", split: str | None) -> str:
+    """Return the split to evaluate on: the given one; for None, the one that the run is evaluated on.
+
+    Raises:
+        RunError: The data of the run have no such split.
+    """
+    split = split or manifest.evaluation_split
+    if not len(manifest.indices(split)):
+        raise RunError(f"{run.path}: its data have no split {split}")
+    return split
 
 
 def find_finished_run(name: str) -> RunDirectory:
@@ -158,7 +171,7 @@ def load_pretrained_model(weights: str, variant: str, console: Console) -> Loade
         model=ModelConfig(variant=variant, weights=None), data=DataConfig(source="digits")
     )
     runtime = setup_devices(config.runtime, config.seed)
-    synsets, names = zip(*imagenet_classes(), strict=True)
+    synsets, names = imagenet_classes()
     with runtime.strategy.scope():
         model = efficientnet(config.variant, num_classes=len(names))
         report = load_pretrained(model, weights, variant=config.variant, class_names=names)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, quantity
+from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, positive_int, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, command_line
@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shards.add_argument(
         "--shard-size", type=quantity(BYTES, "256MB"), default=256e6, help="size of a shard (default: 256MB)"
     )
-    shards.add_argument("--shard-images", type=int, metavar="N", help="images of a shard, in place of a size")
+    shards.add_argument("--shard-images", type=positive_int, metavar="N", help="images of a shard, in place of a size")
     records = parser.add_argument_group("TFRecord files")
     records.add_argument(
         "--classes", type=local_path, metavar="FILE", help="class names, one per line, in the order of the labels"
@@ -77,8 +77,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in TFRECORD_ONLY:
         if arguments.tfrecord is None and getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} belongs to --tfrecord")
-    if arguments.shard_images is not None and arguments.shard_images < 1:
-        parser.error("--shard-images must be at least 1")
     return arguments
 
 

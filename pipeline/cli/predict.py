@@ -7,14 +7,16 @@ find IMAGES -newer labels.csv | efficientnet predict --run latest --format jsonl
 """
 
 import argparse
+import csv
+import json
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from pipeline.cli.arguments import command_parser, local_path
+from pipeline.cli.arguments import check_folder, command_parser, local_path, positive_int
 from pipeline.cli.loaded_model import (
     LoadedModel,
     add_model_arguments,
@@ -23,8 +25,10 @@ from pipeline.cli.loaded_model import (
     load_model,
 )
 from pipeline.console import Console
-from pipeline.errors import UserError
 from pipeline.evaluation.image_paths import STDIN, image_paths
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.predict import FilePrediction
 
 IMAGES_HELP = "images to label: files, folders, quoted globs, or - for a list on standard input"
 
@@ -48,13 +52,11 @@ def add_output_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--format", choices=["table", "csv", "jsonl"], help="format of the labels on standard output (default: table)"
     )
-    parser.add_argument("--top", type=int, metavar="K", help="number of most probable classes (default: 5)")
+    parser.add_argument("--top", type=positive_int, metavar="K", help="number of most probable classes (default: 5)")
 
 
 def check_output_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Exit with an error if --top, --format and --out are invalid. Take the format of a file from its suffix."""
-    if arguments.top is not None and arguments.top < 1:
-        parser.error(f"--top must be at least 1. Received: {arguments.top}")
+    """Exit with an error if --format and --out are invalid. Take the format of a file from its suffix."""
     if arguments.out is not None:
         if arguments.format:
             parser.error("--format belongs to standard output; the suffix of --out selects the format: .csv or .jsonl")
@@ -81,8 +83,7 @@ def predict(arguments: argparse.Namespace, console: Console) -> int:
     """
     if arguments.out is not None:
         check_new_output(arguments.out)
-        if not arguments.out.parent.is_dir():
-            raise UserError(f"{arguments.out}: there is no folder {arguments.out.parent}; create it first")
+        check_folder(arguments.out)
     paths = image_paths(arguments.images, sys.stdin.buffer if STDIN in arguments.images else ())
     stdout = console.reserve_stdout() if arguments.format in ("csv", "jsonl") and not arguments.out else None
     loaded = load_model(arguments, console)
@@ -113,7 +114,7 @@ def predict_images(
     Returns:
         The exit code: 0, 1 if an image could not be read, or 141 (128 + SIGPIPE) if the reader of the output is gone.
     """
-    from pipeline.evaluation.predict import csv_writer, format_prediction, json_lines_writer, predict_files
+    from pipeline.evaluation.predict import format_prediction, predict_files
     from pipeline.tasks import TASKS
 
     names = [" ".join(synonyms) for synonyms in zip(*loaded.class_lists, strict=True)]
@@ -146,3 +147,38 @@ def predict_images(
         + (f", {failed:,} could not be read" if failed else "")
     )
     return 1 if failed else 0
+
+
+def csv_writer(file: TextIO, k: int) -> Callable[["FilePrediction"], None]:
+    """Write the header of a CSV file: path, error, class1, probability1, and so on up to `k`.
+
+    Returns:
+        A function that adds the row of a prediction.
+    """
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(
+        ["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))]
+    )
+
+    def add(prediction: "FilePrediction") -> None:
+        cells = [cell for label in prediction.top for cell in (label.name, f"{label.probability:.6g}")]
+        rows.writerow([prediction.path, prediction.error, *(cells or [""] * (2 * k))])
+        file.flush()
+
+    return add
+
+
+def json_lines_writer(file: TextIO) -> Callable[["FilePrediction"], None]:
+    """Return a function that writes a prediction as a line of JSON.
+
+    A line is {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}.
+    """
+
+    def add(prediction: "FilePrediction") -> None:
+        top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]
+        file.write(
+            json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n"
+        )
+        file.flush()
+
+    return add

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from pipeline.cli.arguments import (
     BYTES,
     COUNT,
     SECONDS,
+    check_folder,
     command_parser,
     local_path,
     positive_int,
@@ -234,8 +237,7 @@ def check_writable(path: Path) -> None:
         raise UserError(
             f"{path}: exists already and is not overwritten; choose another name for --write, or remove the file"
         )
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; create it first")
+    check_folder(path)
 
 
 def write_config(
@@ -246,8 +248,6 @@ def write_config(
     Raises:
         UserError: The file cannot be written.
     """
-    from pipeline.models.compound_search import training_config
-
     text = training_config(solution, fit, arguments.data_path, batch_size=arguments.batch_size, header=header)
     try:
         with arguments.write.open("x", encoding="utf-8") as file:
@@ -257,3 +257,56 @@ def write_config(
             f"{arguments.write}: cannot be written ({error.strerror}); choose another name for --write"
         ) from None
     console.print(f"\nwritten: {arguments.write}; train with: {command_line('train', '--config', arguments.write)}")
+
+
+def training_config(
+    solution: "Solution", fit: "WeightOverlap", data_path: Path, *, batch_size: int, header: str
+) -> str:
+    """Return a config that trains a solution on a folder of images.
+
+    Args:
+        solution: The network.
+        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned;
+            else what fits of them is where training starts.
+        data_path: The folder: <class>/<image>.
+        batch_size: Images per step.
+        header: Lines for the comment at its top: the budgets and what they came to.
+
+    Returns:
+        YAML.
+    """
+    variant = solution.variant
+    scaled = f"width {variant.width:.3f}, depth {variant.depth:.3f}, {variant.resolution} px"
+    if fit.identical:
+        model = {"variant": fit.source, "resolution": variant.resolution, "weights": "imagenet"}
+        stages = [
+            {"epochs": 2, "trainable": "head", "base_lr": 0.02},
+            {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True},
+        ]
+        comments = [
+            f"Rounded, this is {fit.source} at {variant.resolution} px: "
+            "its ImageNet weights fit whole and are fine-tuned."
+        ]
+    else:
+        weights = f"imagenet:{fit.source}" if fit.fitting else None
+        model = {"variant": {"phi": solution.phi}, "weights": weights, "batch_norm_momentum": 0.9}
+        stages = [{"epochs": 60, "warmup_epochs": 3.0}]
+        comments = ["Starts from random values: no published weights fit."]
+        if fit.fitting:
+            comments = [
+                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, "
+                f"in {fit.fitting} of {fit.total} backbone",
+                "layers; the others are random at first, so all are trained. "
+                "Without a network to fetch them: model.weights=null.",
+            ]
+    values = {
+        "seed": 42,
+        "model": model,
+        "data": {"source": "folder", "path": str(data_path)},
+        "augment": {"transforms": [{"RandomResizedCrop": {"scale": [0.35, 1.0]}}, {"HorizontalFlip": {"p": 0.5}}]},
+        "optimizer": {"name": "adamw", "base_lr": 0.008, "schedule": "cosine", "weight_decay": 1e-4, "ema_decay": 0.98},
+        "train": {"global_batch_size": batch_size, "label_smoothing": 0.1, "stages": stages},
+        "tracking": {"experiment": "scaled"},
+    }
+    comment = [*header.splitlines(), f"phi = {solution.phi:g}: {scaled}.", *comments]
+    return "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

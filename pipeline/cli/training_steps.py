@@ -30,10 +30,10 @@ from pipeline.tasks import TASKS
 from pipeline.tracking.mlflow_logger import MLflowLogger
 from pipeline.training import checkpoint
 from pipeline.training.callbacks import Callback
+from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
-from pipeline.training.recipe import class_weights
 from pipeline.training.resolve import ResolvedConfig, open_data, resolve_on_chief
 from pipeline.training.resume import restore_latest
 from pipeline.training.setup import create_model, create_train_state
@@ -115,10 +115,9 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    image_augmentation(
-        config.augment, config.variant.resolution, config.data.resize
-    )  # reports a wrong argument of a transform before the scan, which may take an hour
-    check_servers(config.runtime.data_service or ())  # likewise
+    # These report a wrong argument of a transform and a missing server before the scan, which may take an hour.
+    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
+    check_servers(config.runtime.data_service or ())
     variant = config.variant
     console.print(
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"
@@ -166,7 +165,7 @@ def prepare_run(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume
     )
     config, runtime = resolved.config, resolved.runtime
-    weight_per_class = class_weights(config.train, manifest.class_names, manifest.class_counts()["train"].tolist())
+    weight_per_class = class_weights(config.train, manifest)
     state = create_train_state(config.optimizer, runtime, model)
     identity = {
         "config": config.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -95,11 +96,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError if albumentations lacks the transform or an argument; values are checked when it is built."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the network for its newest version
+def import_albumentations() -> ModuleType:
+    """Import albumentations without its request to the network for its newest version."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations
 
+    return albumentations
+
+
+def check_albumentations(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if albumentations lacks the transform or an argument; values are checked when it is built."""
+    albumentations = import_albumentations()
     exported = {each: value for each, value in vars(albumentations).items() if isinstance(value, type)}
     known = {each: value for each, value in exported.items() if issubclass(value, albumentations.BasicTransform)}
     if name not in known:

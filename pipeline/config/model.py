@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config.base import Fraction, LocalPath, StrictModel
-from pipeline.models.variants import VARIANTS
+from pipeline.models.variants import LARGEST_PHI, SMALLEST_PHI, VARIANTS
 
 
 class PhiConfig(StrictModel):
     """A variant by its compound coefficient."""
 
-    phi: Annotated[float, Field(ge=-6, le=9)]
+    phi: Annotated[float, Field(ge=SMALLEST_PHI, le=LARGEST_PHI)]
     """Compound coefficient; 0 is B0, and the resolution is 224 * 1.15^phi."""
 
 

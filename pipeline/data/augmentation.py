@@ -4,7 +4,6 @@ An augmentation is a function of (encoded file, its height and width as stored, 
 arguments give the same pixels on any thread, in any order.
 """
 
-import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.config.augment import AugmentConfig, TransformConfig
+from pipeline.config.augment import AugmentConfig, TransformConfig, import_albumentations
 from pipeline.data.preprocessing import (
     JPEG_METHOD,
     RGB,
@@ -120,7 +119,7 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
     """Return the window of a random resized crop (Szegedy et al. 2015, arXiv 1409.4842).
 
     The area is uniform in `scale`, the aspect log-uniform in `ratio`, the position uniform. The first attempt that fits
-    into the image is taken; if none does, the largest centerd window within `ratio`.
+    into the image is taken; if none does, the largest centered window within `ratio`.
 
     Args:
         upright: int32 (2,): height and width of the image.
@@ -142,12 +141,12 @@ def random_window(upright: tf.Tensor, scale: Sequence[float], ratio: Sequence[fl
         size = sizes[attempt]
         return tf.concat([tf.floor(draws[2:, attempt] * (sides - size + 1)), size], 0)
 
-    def centerd() -> tf.Tensor:
+    def centered() -> tf.Tensor:
         limits = tf.round(tf.stack([sides[1] / ratio[0], sides[0] * ratio[1]]))
         size = tf.maximum(tf.minimum(sides, limits), 1)
         return tf.concat([(sides - size) // 2, size], 0)
 
-    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centerd), tf.int32)
+    return tf.cast(tf.cond(tf.reduce_any(fits), first_that_fits, centered), tf.int32)
 
 
 def decode_window(
@@ -193,24 +192,12 @@ def decode_window(
     return tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, crop_decoded)
 
 
-# --- albumentations
-# ----------------------------------------------------------------------------------------------------------------
+# --- albumentations ---------------------------------------------------------------------------------------------------
 
 # Arguments in pixels: a float is a fraction of the resolution, a whole number is pixels.
 PIXEL_ARGUMENTS = frozenset(
-    {
-        "size",
-        "height",
-        "width",
-        "min_height",
-        "min_width",
-        "min_max_height",
-        "max_size",
-        "max_size_hw",
-        "target_size",
-        "padding",
-        "px",
-    }
+    {"size", "height", "width", "min_height", "min_width", "min_max_height", "max_size", "max_size_hw", "target_size"}
+    | {"padding", "px"}
     | {"x_min", "y_min", "x_max", "y_max", "unit_size_range", "shift_xy", "mask_x_length", "mask_y_length"}
     | {"src_radius", "drop_length", "drop_width"}
 )
@@ -270,7 +257,6 @@ class AlbumentationsTransforms:
 
     def __init__(self, transforms: Sequence[TransformConfig], resolution: int) -> None:
         """Create the transforms."""
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
         import cv2
 
         cv2.setNumThreads(0)  # the threads are tf.data's
@@ -297,8 +283,7 @@ class AlbumentationsTransforms:
         return np.ascontiguousarray(compose(image=image)["image"])
 
     def _build(self) -> Any:
-        import albumentations
-
+        albumentations = import_albumentations()
         built = []
         for transform in self._transforms:
             if transform.name in REJECTED_TRANSFORMS:
@@ -340,8 +325,8 @@ class AlbumentationsTransforms:
                 if result.dtype != np.uint8 or result.shape != (side, side, RGB):
                     raise ConfigError(
                         f"augment.transforms: {names} turn a uint8 image of {height} x {width} x 3 into "
-                        f"{result.dtype} of "
-                        f"{' x '.join(map(str, result.shape))}; the network takes uint8 of {side} x {side} x 3. "
+                        f"{result.dtype} of {' x '.join(map(str, result.shape))}; "
+                        f"the network takes uint8 of {side} x {side} x 3. "
                         "Begin with RandomResizedCrop or end with Resize or a crop"
                     )
 

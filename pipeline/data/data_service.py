@@ -46,8 +46,8 @@ def start_server(
         )
     except (OSError, OverflowError, tf.errors.OpError) as error:
         raise RunError(
-            f"--address {address}: cannot be served at ({error}); choose another port that is free, as is the one "
-            "above it"
+            f"--address {address}: cannot be served at ({error}); choose another port, which is free and has a free "
+            "port above it"
         ) from None
     return dispatcher, worker
 
@@ -65,9 +65,8 @@ def check_servers(addresses: Sequence[str]) -> None:
                 socket.create_connection((host, number), timeout=10).close()
             except (OSError, OverflowError) as error:
                 raise RunError(
-                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); start it there by: python "
-                    "-m pipeline data-server "
-                    f"--address {address}"
+                    f"runtime.data_service: nothing answers at {host}:{number} ({error}); "
+                    f"start it there by: python -m pipeline data-server --address {address}"
                 ) from None
 
 
@@ -133,9 +132,8 @@ def with_watchdog(batches: Iterable[Any], addresses: Sequence[str], patience: fl
                 continue
             if isinstance(item, tf.errors.OpError):
                 raise TrainingError(
-                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); start the "
-                    "servers again and "
-                    "continue with --resume"
+                    f"a server of runtime.data_service failed ({item.message.splitlines()[0][:300]}); "
+                    "start the servers again and continue with --resume"
                 )
             if isinstance(item, StopIteration):
                 return

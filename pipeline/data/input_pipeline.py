@@ -7,18 +7,15 @@ steps before it.
 """
 
 import os
-import tempfile
-from collections.abc import Callable
-from typing import IO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
 from pipeline.data.augmentation import Augmentation, decode_full_image, image_augmentation
-from pipeline.data.manifest import CHUNK_ROWS, Manifest
+from pipeline.data.index_table import IndexBatch, memory_mapped_table
+from pipeline.data.manifest import Manifest
 from pipeline.data.mixup import mixing_group_size, mixup_and_cutmix
 from pipeline.data.preprocessing import PreprocessFn, Resize, decode, resize_to_square
 from pipeline.data.randaugment import randaugment
@@ -29,9 +26,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import TASKS
 
 PREFETCH = 2  # batches that wait ready; more would only take memory
-INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch
-NUMBERS = ("label", "height", "width", "orientation")
-BYTES = tuple(bytes([value]) for value in range(256))
+INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch, or the corruption
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -83,7 +78,7 @@ def training_stream(
         ConfigError: The augmentation cannot be built.
         DataError: The split is empty, or its table cannot be written.
     """
-    indices = _split_indices(manifest, "train")
+    indices = _training_indices(manifest)
     num_workers = num_workers or _num_workers(config.runtime)
     local_batch_size, count = batch_size // shard.count, len(indices)
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
@@ -143,8 +138,8 @@ def feature_stream(
     batch_size: int,
     features: np.ndarray,
     *,
-    start_step: int = 0,
-    shard: Shard = FULL_SHARD,
+    start_step: int,
+    shard: Shard,
 ) -> tf.data.Dataset:
     """Return the batches of `training_stream` without augmentation, with a frozen backbone's features as the images.
 
@@ -160,7 +155,7 @@ def feature_stream(
         An infinite dataset of global batches, or of the shard of each: features float32 (B, C), labels float32 (B, K),
         weights float32 (B,), index int64 (B,).
     """
-    rows = _split_indices(manifest, "train")
+    rows = _training_indices(manifest)
     local_batch_size, count = batch_size // shard.count, len(rows)
     with tf.device("cpu"):
         table, indices = tf.constant(features), tf.constant(rows)
@@ -192,22 +187,20 @@ def evaluation_stream(
     manifest: Manifest,
     source: DataSource,
     config: Config,
-    split: str,
+    indices: np.ndarray,
     *,
     batch_size: int,
-    rows: np.ndarray | None = None,
     preprocess_fn: PreprocessFn | None = None,
     shard: Shard = FULL_SHARD,
 ) -> tf.data.Dataset:
-    """Return batches that hold every image of a split exactly once, in the manifest's order, without augmentation.
+    """Return batches that hold each of some images exactly once, in the given order, without augmentation.
 
     Args:
         manifest: All images.
         source: Source of the image files.
         config: Its resolution R, `data.resize` and `runtime.num_workers` are used.
-        split: train, val or test.
+        indices: Indices of the images in the manifest, int64 (N,), such as `manifest.indices(split)`.
         batch_size: Images per batch, B.
-        rows: Use only these images of the manifest, int64 (N,), in this order.
         preprocess_fn: Maps an upright image, uint8 (H, W, 3), and its index to the network's input, uint8 (R, R, 3);
             None for `resize_to_square`.
         shard: Shard of each batch; the rest of the batch is not read.
@@ -217,12 +210,13 @@ def evaluation_stream(
         batch is padded with black images of weight 0, index -1 and labels of zeros.
 
     Raises:
-        DataError: The split is empty, or its table cannot be written.
+        DataError: There are no images, or their table cannot be written.
     """
-    rows = _split_indices(manifest, split) if rows is None else rows
-    lookup, num_classes = memory_mapped_table(manifest, rows), len(manifest.class_names)
+    if not len(indices):
+        raise DataError("the split holds no images; give it a share in data.splits, or images of its own")
+    lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
     resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config.runtime)
-    local_batch_size, count, batches = batch_size // shard.count, len(rows), -(-len(rows) // batch_size)
+    local_batch_size, count, batches = batch_size // shard.count, len(indices), -(-len(indices) // batch_size)
     task, shape = TASKS[config.task], (resolution, resolution, config.model.channels)
 
     @tf.autograph.experimental.do_not_convert
@@ -264,90 +258,6 @@ def evaluation_stream(
     return _with_options(dataset.apply(tf.data.experimental.assert_cardinality(batches)), num_workers)
 
 
-class IndexBatch(NamedTuple):
-    """Some rows of a manifest; scalars, or (N,) each."""
-
-    index: tf.Tensor
-    """int64, the row's number in the manifest."""
-    key: tf.Tensor
-    """string"""
-    label: tf.Tensor
-    """int32"""
-    height: tf.Tensor
-    """int32, pixels as stored"""
-    width: tf.Tensor
-    """int32"""
-    orientation: tf.Tensor
-    """int32, EXIF 1 to 8"""
-
-
-def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf.Tensor], IndexBatch]:
-    """Write rows of a manifest to a memory-mapped file, so that looking them up takes no memory of the process.
-
-    The temporary file has no name. It is deleted together with the last tensor that maps it.
-
-    Args:
-        manifest: All images.
-        indices: Indices of the rows, int64 (n,), n at least 1.
-
-    Returns:
-        A function that tf.data can call, from positions in `indices`, int64 (N,), to their rows.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
-    try:
-        with tempfile.TemporaryFile() as text, tempfile.TemporaryFile() as numbers:
-            _write_table(manifest, indices, text, numbers)
-            letters, table = (
-                _memory_mapped(text, np.uint8, (-1,)),
-                _memory_mapped(numbers, np.int64, (len(indices), 3 + len(NUMBERS))),
-            )
-    except OSError as error:
-        raise DataError(
-            f"{tempfile.gettempdir()}: the table of {len(indices):,} images cannot be written ({error.strerror}); "
-            "set TMPDIR to a folder on a disk with room"
-        ) from error
-
-    @tf.autograph.experimental.do_not_convert  # there is nothing to convert
-    def lookup(positions: tf.Tensor) -> IndexBatch:
-        index, start, end, *others = tf.unstack(tf.gather(table, positions), axis=1)
-        spans = tf.ragged.range(start, end)
-        characters = tf.gather(BYTES, tf.cast(tf.gather(letters, spans.values), tf.int32))
-        keys = tf.strings.unsorted_segment_join(characters, spans.value_rowids(), spans.nrows())
-        return IndexBatch(index, keys, *(tf.cast(number, tf.int32) for number in others))
-
-    return lookup
-
-
-def _write_table(manifest: Manifest, indices: np.ndarray, text: IO[bytes], numbers: IO[bytes]) -> None:
-    """Write the concatenated keys, UTF-8, to `text`, and a row of int64 per image to `numbers`.
-
-    A row holds the image's index, the bytes at which its key begins and ends, and the columns NUMBERS.
-    """
-    written = 0
-    for first in range(0, len(indices), CHUNK_ROWS):
-        chunk = indices[first : first + CHUNK_ROWS]
-        keys = pa.table({"key": manifest.table["key"].iloc[chunk]})["key"].cast(pa.large_string()).combine_chunks()
-        _, offsets, characters = keys.buffers()
-        ends = np.frombuffer(offsets, np.int64)[keys.offset : keys.offset + len(keys) + 1]
-        text.write(characters[int(ends[0]) : int(ends[-1])])
-        ends = ends - ends[0] + written
-        written = int(ends[-1])
-        rows = np.empty((len(chunk), 3 + len(NUMBERS)), np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = chunk, ends[:-1], ends[1:]
-        for column, name in enumerate(NUMBERS, 3):
-            rows[:, column] = manifest.table[name].to_numpy()[chunk]
-        numbers.write(rows.data)
-
-
-def _memory_mapped(file: IO[bytes], dtype: type[np.generic], shape: tuple[int, ...]) -> tf.Tensor:
-    """Return the file's contents as a tensor, without a copy."""
-    file.flush()
-    contents = np.memmap(file, dtype, "c").reshape(shape)
-    return tf.experimental.dlpack.from_dlpack(contents.__dlpack__())
-
-
 def _evaluation_transform(resolution: int, resize: Resize) -> Augmentation:
     """Return the evaluation preprocessing in the form of an augmentation."""
 
@@ -358,10 +268,10 @@ def _evaluation_transform(resolution: int, resize: Resize) -> Augmentation:
     return Augmentation(lambda seed: seed, decode_full_image, transform)
 
 
-def _split_indices(manifest: Manifest, split: str) -> np.ndarray:
-    indices = manifest.indices(split)
+def _training_indices(manifest: Manifest) -> np.ndarray:
+    indices = manifest.indices("train")
     if not len(indices):
-        raise DataError(f"split {split} holds no images; give it a share in data.splits, or images of its own")
+        raise DataError("split train holds no images; give it a share in data.splits, or images of its own")
     return indices
 
 

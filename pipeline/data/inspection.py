@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntFlag
 from itertools import chain
@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.console import ProgressFn
 from pipeline.data.preprocessing import decode_jpeg, decode_plain, decode_webp
 from pipeline.data.scan_cache import FACTS, ScanCache
 from pipeline.data.sources.base import CorruptImageError, DataSource, LabeledImage
@@ -21,18 +22,11 @@ from pipeline.data.splits import signature
 
 MAX_PIXELS = 89_478_485  # 256 MiB as RGB; PIL warns from here on, for a few kilobytes of PNG can hold more
 MAX_BYTES = 2**30  # of a file; an image of the most pixels takes half of it uncompressed, with 16 bits a channel
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "GIF",
-    "BMP",
-    "WEBP",
-)  # PIL's names of what tf.io decodes; never change the order without SCAN
+# PIL's names of what tf.io decodes; never change the order without scan_cache.SCAN_VERSION
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag
-SIGNATURE_MIN_SIDE = (
-    128  # pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to
-)
+# Pixels of the shorter side that a signature is taken from; four times the square that it is shrunk to.
+SIGNATURE_MIN_SIDE = 128
 CHUNK = 16  # files that a thread takes at a time
 
 
@@ -76,9 +70,8 @@ def read_header(data: bytes) -> ImageHeader | str:
     try:
         with Image.open(io.BytesIO(data)) as header:
             kind, mode, (width, height) = header.format or "", header.mode, header.size
-            orientation = (
-                header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
-            )  # without the test, a PNG would be decoded
+            # Without the test, a PNG would be decoded.
+            orientation = header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
             transparent = mode in ("LA", "PA", "RGBA") or "transparency" in header.info
             animated = kind in ("GIF", "PNG") and bool(getattr(header, "is_animated", False))
     except UnidentifiedImageError:
@@ -134,7 +127,7 @@ def inspect(data: bytes) -> np.ndarray | str:
         if not result.perceptual and image.shape[:2] != (header.height, header.width):
             result = signature(_decode(data, header.kind, 1), header.orientation)  # compared by all of its pixels
     except (tf.errors.OpError, ValueError) as error:
-        return f"is a damaged {header.kind}: {_reason(error)}"
+        return f"is a damaged {header.kind}: {short_message(error)}"
     facts = np.zeros((), FACTS)
     facts["sha256"] = np.void(hashlib.sha256(data).digest())
     facts["kind"], facts["orientation"], facts["traits"] = FORMATS.index(header.kind), header.orientation, header.flags
@@ -157,7 +150,8 @@ def _decode(data: bytes, kind: str, ratio: int) -> np.ndarray:
         return (decode_webp if kind == "WEBP" else decode_plain)(data).numpy()
 
 
-def _reason(error: Exception) -> str:
+def short_message(error: Exception) -> str:
+    """Return the message of an error, of TensorFlow's without the names of its operations."""
     message = getattr(error, "message", str(error))
     return message.rpartition("}} ")[2].partition(" [Op:")[0].strip()
 
@@ -166,7 +160,7 @@ def inspect_all(
     source: DataSource,
     images: Sequence[LabeledImage],
     cache: ScanCache,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     *,
     full_dataset: bool = True,
 ) -> tuple[np.ndarray, dict[int, str]]:

@@ -61,6 +61,11 @@ class Manifest:
         """Return the indices of a split's images, int64 (n,), ascending."""
         return np.flatnonzero(self.table["split"].to_numpy() == split).astype(np.int64)
 
+    @property
+    def evaluation_split(self) -> str:
+        """The split that a run is evaluated on: test, or val where there is no test split."""
+        return "test" if len(self.indices("test")) else "val"
+
     def class_counts(self) -> pd.DataFrame:
         """Return the number of images per class (rows, by name) and split (columns train, val, test), int64."""
         counts = pd.crosstab(self.table["label"], self.table["split"]).reindex(
@@ -110,9 +115,8 @@ class Manifest:
     @classmethod
     def from_bytes(cls, content: bytes) -> "Manifest":
         """Return the manifest that `to_bytes` serialized."""
-        rows = pq.read_table(
-            io.BytesIO(content)
-        ).combine_chunks()  # of many, each look at some rows would join them all
+        # Of many chunks, each look at some rows would join them all.
+        rows = pq.read_table(io.BytesIO(content)).combine_chunks()
         lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
         left_out = tuple(SkippedImage(*row) for row in lists["left_out"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)

@@ -36,8 +36,8 @@ def mixing_group_size(global_batch_size: int, accumulation: int) -> int:
         if micro_batch % size == 0:
             return size
     raise ConfigError(
-        "augment.mixup and augment.cutmix need an even number of images per micro-batch; train.global_batch_size / "
-        "train.gradient_accumulation_steps is "
+        "augment.mixup and augment.cutmix need an even number of images per micro-batch; "
+        "train.global_batch_size / train.gradient_accumulation_steps is "
         f"{global_batch_size} / {accumulation} = {micro_batch}. Make it even, or set mixup and cutmix to 0"
     )
 

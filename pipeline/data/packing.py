@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from pipeline.console import ProgressFn
 from pipeline.data.pack_inputs import ROWS, PackInput, PackRecord
 from pipeline.data.sources.base import format_list
 from pipeline.data.sources.pack import (
@@ -39,8 +40,6 @@ from pipeline.files import atomic_path, atomic_write, exclusive_lock, fsync, sha
 STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; compressed, 60.8 MB of photos take 0.1 % less
 RESUME_HINT = "correct that and run it again: it continues from here"
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _WrittenShard(NamedTuple):
     sha256: str
 
 
-def pack(pack_input: PackInput, folder: Path, limit: ShardLimit, progress: Progress) -> PackResult:
+def pack(pack_input: PackInput, folder: Path, limit: ShardLimit, progress: ProgressFn) -> PackResult:
     """Pack a data set, continue an interrupted pack, or verify that a finished pack is intact and of this data set.
 
     Intact shards are left as they are, damaged shards are written again. A few images are in memory at any time.
@@ -129,7 +128,7 @@ def _exclusive_lock(staging: Path) -> Iterator[None]:
                 shutil.rmtree(staging)
 
 
-def _write_shards(origin: PackInput, staging: Path, limit: ShardLimit, progress: Progress) -> int:
+def _write_shards(origin: PackInput, staging: Path, limit: ShardLimit, progress: ProgressFn) -> int:
     """Write what the staging folder lacks, including its metadata; return the number of images written."""
     identity, parts = staging / IDENTITY, _finished(staging)
     if identity.exists():
@@ -163,21 +162,15 @@ def _finished(staging: Path) -> list[_WrittenShard]:
         try:
             rows = pq.read_table(path.with_suffix(".parquet"), memory_map=False)
             parts.append(_WrittenShard(path, rows.cast(ROWS), rows.schema.metadata[b"sha256"].decode()))
-        except (
-            OSError,
-            pa.ArrowException,
-            KeyError,
-            TypeError,
-            ValueError,
-        ):  # it is missing, or a loss of power cut it short
-            break
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            break  # it is missing, or a loss of power cut it short
     for path in staging.glob("[0-9]*.parquet"):
         if int(path.stem) >= len(parts):
             path.unlink()
     return parts
 
 
-def _repair(origin: PackInput, parts: Sequence[_WrittenShard], staging: Path, progress: Progress) -> int:
+def _repair(origin: PackInput, parts: Sequence[_WrittenShard], staging: Path, progress: ProgressFn) -> int:
     """Verify shards and rewrite the damaged ones; return the number of images written."""
     written, done, last = 0, 0, None
     for path, rows, sha256 in parts:

@@ -1,7 +1,7 @@
 """Decoding and resizing of images to the network's input, for evaluation, prediction, export and augmentation.
 
-`preprocess` is the only evaluation preprocessing, so that training's validation, `evaluate.py`, predictions
-and exports agree. Normalization is in the model, not here.
+`resize_to_square` after `decode` is the only evaluation preprocessing, so that training's validation, `evaluate.py`,
+predictions and exports agree; `preprocess` is both. Normalization is in the model, not here.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ CROP_PADDING = 32
 PADDING_GRAY = 128  # close to ImageNet's mean color, so nearly zero after normalization
 ALIASING = 2.0  # in augmentation, shrinking by more than this takes an antialiasing filter
 ORIENTATIONS = np.array([[o >= 5, o in (2, 3, 6, 7), o in (3, 4, 7, 8)] for o in range(9)])  # see orientation_steps
-# the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
 RGB = 3  # channels that every file is decoded to
+# the inverse transform of Pillow's default, to the bit; measured no slower than TensorFlow's own default
 JPEG_METHOD = "INTEGER_ACCURATE"
 
 
@@ -154,11 +154,10 @@ def resize_to_square(image: tf.Tensor, resolution: int, resize: Resize) -> tf.Te
     """Resize an image to a square.
 
     The crop is that of the official code, with two differences. The code rounds the crop's side down and samples
-    bicubically without a
-    filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is rounded to the nearest
-    pixel and the filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in place of 88 (89, once its
-    pixels are rounded to uint8); the mean log-likelihood differs by 0.011 +- 0.015 nats, so the difference is
-    not significant on 100 images.
+    bicubically without a filter: a photo of twelve megapixels then shows a hundredth of its pixels. Here the side is
+    rounded to the nearest pixel and the filter is on. With lite0 on 100 of ImageNet's photos that gives 90 right in
+    place of 88 (89, once its pixels are rounded to uint8); the mean log-likelihood differs by 0.011 +- 0.015 nats, so
+    the difference is not significant on 100 images.
 
     Args:
         image: uint8 (H, W, 3).
@@ -246,9 +245,8 @@ def describe(resolution: int, resize: Resize) -> list[str]:
             f"resize it to {r} x {r} pixels, {bicubically}",
         ],
         "letterbox": [
-            f"resize the image to height h = max(1, round({r} * H / max(H, W))) and width w = max(1, round({r} * W / "
-            "max(H, W))), "
-            f"{bicubically}",
+            f"resize the image to height h = max(1, round({r} * H / max(H, W))) and "
+            f"width w = max(1, round({r} * W / max(H, W))), {bicubically}",
             f"put it into a square of {r} x {r} pixels of the value {PADDING_GRAY} in every channel, "
             f"its top at floor(({r} - h) / 2), its left at floor(({r} - w) / 2)",
         ],
@@ -258,7 +256,6 @@ def describe(resolution: int, resize: Resize) -> list[str]:
         "gives its first frame",
         "turn the image upright by its EXIF orientation; H and W are its height and width from here on",
         *square,
-        "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; nothing is divided or "
-        "subtracted, "
-        "normalization is inside the network",
+        "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; "
+        "nothing is divided or subtracted, normalization is inside the network",
     ]

@@ -8,7 +8,7 @@ position is followed through all rounds without computing any other position.
 
 import tensorflow as tf
 
-from pipeline.distributed.sharding import FULL_SHARD, Shard
+from pipeline.distributed.sharding import Shard
 
 SHUFFLE_ALGORITHM = "swap-or-not shuffle"  # a resumed run must use the same
 CHUNK_POSITIONS = 1024  # positions
@@ -17,7 +17,7 @@ SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15  # of the golden ratio, the increment of
 SPLITMIX_FIRST, SPLITMIX_SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its multipliers
 
 
-def positions(batch_size: int, shard: Shard = FULL_SHARD, *, start_step: int = 0, stride: int = 1) -> tf.data.Dataset:
+def positions(batch_size: int, shard: Shard, *, start_step: int = 0, stride: int = 1) -> tf.data.Dataset:
     """Return the positions of a shard, from a step on.
 
     Args:

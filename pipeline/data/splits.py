@@ -24,15 +24,14 @@ MIN_CONTRAST = 4.0  # standard deviation of the thumbnail, in gray levels of 255
 # one photograph (66 at distance 0; the farthest are crops); the next are at 20. 69 lie within the bounds below.
 HASH_DISTANCE = 4  # of 64 bits
 THUMBNAIL_CORRELATION = 0.96
-HASH_PIECES = np.array_split(
-    np.arange(64, dtype=np.uint64), HASH_DISTANCE + 2
-)  # two hashes within the distance agree in two of them at least
+# Two hashes within the distance agree in two of these pieces at least.
+HASH_PIECES = np.array_split(np.arange(64, dtype=np.uint64), HASH_DISTANCE + 2)
 MASKS = [np.bitwise_or.reduce(np.uint64(1) << np.concatenate(two)) for two in combinations(HASH_PIECES, 2)]
-MAX_NEIGHBORS = (
-    100  # compared with each image under one mask, at most; of a million hashes like those of photos, 18 agreed
-)
+# Compared with each image under one mask, at most; of a million hashes like those of photos, 18 agreed.
+MAX_NEIGHBORS = 100
 THUMBNAIL = 8  # pixels a side
 MAX_EDGES = 4_000_000  # held at once
+CHUNK_PAIRS = 1024  # whose thumbnails are compared at once; small enough for a processor's cache
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,8 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
                 break
             a, b = order[left], order[left + step]
             differing = phash[a] ^ phash[b]
-            close = (np.bitwise_count(differing) <= HASH_DISTANCE) & (
-                (differing != 0) | (mask == MASKS[0])
-            )  # equal ones meet under each
+            first_meeting = (differing != 0) | (mask == MASKS[0])  # equal hashes meet under each mask
+            close = (np.bitwise_count(differing) <= HASH_DISTANCE) & first_meeting
             a, b = a[close], b[close]
             edges.append(np.stack([a, b])[:, _alike(thumbnail, a, b)])
             held += edges[-1].shape[1]
@@ -130,9 +128,9 @@ def near_duplicates(phash: np.ndarray, thumbnail: np.ndarray, pixels: np.ndarray
     return _components(edges, n)
 
 
-def _alike(thumbnail: np.ndarray, a: np.ndarray, b: np.ndarray, chunk: int = 1024) -> np.ndarray:
+def _alike(thumbnail: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return bool (pairs,): whether the thumbnails correlate after each color channel's mean is subtracted."""
-    chunks = [slice(i, i + chunk) for i in range(0, len(a), chunk)]  # small enough for a processor's cache
+    chunks = [slice(i, i + CHUNK_PAIRS) for i in range(0, len(a), CHUNK_PAIRS)]
     return np.concatenate(
         [np.zeros(0, bool), *(_correlation(thumbnail[a[c]], thumbnail[b[c]]) >= THUMBNAIL_CORRELATION for c in chunks)]
     )
@@ -164,8 +162,8 @@ def assign_splits(
 
     Splits that the data bring are used unchanged. All three are made where the data bring none or only train; where
     they bring train and test, val is taken out of train. Splits are made class by class. Groups are not divided; they
-    are put in an order drawn from the seed and the images' contents, and cut at the shares. So each split's part is
-    within one group of exact, a few files more or less move few others, and names play no part. A class of three groups
+    are put in an order drawn from the seed and the images' contents, and cut at the shares. Each split's size differs
+    from its fraction by at most one group; adding files moves few others; names play no part. A class of three groups
     or more is in every split that is made; of two, in train and test (or val, where only that is made); of one, in
     train.
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
+from pipeline.data.inspection import short_message
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.data.sources.base import format_list, split_of
 from pipeline.errors import DataError
@@ -32,9 +33,9 @@ class FeatureNames(NamedTuple):
 
 
 LAYOUTS = (
-    FeatureNames("image/encoded", "image/class/label", "image/class/text"),
-    FeatureNames("image", "label", None),
-)  # the TPU's ImageNet, TFDS
+    FeatureNames("image/encoded", "image/class/label", "image/class/text"),  # the TPU's ImageNet
+    FeatureNames("image", "label", None),  # tensorflow-datasets
+)
 FILE_NAME = "image/filename"  # goes into the key where there is one
 
 
@@ -128,19 +129,17 @@ class TFRecordInput:
         labels = rows["label"].to_numpy()
         if self._first is None and labels.min() > 0:
             raise DataError(
-                f"The least label is {labels.min()}: do they count from 1? Say --first-label 1 if so, and "
-                "--first-label 0 if the classes "
-                "in front of it have no images. What has been written remains."
+                f"The smallest label is {labels.min()}. If the labels count from 1, add --first-label 1; if they count "
+                "from 0 and the classes before it have no images, add --first-label 0. What has been written remains."
             )
         labels = labels - (self._first or 0)
         names = tuple(self._names or _class_names_in(rows, labels, self._first or 0))
-        if labels.min() < 0 or labels.max() >= len(
-            names
-        ):  # of images that were packed before the command line was changed
+        # Images may have been packed before the command line was changed.
+        if labels.min() < 0 or labels.max() >= len(names):
             raise DataError(
                 f"There are labels from {rows['label'].to_numpy().min()} to {rows['label'].to_numpy().max()}, which "
-                "--first-label or "
-                f"the number of names in --classes ({len(names)}) does not fit. What has been written remains."
+                f"--first-label or the number of names in --classes ({len(names)}) does not fit. "
+                "What has been written remains."
             )
         return names, labels.astype(np.int32)
 
@@ -149,8 +148,7 @@ class TFRecordInput:
             yield from tf.data.TFRecordDataset(str(file.path)).skip(skip).as_numpy_iterator()
         except tf.errors.OpError as error:
             raise DataError(
-                f"{file.path} is damaged, or no uncompressed TFRecord file: "
-                f"{error.message.partition(' [Op:')[0].rpartition('}} ')[2]}"
+                f"{file.path} is damaged, or no uncompressed TFRecord file: {short_message(error)}"
             ) from None
 
     def _to_record(self, file: RecordFile, number: int, example: Mapping[str, Any]) -> PackRecord:
@@ -159,8 +157,7 @@ class TFRecordInput:
         if not image or not isinstance(image[0], bytes) or not labels or not isinstance(labels[0], int):
             raise DataError(
                 f"{where} has no bytes {features.image} or no number {features.label}; it has "
-                f"{', '.join(sorted(example)) or 'nothing'}: "
-                "give their names with --image-feature and --label-feature"
+                f"{', '.join(sorted(example)) or 'nothing'}: give their names with --image-feature and --label-feature"
             )
         if len(image) + len(labels) > 2:
             raise DataError(f"{where} has {len(image)} images and {len(labels)} labels; needed is one of each")
@@ -195,8 +192,8 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"--tfrecord: {len(doubled)} files are given twice, or have the same "
-            f"name:\n{format_list(doubled)}\nRename them."
+            f"--tfrecord: {len(doubled)} files are given twice, or have the same name:\n"
+            f"{format_list(doubled)}\nRename them."
         )
     return files
 
@@ -239,8 +236,7 @@ def _class_names_in(rows: pa.Table, labels: np.ndarray, first: int) -> list[str]
     if problems:
         raise DataError(
             f"The names of the classes are not clear:\n{format_list(list(problems))}\n"
-            "Give --classes FILE with a name a line, in the order of the labels: what has been written remains. Or "
-            "start anew in another "
-            "--out with another --class-feature."
+            "Give --classes FILE with a name a line, in the order of the labels: what has been written remains. "
+            "Or start anew in another --out with another --class-feature."
         )
     return [str(names[label]) for label in sorted(names)]

@@ -4,16 +4,16 @@ Training begins with it.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from rich.table import Table
 
 from pipeline.config.data import DataConfig
+from pipeline.console import ProgressFn
 from pipeline.data.inspection import FORMATS, ImageFlag, inspect_all
 from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
@@ -94,7 +94,7 @@ def scan(
     config: DataConfig,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     min_classes: int = 2,
     full_dataset: bool = True,
 ) -> Manifest:
@@ -123,7 +123,7 @@ def validate(
     config: DataConfig,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
     min_classes: int = 2,
     full_dataset: bool = True,
 ) -> ValidationReport:
@@ -266,13 +266,12 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         )
     leaks = alike[members["split"].transform("nunique") > 1]
     if len(leaks) and on_leak != "ignore":
-        text = f"{len(leaks)} near-duplicate images stand in more than one split, as the data give them"
+        text = f"{len(leaks)} near-duplicate images are in more than one of the data set's own splits"
         items = _groups(leaks, "group", "split")
         if on_leak == "error":
             remedy = (
-                "Figures on val and test would be too good. Delete the copies or move them into one split; or let the "
-                "program make the "
-                "splits, from data without any; or accept it by data.on_leak=warn."
+                "Metrics on val and test would be optimistic. Delete the copies or move them into one split; "
+                "or let the program make the splits, from data without any; or accept it by data.on_leak=warn."
             )
             yield Finding("leaks", "error", text, items, remedy)
         else:
@@ -379,18 +378,3 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
     for text, which in unusual.items():
         if which.any():
             yield Finding("traits", "fact", f"{which.sum():,} images are {text}", tuple(keys[which]))
-
-
-def class_table(manifest: Manifest) -> Table:
-    """Return a console table of the images per class and split."""
-    counts = manifest.class_counts()
-    table = Table(box=None)
-    for column in ("class", *counts.columns):
-        table.add_column(column, justify="left" if column == "class" else "right", header_style="dim")
-    rows = counts if len(counts) <= 30 else counts.head(10)
-    for name, row in rows.iterrows():
-        table.add_row(str(name), *(f"{count:,}" for count in row))
-    if len(rows) < len(counts):
-        table.add_row(f"and {len(counts) - len(rows)} more classes")
-    table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
-    return table

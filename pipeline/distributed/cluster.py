@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.address import parse_address
+from pipeline.distributed.signals import signal_handler
 from pipeline.errors import ConfigError, RunError
 
 EXAMPLE_TF_CONFIG = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
@@ -55,12 +56,8 @@ class ProcessInfo:
 
         Python's own handlers do not run while TensorFlow waits.
         """
-        previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with signal_handler(signal.SIG_DFL):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def wait_for_chief(self, report: Callable[[str], None], timeout: float = 600.0) -> None:
         """Wait until the first process listens at its address.
@@ -83,9 +80,8 @@ class ProcessInfo:
                 reported = True
                 time.sleep(0.5)
         raise RunError(
-            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, has ended (see its "
-            "output), "
-            "or is behind a firewall"
+            f"{self.name(0)} cannot be reached after {timeout:.0f} s; it was never started, "
+            "has ended (see its output), or is behind a firewall"
         )
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import random
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.distributed.cluster import ProcessInfo
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.distributed.sharding import Shard, on_replicas
+from pipeline.distributed.sharding import Shard, local_replicas, on_replicas
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
@@ -77,7 +76,7 @@ class Runtime:
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = f"{self.replicas} {kind}s, mirrored" if self.replicas > 1 else f"one {kind}"
         if self.processes.world_size > 1:
-            devices += f" over {self.processes.world_size} processes of {len(self.strategy.extended.worker_devices)}"
+            devices += f" over {self.processes.world_size} processes of {local_replicas(self.strategy)}"
         compiled = {True: "on", False: "off", None: "not decided yet"}[self.jit_compile]
         return f"{devices}, {'bfloat16' if self.dtype == 'mixed_bfloat16' else self.dtype}, XLA {compiled}"
 
@@ -92,8 +91,6 @@ def setup_devices(config: RuntimeConfig, seed: int, process_info: ProcessInfo | 
     """
     # Connecting comes first: TensorFlow wants it before it has looked at a device.
     multi_worker = None if process_info is None else tf.distribute.MultiWorkerMirroredStrategy()
-    random.seed(seed)
-    np.random.seed(seed)
     keras.utils.set_random_seed(seed)
     gpus = tf.config.list_logical_devices("GPU")
     if not gpus:
@@ -150,3 +147,11 @@ def processor_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
     return f"{names[0] if names else platform.machine()} ({len(os.sched_getaffinity(0))} logical cores)"
+
+
+def gpu_memory_limits() -> list[int]:
+    """Return the bytes that TensorFlow may allocate on each GPU.
+
+    `device_lib` is a private module. TensorFlow's public API tells the current and the peak use, but not this limit.
+    """
+    return [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]

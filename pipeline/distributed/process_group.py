@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from pipeline import errors
 from pipeline.distributed.cluster import ProcessInfo
+from pipeline.distributed.sharding import local_replicas
 from pipeline.errors import RunError, TrainingError, UserError
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class ProcessGroup:
         """Return int64 (N,), summed over the processes."""
         strategy = self._strategy
         assert strategy is not None
-        replicas = len(strategy.extended.worker_devices)  # of this process; the first one contributes its values
+        replicas = local_replicas(strategy)  # the first one contributes the values of this process
 
         def of_replica(context: tf.distribute.experimental.ValueContext) -> tf.Tensor:
             return tf.constant(values if context.replica_id_in_sync_group % replicas == 0 else np.zeros_like(values))

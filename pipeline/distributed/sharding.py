@@ -22,6 +22,11 @@ class Shard:
 FULL_SHARD = Shard()
 
 
+def local_replicas(strategy: tf.distribute.Strategy) -> int:
+    """Return the number of a strategy's replicas in this process."""
+    return len(strategy.extended.worker_devices)
+
+
 def on_replicas(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
     """Distribute batches over the replicas of this process; each gets a contiguous part of every batch.
 
@@ -32,7 +37,7 @@ def on_replicas(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> A
     Returns:
         An iterable of the batches' per-replica values.
     """
-    part = dataset.element_spec[0].shape[0] // len(strategy.extended.worker_devices)
+    part = dataset.element_spec[0].shape[0] // local_replicas(strategy)
     parts = dataset.rebatch(part, drop_remainder=True)
     if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
         # rebatch forgets the cardinality; without it the processes would ask each other at every step.

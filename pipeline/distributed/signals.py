@@ -4,10 +4,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - it is not an error
     """The run stopped on request, after a complete step and after the callbacks received its state."""
+
+
+@contextmanager
+def signal_handler(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    """Let a function, or one of the system's reactions, handle SIGTERM and Ctrl-C inside the block."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 class StopSignal:
@@ -31,12 +43,8 @@ class StopSignal:
 
         Outside it, the signal ends the process as usual.
         """
-        previous = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with signal_handler(self._set):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _set(self, number: int, frame: object) -> None:
         self.signal = number

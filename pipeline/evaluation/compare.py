@@ -29,6 +29,7 @@ from pipeline.evaluation.statistics import (
 )
 
 Verdict = Literal["better", "worse", "open"]
+DIRECTIONS = ("right to wrong", "wrong to right")  # of the images that only one run classifies correctly
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +54,8 @@ class RunPredictions:
         return (self.predictions["predicted_class"] == self.predictions["true_class"]).to_numpy()
 
     @property
-    def losses(self) -> np.ndarray | None:
-        """-log of the true class's probability in nats, float64 (N,); None where the predictions lack it."""
-        if "true_probability" not in self.predictions:
-            return None
+    def losses(self) -> np.ndarray:
+        """-log of the true class's probability in nats, float64 (N,)."""
         return -np.log(np.maximum(self.predictions["true_probability"].to_numpy(np.float64), np.finfo(np.float64).tiny))
 
 
@@ -77,7 +76,7 @@ def read_run_predictions(name: str, split: str, predictions: Path, manifest: Pat
     try:
         rows = pd.read_parquet(predictions).sort_values("key", ignore_index=True)
         index = rows["index"].to_numpy(np.int64)
-        columns = rows[["key", "true_class", "predicted_class", "probability"]]
+        columns = rows[["key", "true_class", "predicted_class", "probability", "true_probability"]]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{predictions}: cannot be read ({error}); evaluate the run again") from None
     if np.array_equal(np.sort(index), data.indices(split)):
@@ -105,10 +104,10 @@ class RunComparison:
         num_pairs: Pairs that were tested together.
         accuracy: Difference of the accuracies, in [-1, 1]; its interval is the wider of the bootstrap's and
             `exact_bounds`.
-        loss: Difference of the mean cross-entropies in nats, where the predictions hold the probabilities.
+        loss: Difference of the mean cross-entropies in nats; None where all images are one group.
         class_metrics: By name, the metrics that follow from class counts.
-        changed_images: A row for each image that only one run classifies correctly: key, true_class, turned ("right to
-            wrong" or "wrong to right", from A to B), predicted_a, probability_a, predicted_b, probability_b.
+        changed_images: A row for each image that only one run classifies correctly: key, true_class, turned (from A to
+            B, one of DIRECTIONS), predicted_a, probability_a, predicted_b, probability_b.
     """
 
     a: str
@@ -246,9 +245,7 @@ def _pair(first: RunPredictions, other: RunPredictions) -> RunComparison:
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
     resampled = paired_bootstrap(correct_b.astype(np.float64) - correct_a, groups)
     low, high = exact_bounds(only_a, only_b, len(groups), num_groups)
-    loss = None
-    if first.losses is not None and other.losses is not None and num_groups > 1:
-        loss = paired_bootstrap(other.losses - first.losses, groups)
+    loss = paired_bootstrap(other.losses - first.losses, groups) if num_groups > 1 else None
     return RunComparison(
         a=first.name,
         b=other.name,
@@ -289,7 +286,7 @@ def _changed_images(first: RunPredictions, other: RunPredictions) -> pd.DataFram
         {
             "key": a["key"],
             "true_class": a["true_class"],
-            "turned": np.where(became_wrong, "right to wrong", "wrong to right"),
+            "turned": np.where(became_wrong, *DIRECTIONS),
             "predicted_a": a["predicted_class"],
             "probability_a": a["probability"],
             "predicted_b": b["predicted_class"],

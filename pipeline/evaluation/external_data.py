@@ -1,6 +1,6 @@
 """Labeled data that a network was not trained on, and the alignment of their classes with the network's outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.data import DataConfig
+from pipeline.console import ProgressFn
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
 from pipeline.data.sources.catalog import open_source
@@ -15,7 +16,7 @@ from pipeline.data.sources.pack import DESCRIPTION
 from pipeline.data.validation import scan
 from pipeline.errors import DataError, suggest
 from pipeline.evaluation.predictor import Predictions
-from pipeline.models.head_transfer import match_classes, read_class_map
+from pipeline.models.head_transfer import match_classes
 
 SPLIT = "test"  # of every row of the manifest: the data are not used for training
 
@@ -80,7 +81,7 @@ def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, Data
     return source, config
 
 
-def scan_external_data(source: SplitSource, config: DataConfig, progress: Callable[[int, int], None]) -> Manifest:
+def scan_external_data(source: SplitSource, config: DataConfig, progress: ProgressFn) -> Manifest:
     """Read and decode every image, as before training; all of them belong to the split `SPLIT`.
 
     Raises:
@@ -127,8 +128,7 @@ def align(
         WeightsError: The class map cannot be read or names unknown classes.
         DataError: A class of the data has no output, or shares one with another; the message names all of them.
     """
-    mapping = None if class_map is None else read_class_map(class_map)
-    match = match_classes(data_classes, class_lists, mapping, origin=str(class_map))
+    match = match_classes(data_classes, class_lists, class_map)
     if match.new:
         known = [name for names in class_lists for name in names]
         unmatched = [

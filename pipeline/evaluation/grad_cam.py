@@ -5,7 +5,8 @@ import numpy as np
 import tensorflow as tf
 from matplotlib import colormaps
 
-FEATURE_LAYER = "top_activation"  # the layer before the pooling
+from pipeline.models.efficientnet import TOP_ACTIVATION
+
 OPACITY = 0.5
 
 
@@ -18,7 +19,7 @@ class GradCam:
         Args:
             model: float32 (B, R, R, 3) in [0, 255] to logits (B, K), with a layer `top_activation` of (B, h, w, C).
         """
-        features_and_logits = keras.Model(model.inputs, [model.get_layer(FEATURE_LAYER).output, model.outputs[0]])
+        features_and_logits = keras.Model(model.inputs, [model.get_layer(TOP_ACTIVATION).output, model.outputs[0]])
         side = model.input_shape[1]
 
         @tf.function(reduce_retracing=True)

@@ -1,15 +1,13 @@
-"""Predictions for image files, with the preprocessing of validation, and their output as table, CSV and JSON lines."""
+"""Predictions for image files, with the preprocessing of validation, and their output as a table."""
 
-import csv
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -156,38 +154,3 @@ def format_prediction(prediction: FilePrediction) -> Group:
         )
     failure = [] if prediction.error is None else [Text(f"  {prediction.error}", style="red")]
     return Group(Text(str(prediction.path), style="bold"), *failure, table)
-
-
-def csv_writer(file: TextIO, k: int) -> Callable[[FilePrediction], None]:
-    """Write the header of a CSV file: path, error, class1, probability1, and so on up to `k`.
-
-    Returns:
-        A function that adds the row of a prediction.
-    """
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(
-        ["path", "error", *(f"{name}{rank}" for rank in range(1, k + 1) for name in ("class", "probability"))]
-    )
-
-    def add(prediction: FilePrediction) -> None:
-        cells = [cell for label in prediction.top for cell in (label.name, f"{label.probability:.6g}")]
-        rows.writerow([prediction.path, prediction.error, *(cells or [""] * (2 * k))])
-        file.flush()
-
-    return add
-
-
-def json_lines_writer(file: TextIO) -> Callable[[FilePrediction], None]:
-    """Return a function that writes a prediction as a line of JSON.
-
-    A line is {"path": ..., "top": [{"class": ..., "probability": ...}, ...], "error": null or a reason}.
-    """
-
-    def add(prediction: FilePrediction) -> None:
-        top = [{"class": label.name, "probability": float(f"{label.probability:.6g}")} for label in prediction.top]
-        file.write(
-            json.dumps({"path": str(prediction.path), "top": top, "error": prediction.error}, ensure_ascii=False) + "\n"
-        )
-        file.flush()
-
-    return add

@@ -10,7 +10,6 @@ import tensorflow as tf
 from pipeline.distributed.sharding import on_replicas
 from pipeline.tasks import SINGLE_LABEL, Task
 
-Progress = Callable[[int, int], None]
 Step = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Sequence[tf.Tensor | np.ndarray]]
 
 
@@ -68,7 +67,7 @@ class Predictor:
 
         self._step = step
 
-    def __call__(self, dataset: tf.data.Dataset, *, progress: Progress | None = None) -> Predictions:
+    def __call__(self, dataset: tf.data.Dataset, *, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predict a split.
 
         Args:
@@ -95,7 +94,7 @@ def predict_batches(
     task: Task,
     *,
     num_batches: int,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None,
 ) -> Predictions:
     """Run a prediction step on every batch and join the results.
 

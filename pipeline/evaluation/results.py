@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from pipeline.data.manifest import Manifest
 from pipeline.evaluation.batch_norm import BatchNormGap
 from pipeline.evaluation.calibration import Calibration, measure_calibration
 from pipeline.evaluation.label_errors import find_label_errors
@@ -80,27 +80,22 @@ class EvaluationResults:
 
 
 def summarize_with_intervals(
-    predictions: Predictions,
-    evaluation: Evaluation,
-    keys: Sequence[str],
-    groups: np.ndarray | None,
-    temperature: float | None,
+    predictions: Predictions, evaluation: Evaluation, manifest: Manifest, temperature: float | None
 ) -> EvaluationResults:
     """Add intervals, calibration and suspected label errors to the metrics of a split.
 
     Args:
         predictions: Of N images.
         evaluation: Their metrics.
-        keys: Name of every image of the manifest.
-        groups: int, of every image of the manifest, equal for near-duplicates, which are drawn together. None where
-            every image is a group of its own.
+        manifest: The images, with their keys; the bootstrap draws near-duplicates, a group, together.
         temperature: Fitted on another split, where there is one.
     """
+    keys, groups = manifest.table["key"].tolist(), manifest.table["group"].to_numpy()
     return EvaluationResults(
         evaluation=evaluation,
         predictions=predictions,
         keys=keys,
-        intervals=bootstrap_intervals(predictions, None if groups is None else groups[predictions.index]),
+        intervals=bootstrap_intervals(predictions, groups[predictions.index]),
         raw=measure_calibration(predictions),
         scaled=None if temperature is None else measure_calibration(predictions, temperature),
         suspects=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),

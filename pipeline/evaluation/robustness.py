@@ -8,12 +8,12 @@ import tensorflow as tf
 
 from pipeline.config.augment import TransformConfig
 from pipeline.data.augmentation import AlbumentationsTransforms
+from pipeline.data.input_pipeline import INDEX_BITS
 from pipeline.data.preprocessing import PreprocessFn, Resize, resize_to_square
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_RESOLUTION = 224  # pixels; the sizes of blurs refer to it
 AREA, NEAREST = 3, 0  # OpenCV's interpolations
-INDEX_BITS = 40  # of a seed; the higher bits hold the kind of corruption
 
 # By kind, a function that makes the transform, given the severity and a function that scales a length in pixels from
 # 224 px to the network's resolution. The strengths are those of the paper's code (hendrycks/robustness,

@@ -16,7 +16,7 @@ from pipeline.evaluation import tta
 from pipeline.evaluation.batch_norm import batch_norm_gap
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.grad_cam import GradCam
-from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
+from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.gallery import gallery_items, most_confident_correct, worst_errors
 from pipeline.evaluation.report.html_report import write_report
@@ -54,8 +54,8 @@ class RunEvaluator:
 
     @property
     def split(self) -> str:
-        """The split that the run is evaluated on: test, or val where there is no test split."""
-        return "test" if len(self.manifest.indices("test")) else "val"
+        """The split that the run is evaluated on."""
+        return self.manifest.evaluation_split
 
     def predict_validation(self) -> Predictions | None:
         """Predict the validation split; None where there is none."""
@@ -76,24 +76,14 @@ class RunEvaluator:
             self.run.temperature() if self.run.calibration.exists() else self.fit_temperature(self.predict_validation())
         )
 
-    def summarize_with_intervals(
-        self, predictions: Predictions, evaluation: Evaluation, temperature: float | None
-    ) -> EvaluationResults:
-        """Add intervals, calibration and suspected label errors to the metrics of a split."""
-        table = self.manifest.table
-        return summarize_with_intervals(
-            predictions, evaluation, table["key"].tolist(), table["group"].to_numpy(), temperature
-        )
-
     def with_tta(self, split: str, name: str) -> EvaluationResults:
         """Evaluate a split with the views `tta.VIEWS[name]`, named split-name; means have no temperature."""
         preprocess_fns = tta.tta_preprocess_fns(name, self.config.variant.resolution, self.config.data.resize)
         predictions = tta.average_predictions(
             [self.predict(split, preprocess_fn=preprocess_fn) for preprocess_fn in preprocess_fns]
         )
-        return self.summarize_with_intervals(
-            predictions, evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}"), None
-        )
+        evaluation = evaluate_predictions(predictions, self.manifest.class_names, f"{split}-{name}")
+        return summarize_with_intervals(predictions, evaluation, self.manifest, None)
 
     def with_corruptions(self, results: EvaluationResults) -> EvaluationResults:
         """Evaluate the split with every kind of corruption at every severity."""
@@ -110,7 +100,7 @@ class RunEvaluator:
         rows = np.random.default_rng(0).permutation(results.predictions.index)
         size = min(BATCH_NORM_BATCH_SIZE, len(rows))
         rows = rows[: len(rows) - len(rows) % size]
-        dataset = evaluation_stream(self.manifest, self.source, self.config, self.split, batch_size=size, rows=rows)
+        dataset = evaluation_stream(self.manifest, self.source, self.config, rows, batch_size=size)
         return replace(results, batch_norm=batch_norm_gap(self.model, dataset, TASKS[self.config.task]))
 
     def write(self, results: EvaluationResults) -> None:
@@ -141,6 +131,6 @@ class RunEvaluator:
     def load_images(self, indices: np.ndarray) -> np.ndarray:
         """Load images of the manifest as the network sees them, uint8 (N, R, R, 3)."""
         [(images, *_)] = evaluation_stream(
-            self.manifest, self.source, self.config, self.split, batch_size=len(indices), rows=indices
+            self.manifest, self.source, self.config, indices, batch_size=len(indices)
         ).as_numpy_iterator()
         return images

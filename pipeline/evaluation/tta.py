@@ -24,9 +24,8 @@ CENTER_AND_CORNERS = ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)
 VIEWS = {
     "flip": (TTAView(None), TTAView(None, mirrored=True)),
     "5-crop": tuple(TTAView(position) for position in CENTER_AND_CORNERS),
-    "10-crop": tuple(
-        TTAView(position, mirrored) for mirrored in (False, True) for position in CENTER_AND_CORNERS
-    ),  # Krizhevsky et al. 2012
+    # Krizhevsky et al. 2012
+    "10-crop": tuple(TTAView(position, mirrored) for mirrored in (False, True) for position in CENTER_AND_CORNERS),
 }
 
 

@@ -11,13 +11,31 @@ from typing import Any
 from pipeline.errors import RunError
 from pipeline.files import atomic_write
 
-FILES = {
-    "savedmodel": "savedmodel",
-    "litert": "model.tflite",
-    "litert-int8": "model-int8.tflite",
-    "onnx": "model.onnx",
-}  # by format
 METADATA, LABELS, FAILED, STAGING = "metadata.json", "labels.txt", "failed", ".new"
+
+
+@dataclass(frozen=True)
+class FormatSpec:
+    """An export format; `formats.WRITERS` and `loading.LOADERS` write and load it.
+
+    Attributes:
+        file: Name of its file, or of its folder.
+        packages: Modules that write and load it, beside TensorFlow, with the packages that hold them.
+        exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
+    """
+
+    file: str
+    packages: Mapping[str, str]
+    exact: bool = True
+
+
+_LITERT = {"ai_edge_litert": "ai-edge-litert"}
+FORMATS = {
+    "savedmodel": FormatSpec("savedmodel", {}),
+    "litert": FormatSpec("model.tflite", _LITERT),
+    "litert-int8": FormatSpec("model-int8.tflite", _LITERT, exact=False),
+    "onnx": FormatSpec("model.onnx", {"tf2onnx": "tf2onnx", "onnx": "onnx", "onnxruntime": "onnxruntime"}),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,8 @@ class ExportDirectory:
     ) -> None:
         """Put everything in its place: good files beside the metadata, the others into `failed/`.
 
-        A format of which there is no new file keeps the earlier one. The metadata come first: an export that is cut off
-        in here is known for one, and is mended by another.
+        A format of which there is no new file keeps the earlier one. Metadata are written first, so the next export
+        recognizes and repairs an interrupted one.
 
         Args:
             description: What `metadata.json` says of all formats.
@@ -71,12 +89,13 @@ class ExportDirectory:
         failed = self.path / FAILED
         for name, entry in formats.items():
             if entry["file"] is not None:
-                for earlier in (self.path / FILES[name], failed / FILES[name]):
+                file = FORMATS[name].file
+                for earlier in (self.path / file, failed / file):
                     if earlier.exists():
                         earlier.rename(self.staging / f"earlier-{earlier.parent.name}-{earlier.name}")
                 target = self.path / entry["file"]
                 target.parent.mkdir(exist_ok=True)
-                (self.staging / FILES[name]).rename(target)
+                (self.staging / file).rename(target)
         if failed.is_dir() and not any(failed.iterdir()):
             failed.rmdir()
 
@@ -103,7 +122,7 @@ def prepare(path: Path, formats: Sequence[str], model_digest: str) -> ExportDire
             raise RunError(f"{metadata}: was not written by an export; move it away, or choose another --out") from None
         if exported != model_digest:
             raise RunError(f"{path}: holds an export of another model; delete it, or choose another --out")
-    files = [FILES[name] for name in formats if name not in known] + ([] if metadata.exists() else [LABELS])
+    files = [FORMATS[name].file for name in formats if name not in known] + ([] if metadata.exists() else [LABELS])
     for file in files:
         for existing in (path / file, path / FAILED / file):
             if existing.exists():

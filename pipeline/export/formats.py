@@ -14,7 +14,7 @@ All of them take what `model.keras` takes, float32 (B, R, R, 3), RGB in [0, 255]
 import json
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,7 @@ def write_litert(
 
     Args:
         model: What to write.
-        contract: What goes with it.
+        contract: Interface of the model.
         path: The file.
         calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by
             channel) and activations become 8-bit integers; input and output stay float32.
@@ -131,9 +131,8 @@ def write_litert(
             converter.representative_dataset = lambda: (
                 [images.numpy().astype(np.float32)] for images, *_ in calibration
             )
-            converter.target_spec.supported_ops = [
-                tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-            ]  # an operation without integers is an error
+            # An operation without integers is an error.
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         path.write_bytes(converter.convert())
     with zipfile.ZipFile(path, "a") as archive:  # the runtime reads to the model's end, zip readers from the file's
         archive.writestr("labels.txt", "\n".join(contract.class_names) + "\n")
@@ -151,6 +150,15 @@ def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None
         converted.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     onnx.checker.check_model(converted, full_check=True)
     onnx.save(converted, path)
+
+
+# By format: writes it, given the model, its interface, the training images that int8 is calibrated on, and the path.
+WRITERS: dict[str, Callable[[keras.Model, ModelSignature, tf.data.Dataset, Path], None]] = {
+    "savedmodel": lambda model, contract, _, path: write_saved_model(model, contract, path),
+    "litert": lambda model, contract, _, path: write_litert(model, contract, path),
+    "litert-int8": lambda model, contract, images, path: write_litert(model, contract, path, calibration=images),
+    "onnx": lambda model, contract, _, path: write_onnx(model, contract, path),
+}
 
 
 def _serving(model: keras.Model, contract: ModelSignature) -> tf.types.experimental.PolymorphicFunction:

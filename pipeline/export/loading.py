@@ -73,3 +73,11 @@ def open_onnx(path: Path) -> LoadedExport:
     [source] = session.get_inputs()
     names = tuple(json.loads(session.get_modelmeta().custom_metadata_map["class_names"]))
     return LoadedExport(lambda images: session.run([OUTPUT], {source.name: images})[0], names)
+
+
+LOADERS: dict[str, Callable[[Path], LoadedExport]] = {  # by format
+    "savedmodel": open_saved_model,
+    "litert": open_litert,
+    "litert-int8": open_litert,
+    "onnx": open_onnx,
+}

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.export import ExportConfig
+from pipeline.console import ProgressFn
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictor import Predictions, Progress, predict_batches
+from pipeline.evaluation.predictor import Predictions, predict_batches
 from pipeline.export.loading import Forward, LoadedExport
 from pipeline.models.profile import latency
 from pipeline.tasks import Task
@@ -46,7 +47,7 @@ class ParityReport:
         agreement: Share of the images whose top-1 class is the model's.
         accuracy: Top-1, in [0, 1].
         latency: Seconds for one image.
-        failures: Why the file may not be taken for the model; empty if it may.
+        failures: Reasons why the file fails the limits; empty if it meets them.
     """
 
     max_logit_difference: float
@@ -62,7 +63,7 @@ def run_reference(
     dataset: tf.data.Dataset,
     split: str,
     task: Task,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> ReferenceResult:
     """Run the model over a split.
 
@@ -93,15 +94,15 @@ def check_parity(
     limits: ExportConfig,
     *,
     exact: bool,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> ParityReport:
-    """Run an exported network over the split that the model was run over, and compares.
+    """Run an exported network over the split that the model was run over, and compare both.
 
     Args:
         exported: The network as it came out of its file.
         reference: The model.
         dataset: The same batches.
-        limits: What it must come up to.
+        limits: Limits of the comparison.
         exact: Whether it computes in floating point as the model does, so that its logits must be the model's.
         progress: As of `run_reference`.
     """
@@ -135,14 +136,12 @@ def _shortfalls(
     if exact and difference > limits.max_logit_difference * reference.logit_std:
         failures.append(
             f"a logit differs by {difference:.3g}, {difference / max(reference.logit_std, 1e-30):.2g} of the logits' "
-            "standard deviation; "
-            f"export.max_logit_difference allows {limits.max_logit_difference:g}"
+            f"standard deviation; export.max_logit_difference allows {limits.max_logit_difference:g}"
         )
     if agreement < limits.min_agreement:
         failures.append(f"top-1 agreement is {agreement:.2%}; export.min_agreement asks for {limits.min_agreement:.2%}")
-    loss = round(
-        reference.accuracy - accuracy, 9
-    )  # of two shares, which may be a last digit above a limit that they meet
+    # The difference of two shares may be a last digit above a limit that they meet.
+    loss = round(reference.accuracy - accuracy, 9)
     if loss > limits.max_accuracy_loss:
         failures.append(
             f"accuracy is {loss:.2%} below the model's; export.max_accuracy_loss allows {limits.max_accuracy_loss:.2%}"
@@ -150,7 +149,7 @@ def _shortfalls(
     return failures
 
 
-def _predict(forward: Forward, dataset: tf.data.Dataset, task: Task, progress: Progress | None) -> Predictions:
+def _predict(forward: Forward, dataset: tf.data.Dataset, task: Task, progress: ProgressFn | None) -> Predictions:
     def step(images: tf.Tensor, labels: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor | np.ndarray]:
         return [index, task.decode(labels), forward(images.numpy().astype(np.float32))]
 

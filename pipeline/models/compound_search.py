@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import TypeVar
 
 import keras
 import tensorflow as tf
-import yaml
 
+from pipeline.console import ProgressFn
 from pipeline.errors import UserError
 from pipeline.models.efficientnet import CLASSIFIER, efficientnet
 from pipeline.models.profile import estimated_memory, latency, profile_model
 from pipeline.models.variants import (
     IMAGENET_VARIANTS,
+    LARGEST_PHI,
+    SMALLEST_PHI,
     VARIANTS,
     Variant,
     end_filters,
@@ -32,7 +33,6 @@ from pipeline.models.variants import (
 )
 
 STEPS_PER_PHI = 100  # phi is solved for to 0.01, which changes the multiply-adds by 0.7 %
-SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
 
 T = TypeVar("T")
 
@@ -144,15 +144,15 @@ def once_per_architecture(measure: Callable[[Variant], T]) -> Callable[[Variant]
 
 
 def profile_variant(variant: Variant, *, num_classes: int = 1000, batch_size: int = 32) -> VariantProfile:
-    """Build a variant without values and counts it; `batch_size` images per step matter to the memory alone."""
+    """Build a variant without values and count it; `batch_size` images per step matter to the memory alone."""
     model = without_values(variant, num_classes)
     counted = profile_model(model)
     memory = estimated_memory(model, batch_size)
     return VariantProfile(sum(stage_repeats(variant)), counted.trainable_parameters, counted.flops, memory)
 
 
-def latency_of(variant: Variant, *, num_classes: int = 1000) -> float:
-    """Seconds that the network takes for one image.
+def latency_of(variant: Variant, *, num_classes: int) -> float:
+    """Measure the seconds that the network takes for one image.
 
     As a tf.function on TensorFlow's default device, the result's way back included.
     """
@@ -179,7 +179,7 @@ def grid(
 def flops_ratios(
     triples: Sequence[tuple[float, float, float]],
     flops: Callable[[Variant], float],
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: ProgressFn | None = None,
 ) -> list[Candidate]:
     """Measure the triples of a grid at phi = 1.
 
@@ -196,7 +196,8 @@ def flops_ratios(
     for done, (alpha, beta, gamma) in enumerate(triples, 1):
         ratio = flops(from_multipliers(beta, alpha, round(VARIANTS["b0"].resolution * gamma))) / base
         candidates.append(Candidate(alpha, beta, gamma, ratio))
-        progress(done, len(triples))
+        if progress is not None:
+            progress(done, len(triples))
     return sorted(candidates, key=lambda candidate: (abs(candidate.flops_ratio - 2), abs(candidate.product - 2)))
 
 
@@ -281,54 +282,3 @@ def best_fit(variant: Variant) -> WeightOverlap:
             fitting = sum(there.get(layer) == shape for layer, shape in wanted.items())
             fits.append(WeightOverlap(name, fitting, len(wanted), wanted == there))
     return max(fits, key=lambda fit: (fit.identical, fit.fitting))
-
-
-def training_config(solution: Solution, fit: WeightOverlap, data_path: Path, *, batch_size: int, header: str) -> str:
-    """Return a config that trains a solution on a folder of images.
-
-    Args:
-        solution: The network.
-        fit: What `best_fit` says of it. Where a published variant is identical, its ImageNet weights are fine-tuned;
-            else what fits of them is where training starts.
-        data_path: The folder: <class>/<image>.
-        batch_size: Images per step.
-        header: Lines for the comment at its top: the budgets and what they came to.
-
-    Returns:
-        YAML.
-    """
-    variant = solution.variant
-    scaled = f"width {variant.width:.3f}, depth {variant.depth:.3f}, {variant.resolution} px"
-    if fit.identical:
-        model = {"variant": fit.source, "resolution": variant.resolution, "weights": "imagenet"}
-        stages = [
-            {"epochs": 2, "trainable": "head", "base_lr": 0.02},
-            {"epochs": 6, "base_lr": 0.004, "freeze_batch_norm": True},
-        ]
-        comments = [
-            f"Rounded, this is {fit.source} at {variant.resolution} px: "
-            "its ImageNet weights fit whole and are fine-tuned."
-        ]
-    else:
-        weights = f"imagenet:{fit.source}" if fit.fitting else None
-        model = {"variant": {"phi": solution.phi}, "weights": weights, "batch_norm_momentum": 0.9}
-        stages = [{"epochs": 60, "warmup_epochs": 3.0}]
-        comments = ["Starts from random values: no published weights fit."]
-        if fit.fitting:
-            comments = [
-                f"Starts from {fit.source}'s ImageNet weights where names and shapes are equal, "
-                f"in {fit.fitting} of {fit.total} backbone",
-                "layers; the others are random at first, so all are trained. "
-                "Without a network to fetch them: model.weights=null.",
-            ]
-    values = {
-        "seed": 42,
-        "model": model,
-        "data": {"source": "folder", "path": str(data_path)},
-        "augment": {"transforms": [{"RandomResizedCrop": {"scale": [0.35, 1.0]}}, {"HorizontalFlip": {"p": 0.5}}]},
-        "optimizer": {"name": "adamw", "base_lr": 0.008, "schedule": "cosine", "weight_decay": 1e-4, "ema_decay": 0.98},
-        "train": {"global_batch_size": batch_size, "label_smoothing": 0.1, "stages": stages},
-        "tracking": {"experiment": "scaled"},
-    }
-    comment = [*header.splitlines(), f"phi = {solution.phi:g}: {scaled}.", *comments]
-    return "".join(f"# {line}\n" for line in comment) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

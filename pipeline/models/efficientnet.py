@@ -33,7 +33,7 @@ from keras import layers
 from pipeline.models.variants import BlockArgs, Family, Variant, end_filters, stage_filters, stage_repeats
 
 CLASSIFIER, CLASSIFIER_BLOCK = "predictions", 9  # its name, and what `block_of` says of it
-TOP_DROPOUT = "top_dropout"
+TOP_ACTIVATION, POOLING, TOP_DROPOUT = "top_activation", "avg_pool", "top_dropout"
 
 
 class LayerTypes(NamedTuple):
@@ -182,7 +182,7 @@ class LayerBuilder:
 
     def classifier(self, x: keras.KerasTensor, num_classes: int, dropout: float) -> keras.KerasTensor:
         """Pool a feature map and classify it: float32 logits (B, num_classes)."""
-        x = layers.GlobalAveragePooling2D(dtype=self.dtype, name="avg_pool")(x)
+        x = layers.GlobalAveragePooling2D(dtype=self.dtype, name=POOLING)(x)
         if dropout > 0:
             x = self.layer_types.dropout(dropout, seed=self.seed_of(TOP_DROPOUT), dtype=self.dtype, name=TOP_DROPOUT)(x)
         # The official 1 / sqrt(classes), but never wider than ImageNet's: for ten classes it gives first logits of
@@ -227,8 +227,8 @@ def efficientnet(
         batch_norm_momentum: Of the moving statistics.
         synchronized: Whether batch normalization takes its statistics over all replicas.
         layer_types: Keras's, or subclasses for training.
-        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. Normalisation and classifier
-            stay float32.
+        dtype: `float32`, or `mixed_bfloat16` to compute in bfloat16 with float32 weights. The input rescaling and
+            the classifier stay float32.
         seed: Decides the initial weights and the dropout masks, by way of each layer's name.
 
     Returns:
@@ -262,9 +262,8 @@ def efficientnet(
     x = build.norm_activate(build.conv(x, "top_conv", top_filters), "top")
     if include_top:
         x = build.classifier(x, num_classes, variant.dropout if dropout is None else dropout)
-    return keras.Model(
-        images, x, name="efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)
-    )  # = and , break TensorFlow's scopes
+    name = "efficientnet_" + re.sub(r"[^a-z0-9.]+", "_", variant.name)  # = and , break TensorFlow's scopes
+    return keras.Model(images, x, name=name)
 
 
 def block_of(layer_name: str) -> int:
@@ -278,7 +277,7 @@ def block_of(layer_name: str) -> int:
         return int(match[1])
     if layer_name in (TOP_DROPOUT, CLASSIFIER):
         return CLASSIFIER_BLOCK
-    return 8 if layer_name.startswith(("top_", "avg_pool")) else 0
+    return 8 if layer_name.startswith(("top_", POOLING)) else 0
 
 
 def to_inference_model(model: keras.Model) -> keras.Model:

@@ -41,8 +41,6 @@ from pipeline.tasks import Task
 # three drawn up to 5.7.
 MARGIN = 6.0
 
-ClassMap = Mapping[str, tuple[str, ...]]  # new class name -> old class names
-
 
 @dataclass(frozen=True)
 class ClassMapping:
@@ -130,7 +128,7 @@ def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def match_classes(
-    class_names: Sequence[str], old: Sequence[Sequence[str]], class_map: ClassMap | None = None, *, origin: str = ""
+    class_names: Sequence[str], old: Sequence[Sequence[str]], class_map: Path | None = None
 ) -> ClassMapping:
     """Find the old classes of each new one: by the class map where it names the class, else by an equal name.
 
@@ -138,16 +136,16 @@ def match_classes(
         class_names: The new classes in the order of the outputs.
         old: What the old classes are called, in the order of the outputs; a list for each wording, such as synsets and
             readable names. A name of two old classes matches neither.
-        class_map: From `read_class_map`.
-        origin: What messages about the class map begin with: its file.
+        class_map: A file that names old classes for new ones, see `read_class_map`.
 
     Returns:
         The match.
 
     Raises:
-        WeightsError: The class map names a new or an old class that there is not, an old class by an ambiguous name, or
-            one twice.
+        WeightsError: The class map cannot be read, names a new or an old class that there is not, an old class by an
+            ambiguous name, or one twice.
     """
+    mapping = {} if class_map is None else read_class_map(class_map)
     indices: dict[str, list[int]] = {}
     for names in old:
         for index, name in enumerate(names):
@@ -157,27 +155,27 @@ def match_classes(
     def titles(index: int) -> str:
         return " ".join(dict.fromkeys(names[index] for names in old))
 
-    for name in class_map or {}:
+    for name in mapping:
         if name not in class_names:
-            raise WeightsError(f"{origin}: {name!r} is none of the data's classes{suggest(name, class_names)}")
+            raise WeightsError(f"{class_map}: {name!r} is none of the data's classes{suggest(name, class_names)}")
 
     def look_up(new: str, name: str) -> int:
         matches = indices.get(name, [])
         if not matches:
-            raise WeightsError(f"{origin}: {new}: {name!r} is none of the source's classes{suggest(name, indices)}")
+            raise WeightsError(f"{class_map}: {new}: {name!r} is none of the source's classes{suggest(name, indices)}")
         if len(matches) > 1:
             raise WeightsError(
-                f"{origin}: {new}: {name!r} is ambiguous; write one of {', '.join(old[0][i] for i in matches)}"
+                f"{class_map}: {new}: {name!r} is ambiguous; write one of {', '.join(old[0][i] for i in matches)}"
             )
         return matches[0]
 
     rows: list[tuple[int, ...]] = []
     ambiguous: dict[str, tuple[str, ...]] = {}
     for name in class_names:
-        if class_map and name in class_map:
-            row = tuple(look_up(name, old_name) for old_name in class_map[name])
+        if name in mapping:
+            row = tuple(look_up(name, old_name) for old_name in mapping[name])
             if len(set(row)) < len(row):
-                raise WeightsError(f"{origin}: {name}: names an old class twice, in two wordings")
+                raise WeightsError(f"{class_map}: {name}: names an old class twice, in two wordings")
             rows.append(row)
         else:
             matches = indices.get(name, [])

@@ -23,7 +23,7 @@ class PerReplicaDropout(keras.layers.Dropout):
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Mask `inputs` of any shape and floating dtype while training; passes them on otherwise."""
+        """Mask `inputs` of any shape and floating dtype while training; pass them on otherwise."""
         if not training or not self.trainable or self.rate == 0:
             return inputs
         seed, counter = tf.unstack(tf.cast(self.seed_generator.next(), tf.int64))
@@ -40,7 +40,7 @@ class PerReplicaDropout(keras.layers.Dropout):
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization in one TensorFlow operation, and one for its gradient, by each replica's own statistics.
 
-    Keras's own takes moments, normalises and scales in operations of their own, each of which reads or writes the whole
+    Keras's own takes moments, normalizes and scales in operations of their own, each of which reads or writes the whole
     activation: a B0 trains 1.3 times as fast with this (two CPU cores, 224 pixels, 16 images). XLA fuses Keras's.
     Results are Keras's but for rounding; weights have the same names.
     """
@@ -76,9 +76,8 @@ class FusedActivation(keras.layers.Activation):
     """Keras's layer, with a gradient of swish that goes over the activation four times in place of six, without XLA.
 
     With s the sigmoid, swish y = x s(x) has the gradient s(x) (1 + (x - y)), whose factor s TensorFlow has in one
-    operation with the
-    multiplication: the gradient of softplus. It and its forward pass take 0.83 of the time; a step of a B0, 0.95 (two
-    CPU cores, 224 pixels, 16 images).
+    operation with the multiplication: the gradient of softplus. It and its forward pass take 0.83 of the time; a step
+    of a B0, 0.95 (two CPU cores, 224 pixels, 16 images).
     """
 
     fused = True
@@ -102,9 +101,8 @@ class SplitDepthwiseConv2D(keras.layers.DepthwiseConv2D):
     """Keras's layer with the gradient of a 5 x 5 kernel computed in two parts, on CPUs: three columns and two columns.
 
     For kernels wider than three, oneDNN computes that gradient by its routine for any convolution, for fewer columns by
-    one for depthwise
-    ones: together they take 0.5 to 0.7 of its time (strides 1; with strides of 2 nothing is gained); a step of a B0
-    takes 0.95 (two CPU cores with AVX-512, 224 pixels, 16 images).
+    one for depthwise ones: together they take 0.5 to 0.7 of its time (strides 1; with strides of 2 nothing is gained);
+    a step of a B0 takes 0.95 (two CPU cores with AVX-512, 224 pixels, 16 images).
     """
 
     fused = True

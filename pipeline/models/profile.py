@@ -79,7 +79,7 @@ def estimated_memory(
 def latency(infer: Callable[[], object]) -> float:
     """Measure the seconds that an inference takes.
 
-    The median of warm ones, of which it times about a second, at least 5 and at most 50.
+    Median of 5 to 50 runs after 3 warm-up runs.
     """
     for _ in range(WARM_UP_RUNS):
         infer()

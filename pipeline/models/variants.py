@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15  # depth, width and resolution per unit of phi; arXiv 1905.11946, section 3.3
-
+SMALLEST_PHI, LARGEST_PHI = -6, 9  # of a config
+FILTERS_DIVISOR = 8
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixel / 255, per channel
 LITE_MEAN, LITE_STD = 127.0, 128.0  # of the pixel
@@ -174,11 +175,11 @@ def from_multipliers(width: float, depth: float, resolution: int, *, name: str |
     )
 
 
-def round_filters(filters: int, width: float, divisor: int = 8) -> int:
-    """Scale a number of channels and round it to a multiple of `divisor`, never below 90 % of the exact value."""
+def round_filters(filters: int, width: float) -> int:
+    """Scale a number of channels and round it to a multiple of 8, never below 90 % of the exact value."""
     exact = filters * width
-    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * exact else rounded
+    rounded = max(FILTERS_DIVISOR, int(exact + FILTERS_DIVISOR / 2) // FILTERS_DIVISOR * FILTERS_DIVISOR)
+    return rounded + FILTERS_DIVISOR if rounded < 0.9 * exact else rounded
 
 
 def round_repeats(repeats: int, depth: float) -> int:

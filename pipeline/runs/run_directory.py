@@ -163,11 +163,11 @@ class RunDirectory:
         return load_config(self.config)
 
     def temperature(self) -> float | None:
-        """Return the temperature that the logits are divided by for calibrated probabilities.
+        """Read from `calibration` the temperature that the logits are divided by for calibrated probabilities.
 
         None if none could be fitted.
         """
-        return json.loads(self.calibration.read_text())["temperature"] if self.calibration.exists() else None
+        return json.loads(self.calibration.read_text())["temperature"]
 
     def mlflow_run(self) -> tuple[str, str] | None:
         """Return the tracking URI and the id of the run in MLflow; None before it is tracked."""

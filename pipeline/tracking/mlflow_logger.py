@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.console import python_executable
+from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.runs.provenance import flatten, mask_credentials, provenance
 from pipeline.tracking.mlflow_store import (
     database_of,
@@ -368,8 +369,6 @@ def _client_of(configured_uri: str | None, tracked: tuple[str, str]) -> Iterator
 
 def _status(error: BaseException | None) -> str:
     """Return the MLflow status for the error that ended a block; a stop request of any kind gives KILLED."""
-    from pipeline.distributed.signals import TrainingInterrupted
-
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED"
     if isinstance(error, KeyboardInterrupt | TrainingInterrupted) or (

@@ -11,8 +11,8 @@ import numpy as np
 
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.train import StageConfig
+from pipeline.models.efficientnet import POOLING
 
-FEATURE_LAYER = "avg_pool"  # layer whose outputs are cached
 MAX_BYTES = 4 * 2**30  # of features in memory; 800,000 images for B0
 
 
@@ -47,10 +47,10 @@ def backbone_and_head(model: keras.Model) -> tuple[keras.Model, keras.Model]:
         (B, K).
     """
     names = [layer.name for layer in model.layers]
-    features = model.get_layer(FEATURE_LAYER).output
+    features = model.get_layer(POOLING).output
     inputs = keras.Input(features.shape[1:], dtype="float32", name="features")
     x = inputs
-    for layer in model.layers[names.index(FEATURE_LAYER) + 1 :]:
+    for layer in model.layers[names.index(POOLING) + 1 :]:
         x = layer(x)
     return keras.Model(model.inputs, features, name="backbone"), keras.Model(inputs, x, name="head")
 

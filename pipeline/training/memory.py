@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import keras
 import tensorflow as tf
-from tensorflow.python.client import device_lib
 
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.train import TrainConfig
 from pipeline.data.mixup import mixing_group_size
-from pipeline.distributed.devices import Runtime
+from pipeline.distributed.devices import Runtime, gpu_memory_limits
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.profile import estimated_memory
 
@@ -37,21 +36,13 @@ def device_memory() -> int:
 
     The device is a GPU; without GPUs it is the machine, or the container if that has a limit.
     """
-    gpus = _gpu_memory_limits()
+    gpus = gpu_memory_limits()
     if gpus:
         return min(gpus)
     limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
     return min(
         [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(int(limit) for limit in limits if limit.isdigit())]
     )
-
-
-def _gpu_memory_limits() -> list[int]:
-    """Return the bytes that TensorFlow may allocate on each GPU.
-
-    `device_lib` is a private module. TensorFlow's public API tells the current and the peak use, but not this limit.
-    """
-    return [device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"]
 
 
 def step_memory(optimizer: OptimizerConfig, model: keras.Model, images: int, *, accumulation: bool) -> int:

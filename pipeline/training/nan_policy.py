@@ -58,7 +58,7 @@ class NanPolicy:
         identity: Mapping[str, Any],
         training_stream: Callable[[int], tf.data.Dataset],
         log: Callable[[str], None],
-        processes: ProcessGroup | None = None,
+        processes: ProcessGroup,
     ) -> None:
         """Create the policy of a run.
 
@@ -69,11 +69,10 @@ class NanPolicy:
             identity: Values in which a resumed run must agree with a checkpoint, as in `checkpoint.save`.
             training_stream: Maps a step to the stream of global batches that starts there.
             log: Prints a line for the user.
-            processes: Processes of the run, of which the chief writes; None for this process alone.
+            processes: Processes of the run, of which the chief writes.
         """
-        self._processes = processes or ProcessGroup()
         self._policy, self._folder, self._checkpoints, self._identity = policy, folder, checkpoints, identity
-        self._training_stream, self._log = training_stream, log
+        self._training_stream, self._log, self._processes = training_stream, log, processes
 
     def prepare(self, state: TrainState) -> None:
         """Write a checkpoint before the first step, so that a rollback is possible in the first epoch."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.config.train import StageConfig
-from pipeline.console import Console
+from pipeline.console import Console, format_duration
 from pipeline.training.callbacks import Callback
 
 
@@ -42,13 +42,13 @@ class ProgressBar(Callback):
 
     def __enter__(self) -> "ProgressBar":
         """Show the bar, in a terminal."""
-        if self._console.rich.is_terminal:
+        if self._console.shows_progress:
             self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the bar."""
-        if self._console.rich.is_terminal:
+        if self._console.shows_progress:
             self._progress.stop()
 
     def on_progress(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -110,10 +110,3 @@ class Throughput:
     def seconds_left(self, steps: int) -> float:
         """Return the time that `steps` take at the mean speed."""
         return steps / self.mean if self.mean else 0.0
-
-
-def format_duration(seconds: float) -> str:
-    """Return a text such as `2 min 05 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,18 +1,17 @@
-"""Settings that follow from the data: the `auto` recipe for fine-tuning, and the weights of the classes in the loss."""
+"""The `auto` recipe: an optimizer and stages for fine-tuning, which follow from the data."""
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-import numpy as np
 import yaml
 
 from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.schema import Config
-from pipeline.config.train import StageConfig, TrainConfig
+from pipeline.config.train import StageConfig
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ConfigError, suggest
+from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 
 HEAD_STEPS, MAX_HEAD_EPOCHS = 100, 20
@@ -117,37 +116,3 @@ def describe_recipe(config: Config) -> str:
         {"optimizer": optimizer, "train": {"stages": stages}}, sort_keys=False, default_flow_style=None, width=76
     )
     return "recipe: auto, which is here\n" + textwrap.indent(lines.rstrip(), "  ")
-
-
-def class_weights(config: TrainConfig, class_names: Sequence[str], num_images: Sequence[int]) -> np.ndarray | None:
-    """Return the weight of each class in the loss; its mean over the training images is 1.
-
-    Args:
-        config: The section `train`. `class_weights: balanced` gives every class the same total weight: N / (K * n_k)
-            for n_k of the N images.
-        class_names: K names in the order of the labels.
-        num_images: Number of training images of each class, n_k.
-
-    Returns:
-        float32 (K,), or None if all images weigh the same.
-
-    Raises:
-        ConfigError: A weight is given for a class that does not exist.
-    """
-    given = config.class_weights
-    if given is None:
-        return None
-    counts = np.asarray(num_images, np.float64)
-    if given == "balanced":
-        weights = 1 / np.maximum(counts, 1)
-    else:
-        unknown = [name for name in given if name not in class_names]
-        if unknown:
-            raise ConfigError(
-                "\n".join(
-                    f"train.class_weights: {name!r} is none of the data's classes{suggest(name, class_names)}"
-                    for name in unknown
-                )
-            )
-        weights = np.array([given.get(name, 1.0) for name in class_names])
-    return (weights * counts.sum() / (weights * counts).sum()).astype(np.float32)

@@ -201,10 +201,19 @@ def scan_images(source: DataSource, config: DataConfig, seed: int, run: RunDirec
         manifest.write_left_out(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     console.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    print_notes(manifest, f", listed in {run.skipped_images}", console)
+    return manifest
+
+
+def print_notes(manifest: Manifest, where_listed: str, console: Console) -> None:
+    """Print the notes about the data and the number of images that cannot be used.
+
+    Args:
+        manifest: All images.
+        where_listed: End of the sentence about those that cannot be used: where they are listed.
+        console: Console to print to.
+    """
     for note in manifest.notes:
         console.print(f"note: {note}")
     if manifest.left_out:
-        console.print(
-            f"left out: {len(manifest.left_out):,} images that cannot be used, listed in {run.skipped_images}"
-        )
-    return manifest
+        console.print(f"left out: {len(manifest.left_out):,} images that cannot be used{where_listed}")

@@ -149,7 +149,7 @@ class StageData:
             self._manifest,
             self._source,
             self._config,
-            split,
+            self._manifest.indices(split),
             batch_size=self._batch_size.images // self._batch_size.accumulation,
             shard=self._shard,
             **stream_kwargs,
@@ -158,7 +158,7 @@ class StageData:
     def _compute_features(self, split: str) -> np.ndarray:
         with self._console.progress(f"computing the features of {split}, once") as show_progress:
 
-            def progress(done: int, total: int) -> None:
+            def progress(done: int, total: int | None) -> None:
                 show_progress(done, total)
                 # An interruption costs nothing: a resume computes the features again in any case.
                 if self._processes.any_process(self._stop_requested()):

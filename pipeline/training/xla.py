@@ -12,11 +12,11 @@ import keras
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
+from pipeline.console import format_duration
 from pipeline.distributed.devices import Runtime
 from pipeline.models.layers import disable_fused_layers
 from pipeline.models.profile import profile_model
 from pipeline.training.feature_cache import is_augmented
-from pipeline.training.progress import format_duration
 from pipeline.training.schedule import TrainSchedule
 
 # Measured for B0 at 224 pixels in batches of 256, in bfloat16, on one H100 with 16 cores. Without XLA, only batch
@@ -66,7 +66,7 @@ def resolve_xla(
     if previous is not None and previous.runtime.xla != "auto":
         jit_compile = previous.runtime.xla
         if jit_compile != runtime.jit_compile:
-            reason = f"XLA {'on' if jit_compile else 'off'}, as the run began"
+            reason = f"XLA {'on' if jit_compile else 'off'}, as when the run was started"
     elif runtime.jit_compile is None:
         jit_compile, reason = _estimate(config, model, schedule)
     if jit_compile:

@@ -118,7 +118,7 @@ def test_debug_is_an_option_of_every_command_and_sets_what_the_console_reads(
         (["scale", "--params", "8e6", "--write", "pyproject.toml", "--data-path", "p"], "exists already"),
         (["scale", "--params", "8e6", "--write", "none/x.yaml", "--data-path", "p"], "no folder none"),
         ([*BENCH, "--seconds", "0"], "--seconds must be above 0"),
-        ([*BENCH, "--pairs", "0"], "--pairs must be at least 1"),
+        ([*BENCH, "--pairs", "0"], "argument --pairs: '0' is not an integer above 0"),
         ([*BENCH, "--stage", "3"], "stage 3: train.stages has the stages 1 to 1"),
         ([*BENCH, "--baseline", "torch"], "invalid choice: 'torch'"),
         ([*BENCH, "--json", "none/x.json"], "there is no folder none"),

@@ -27,7 +27,7 @@ LABELING = [
     ([*LITE0, "x.jpg"], "x.jpg: there is no such file"),
     ([*LITE0, "photos/*.gif"], "photos/*.gif: no file matches"),
     ([*LITE0, "empty"], "empty: the folder contains no image"),
-    ([*LITE0, "photos", "--top", "0"], "--top must be at least 1. Received: 0"),
+    ([*LITE0, "photos", "--top", "0"], "argument --top: '0' is not an integer above 0"),
     ([*LITE0, "photos", "--format", "xml"], "invalid choice: 'xml'"),
     ([*LITE0, "photos", "--out", "figures"], "a new file that ends in .csv or .jsonl. Received: figures"),
     ([*LITE0, "photos", "--out", "x.csv", "--format", "csv"], "--format belongs to standard output"),

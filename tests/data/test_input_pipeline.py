@@ -228,10 +228,11 @@ def test_a_share_reads_only_its_own_images() -> None:
 
 def test_shares_of_an_evaluation_hold_every_image_exactly_once() -> None:
     data = make(21, test=13)
-    whole = take(evaluation_stream(*data, config(), "test", batch_size=8), 9)
+    rows = data[0].indices("test")
+    whole = take(evaluation_stream(*data, config(), rows, batch_size=8), 9)
     for shares in (2, 4):
         parts = [
-            take(evaluation_stream(*data, config(), "test", batch_size=8, shard=Shard(n, shares)), 9)
+            take(evaluation_stream(*data, config(), rows, batch_size=8, shard=Shard(n, shares)), 9)
             for n in range(shares)
         ]
         joined = [
@@ -301,7 +302,7 @@ def test_mixing_stays_inside_groups_of_the_batch() -> None:
 @pytest.mark.parametrize(("count", "batch"), [(21, 8), (16, 8), (3, 8), (1, 1)])
 def test_evaluation_holds_every_image_exactly_once_in_order(count: int, batch: int) -> None:
     manifest, source = make(count + 5, test=count)
-    stream = evaluation_stream(manifest, source, config(**EVERYTHING), "test", batch_size=batch)
+    stream = evaluation_stream(manifest, source, config(**EVERYTHING), manifest.indices("test"), batch_size=batch)
     assert stream.cardinality() == -(-count // batch)
     images, labels, weights, index = (np.concatenate(part) for part in zip(*stream.as_numpy_iterator(), strict=True))
     np.testing.assert_array_equal(index[:count], np.arange(count))
@@ -318,8 +319,8 @@ def test_evaluation_holds_every_image_exactly_once_in_order(count: int, batch: i
 
 def test_an_empty_split_is_refused() -> None:
     manifest, source = make(4)
-    with pytest.raises(DataError, match="split val holds no images"):
-        evaluation_stream(manifest, source, config(), "val", batch_size=2)
+    with pytest.raises(DataError, match="split holds no images"):
+        evaluation_stream(manifest, source, config(), manifest.indices("val"), batch_size=2)
 
 
 def test_starting_late_does_not_decode_what_it_skips() -> None:

@@ -100,7 +100,7 @@ def test_evaluation_turns_them_upright(oriented_files):
     _, manifest, source, config = oriented_files
     seen = {}
     for images, _, weights, index in evaluation_stream(
-        manifest, source, config, "test", batch_size=16
+        manifest, source, config, manifest.indices("test"), batch_size=16
     ).as_numpy_iterator():
         seen |= {
             manifest.table["key"][i]: image for image, weight, i in zip(images, weights, index, strict=True) if weight

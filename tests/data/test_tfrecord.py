@@ -93,7 +93,7 @@ def test_the_official_layout_is_packed_with_names_and_splits(imagenet: Path) -> 
 
 def test_labels_that_may_count_from_1_are_not_guessed_and_nothing_is_written_twice(imagenet: Path) -> None:
     words = ["--tfrecord", *splits(imagenet), "--out", imagenet / "pack", "--shard-images", "4"]
-    with pytest.raises(DataError, match=r"The least label is 1: do they count from 1\? Say --first-label 1"):
+    with pytest.raises(DataError, match=r"The smallest label is 1. If the labels count from 1, add --first-label 1"):
         run(*words)
     shard = imagenet / "pack/.packing/00000.array_record"
     before = shard.stat()

@@ -191,7 +191,7 @@ def test_leakage_between_given_splits_stops_a_run_and_names_the_pairs_and_the_re
     with pytest.raises(DataError) as caught:
         look(leaking)
     message = str(caught.value)
-    assert message.startswith("2 near-duplicate images stand in more than one split, as the data give them:\n")
+    assert message.startswith("2 near-duplicate images are in more than one of the data set's own splits:\n")
     assert "  test/cat/same.png (test) = train/cat/3.jpg (" in message
     assert "data.on_leak=warn" in message
 
@@ -202,7 +202,8 @@ def test_leakage_that_is_accepted_is_reported_and_not_moved(leaking):
     assert table["split"]["test/cat/same.png"] == "test"
     assert table["split"]["train/cat/3.jpg"] in ("train", "val")
     assert any(
-        note.startswith("2 near-duplicate images stand in more than one split") and "test/cat/same.png (test)" in note
+        note.startswith("2 near-duplicate images are in more than one of the data set's own splits")
+        and "test/cat/same.png (test)" in note
         for note in manifest.notes
     )
     ignoring = look(leaking.model_copy(update={"on_leak": "ignore"}))

@@ -18,7 +18,7 @@ from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
 from pipeline.models.weights.pretrained import imagenet_classes
 
-IMAGENET = tuple(zip(*imagenet_classes(), strict=True))
+IMAGENET = imagenet_classes()
 ANIMALS = (("ant", "bee", "cat", "dog", "eel"),)
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from pipeline.data.manifest import Manifest
 from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
 from pipeline.evaluation.report.figures import confusion_figure
@@ -33,7 +35,8 @@ def results() -> EvaluationResults:
     logits[np.arange(80), labels] += 1.5
     predictions = Predictions(np.arange(80), labels, logits)
     keys = [f"<script>alert({i})</script>.jpg" for i in range(80)]
-    found = summarize_with_intervals(predictions, evaluate_predictions(predictions, NAMES, "test"), keys, None, 0.8)
+    manifest = Manifest(tuple(NAMES), pd.DataFrame({"key": keys, "group": range(80)}))
+    found = summarize_with_intervals(predictions, evaluate_predictions(predictions, NAMES, "test"), manifest, 0.8)
     return replace(
         found, corruptions=corruption_table({(kind, severity): 0.5 for kind in KINDS for severity in SEVERITIES})
     )

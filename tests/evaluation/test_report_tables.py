@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pipeline.data.manifest import Manifest
 from pipeline.evaluation import statistics
 from pipeline.evaluation.batch_norm import BatchNormGap
 from pipeline.evaluation.calibration import measure_calibration
@@ -53,7 +54,8 @@ def made(n: int, k: int, *, temperature: float | None = None) -> EvaluationResul
     logits[np.arange(n), labels] += 3
     predictions = Predictions(np.arange(0, 2 * n, 2), labels, logits)
     evaluation = evaluate_predictions(predictions, [f"class, {i}" for i in range(k)], "test")
-    return summarize_with_intervals(predictions, evaluation, [f"{i}.jpg" for i in range(2 * n)], None, temperature)
+    table = pd.DataFrame({"key": [f"{i}.jpg" for i in range(2 * n)], "group": range(2 * n)})
+    return summarize_with_intervals(predictions, evaluation, Manifest((), table), temperature)
 
 
 def shown(results: EvaluationResults) -> str:
@@ -206,8 +208,8 @@ def test_console_shows_the_five_worst_of_many_classes() -> None:
 
 def test_console_marks_undefined_figures_with_a_dash() -> None:
     predictions = Predictions(np.arange(1), np.zeros(1, np.int32), np.eye(3, dtype=np.float32)[:1])
-    results = summarize_with_intervals(
-        predictions, evaluate_predictions(predictions, ["a", "b", "c"], "val"), ["x.jpg"], None, None
-    )
+    evaluation = evaluate_predictions(predictions, ["a", "b", "c"], "val")
+    manifest = Manifest((), pd.DataFrame({"key": ["x.jpg"], "group": [0]}))
+    results = summarize_with_intervals(predictions, evaluation, manifest, None)
     lines = shown(results).splitlines()
     assert next(line for line in lines if line.startswith("b ")).split() == ["b", "-", "-", "-", "0"]

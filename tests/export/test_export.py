@@ -181,7 +181,7 @@ def assert_every_format_is_the_model(run: RunDirectory, model: keras.Model) -> N
         ("litert", loaded.open_litert),
         ("onnx", loaded.open_onnx),
     ):
-        exported = open_file(run.export / export_directory.FILES[name])
+        exported = open_file(run.export / export_directory.FORMATS[name].file)
         np.testing.assert_allclose(exported.forward(images), wanted, atol=1e-4 * wanted.std(), err_msg=name)
         np.testing.assert_allclose(
             exported.forward(images[:1]), wanted[:1], atol=1e-4 * wanted.std(), err_msg=f"{name}, one image"
@@ -230,7 +230,7 @@ def test_the_table_and_the_metadata_hold_what_was_found(run: RunDirectory, finis
     found = metadata(directory)
     assert list(found["formats"]) == ["savedmodel", "litert", "litert-int8", "onnx"]
     for name, entry in found["formats"].items():
-        assert (entry["passed"], entry["failures"], entry["file"]) == (True, [], export_directory.FILES[name])
+        assert (entry["passed"], entry["failures"], entry["file"]) == (True, [], export_directory.FORMATS[name].file)
         proof = entry["proof"]
         assert (proof["split"], proof["images"]) == ("test", 32)
         assert proof["model_accuracy"] == 27 / 32
@@ -246,7 +246,7 @@ def test_the_table_and_the_metadata_hold_what_was_found(run: RunDirectory, finis
     assert f"standard deviation of the logits is {found['formats']['onnx']['proof']['logit_std']:.3g}" in output
     assert (directory / "labels.txt").read_text().splitlines() == sorted(NAMES)
     assert sorted(path.name for path in directory.iterdir()) == sorted(
-        [*export_directory.FILES.values(), "labels.txt", "metadata.json"]
+        [*(spec.file for spec in export_directory.FORMATS.values()), "labels.txt", "metadata.json"]
     )
 
 
@@ -257,9 +257,9 @@ def test_class_names_and_preprocessing_come_back_out_of_every_file(finished: tup
         ("litert", loaded.open_litert),
         ("onnx", loaded.open_onnx),
     ):
-        assert open_file(directory / export_directory.FILES[name]).class_names == tuple(sorted(NAMES)), name
+        assert open_file(directory / export_directory.FORMATS[name].file).class_names == tuple(sorted(NAMES)), name
     for name in ("litert", "litert-int8"):
-        with zipfile.ZipFile(directory / export_directory.FILES[name]) as archive:
+        with zipfile.ZipFile(directory / export_directory.FORMATS[name].file) as archive:
             assert archive.read("labels.txt").decode().splitlines() == sorted(NAMES)
             inside = json.loads(archive.read("metadata.json"))
     import onnx

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cli.scale import training_config
 from pipeline.config.loader import load_config
 from pipeline.errors import UserError
 from pipeline.models import compound_search as search
@@ -146,7 +147,7 @@ def test_the_written_config_loads_and_means_the_solution(
     tmp_path: Path, fitting: int, identical: bool, weights: str | None
 ) -> None:
     solution = Solution(0.02, from_phi(0.02), "latency")
-    text = search.training_config(
+    text = training_config(
         solution, WeightOverlap("b1", fitting, 9, identical), Path("my images: all"), batch_size=8, header="one\ntwo"
     )
     file = tmp_path / "my.yaml"

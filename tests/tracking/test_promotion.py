@@ -62,13 +62,12 @@ def measured_run(directory: Path, wrong: int, *, contents: str = "") -> RunDirec
         {"key": [f"{i}.png" for i in range(IMAGES)], "label": labels, "split": "test", "group": range(IMAGES)}
     )
     table["sha256"] = [hashlib.sha256(f"{contents}{i}".encode()).hexdigest() for i in range(IMAGES)]
-    Manifest(CLASSES, table.assign(height=8, width=8, orientation=1)[list(COLUMNS)].astype(COLUMNS)).save(run.manifest)
+    manifest = Manifest(CLASSES, table.assign(height=8, width=8, orientation=1)[list(COLUMNS)].astype(COLUMNS))
+    manifest.save(run.manifest)
     classes = np.where(np.arange(IMAGES) < wrong, 1 - labels, labels)
     predictions = Predictions(np.arange(IMAGES), labels.astype(np.int32), np.eye(2, dtype=np.float32)[classes])
     evaluation = evaluate_predictions(predictions, CLASSES, "test")
-    write_results(
-        summarize_with_intervals(predictions, evaluation, table["key"].tolist(), None, None), run.evaluation("test")
-    )
+    write_results(summarize_with_intervals(predictions, evaluation, manifest, None), run.evaluation("test"))
     return run
 
 

@@ -11,13 +11,19 @@ from sklearn.utils.class_weight import compute_class_weight
 from pipeline.config.schema import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
-from pipeline.training.recipe import class_weights, describe_recipe, resolve_recipe
+from pipeline.training.class_weights import class_weights
+from pipeline.training.recipe import describe_recipe, resolve_recipe
 
 BATCH = 32
 
 
 def images(train: int, val: int = 1) -> Manifest:
     return Manifest(("a", "b"), pd.DataFrame({"split": np.repeat(["train", "val"], [train, val])}))
+
+
+def of_classes(names: str, counts: list[int]) -> Manifest:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return Manifest(tuple(names.split()), pd.DataFrame({"label": labels, "split": "train"}))
 
 
 def config(**sections: object) -> Config:
@@ -105,12 +111,12 @@ def test_balanced_weights_are_those_of_scikit_learn():
     labels = np.repeat(np.arange(3), counts)
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(
-        class_weights(config(train={"class_weights": "balanced"}).train, list("abc"), counts), wanted, rtol=1e-6
+        class_weights(config(train={"class_weights": "balanced"}).train, of_classes("a b c", counts)), wanted, rtol=1e-6
     )
 
 
 def test_given_weights_keep_their_ratios_and_count_a_training_image_as_one_on_average():
-    weights = class_weights(config(train={"class_weights": {"b": 4.0}}).train, list("abc"), [50, 30, 20])
+    weights = class_weights(config(train={"class_weights": {"b": 4.0}}).train, of_classes("a b c", [50, 30, 20]))
     assert weights[1] / weights[0] == pytest.approx(4)
     assert weights[2] == weights[0]
     assert np.average(weights, weights=[50, 30, 20]) == pytest.approx(1)
@@ -120,7 +126,7 @@ def test_a_weight_of_no_class_is_named_with_the_nearest_one():
     with pytest.raises(
         ConfigError, match=r"train.class_weights: 'tulips' is none of the data's classes; did you mean 'tulip'"
     ):
-        class_weights(config(train={"class_weights": {"tulips": 2.0}}).train, ["rose", "tulip"], [1, 1])
+        class_weights(config(train={"class_weights": {"tulips": 2.0}}).train, of_classes("rose tulip", [1, 1]))
 
 
 def test_weights_that_fit_only_parts_are_trained_as_a_whole_from_the_start():

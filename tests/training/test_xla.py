@@ -106,12 +106,12 @@ def test_stages_are_compiled_one_by_one_and_those_on_cached_features_do_not_coun
 
 @pytest.mark.usefixtures("one_gpu")
 def test_a_resume_keeps_to_the_choice_whatever_the_estimate_says() -> None:
-    assert settle(config(), 10, before=config(xla=True)) == (True, "XLA on, as the run began")
-    assert settle(config(), 10**8, before=config(xla=False)) == (False, "XLA off, as the run began")
+    assert settle(config(), 10, before=config(xla=True)) == (True, "XLA on, as when the run was started")
+    assert settle(config(), 10**8, before=config(xla=False)) == (False, "XLA off, as when the run was started")
 
 
 def test_a_resume_on_a_cpu_keeps_to_the_gpus_choice() -> None:
-    assert settle(config(), 10, before=config(xla=True)) == (True, "XLA on, as the run began")
+    assert settle(config(), 10, before=config(xla=True)) == (True, "XLA on, as when the run was started")
     assert settle(config(), 10, before=config(xla=False)) == (False, "")
 
 

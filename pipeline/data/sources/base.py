@@ -19,6 +19,7 @@ import tensorflow as tf
 from pipeline.errors import DataError
 
 SPLITS = ("train", "val", "test")
+MAX_LISTED = 20  # problems in a message
 _SPLIT_NAMES = {  # accepted names, in any case
     "train": "train",
     "training": "train",
@@ -102,7 +103,7 @@ class CorruptImageError(DataError):
         self.problem = problem
 
 
-def format_list(problems: Sequence[str], limit: int = 20) -> str:
+def format_list(problems: Sequence[str]) -> str:
     """Format the first problems, one on a line, and the number of the others."""
-    rest = [f"  and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n".join([*(f"  {problem}" for problem in problems[:limit]), *rest])
+    rest = [f"  and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join([*(f"  {problem}" for problem in problems[:MAX_LISTED]), *rest])

@@ -11,9 +11,8 @@ from pipeline.data.sources.folder import open_folder
 from pipeline.data.sources.pack import open_pack
 from pipeline.data.sources.tfds import open_tfds
 
-SOURCES: dict[
-    str, Callable[[DataConfig, bool], DataSource]
-] = {  # by data.source: opens it; the second argument allows a download
+# By data.source: opens it; the second argument allows a download.
+SOURCES: dict[str, Callable[[DataConfig, bool], DataSource]] = {
     "folder": lambda config, download: open_folder(_path(config)),
     "csv": lambda config, download: open_csv(_path(config), config.columns, config.root),
     "pack": lambda config, download: open_pack(_path(config)),

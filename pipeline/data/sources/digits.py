@@ -28,8 +28,7 @@ class DigitsSource:
         return [LabeledImage(str(i), label, None) for i, label in enumerate(self._labels)]
 
     def stat(self, key: str) -> None:
-        """Return the size and version of the file of an image."""
-        return
+        """Return None: there is no file whose size and version could tell that an image has changed."""
 
     def read(self, key: str) -> bytes:
         """Return the encoded file of an image."""

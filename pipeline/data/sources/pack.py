@@ -9,7 +9,6 @@ Records are read by number, so only the requested bytes are read. `pipeline.data
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +20,15 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
+from pipeline.console import ProgressFn
 from pipeline.data.scan_cache import key_hash
 from pipeline.data.sources.base import CorruptImageError, FileStat, LabeledImage
 from pipeline.errors import DataError
 from pipeline.files import sha256_of
 
 DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
-OPEN_SHARDS = (
-    128  # readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds
-)
+# Readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds.
+OPEN_SHARDS = 128
 # Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: an image
 # costs its own bytes.
 BY_NUMBER = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:64K"
@@ -176,9 +175,8 @@ class PackSource:
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """Return the encoded file of an image in a tf.data graph."""
         file, damage = tf.numpy_function(self._read_or_message, [key], (tf.string, tf.string), stateful=False)
-        with tf.control_dependencies(
-            [tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]
-        ):  # tf.debugging's takes 60 us
+        intact = tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])  # tf.debugging's takes 60 us
+        with tf.control_dependencies([intact]):
             return tf.ensure_shape(tf.identity(file), ())
 
     def _read_or_message(self, key: bytes) -> tuple[bytes, bytes]:
@@ -247,7 +245,7 @@ def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
     return problems or [f"{path}: is not the file that was written, but all of its images are intact"]
 
 
-def verify(folder: Path, progress: Callable[[int, int], None]) -> tuple[PackMetadata, list[str]]:
+def verify(folder: Path, progress: ProgressFn) -> tuple[PackMetadata, list[str]]:
     """Read a full pack and compare it with its hashes.
 
     Args:

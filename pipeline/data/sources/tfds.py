@@ -41,8 +41,7 @@ class TfdsSource:
         ]
 
     def stat(self, key: str) -> None:
-        """Return the size and version of the file of an image."""
-        return
+        """Return None: there is no file whose size and version could tell that an image has changed."""
 
     def read(self, key: str) -> bytes:
         """Return the encoded file of an image."""
@@ -55,7 +54,7 @@ class TfdsSource:
         return tf.ensure_shape(file, ())
 
 
-def open_tfds(name: str, data_dir: Path, *, download: bool = True) -> TfdsSource:
+def open_tfds(name: str, data_dir: Path, *, download: bool) -> TfdsSource:
     """Open a data set.
 
     Args:
@@ -119,9 +118,8 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
         '      python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='DIR').download_and_prepare(file_format='array_record')\""
     )
-    by_hand = (
-        builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
-    )  # then the addresses are where people get the files, and the error says how
+    # Where files are downloaded by hand, the addresses are where people get them, and the error says how.
+    by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
     silent = (
         {} if by_hand else unreachable(set(builder.url_infos) - _downloaded_urls(data_dir / "downloads"), REACH_SECONDS)
     )

@@ -1,6 +1,5 @@
 """The comparison of runs as one self-contained HTML file, for small and large screens."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,28 +8,21 @@ from typing import Any
 import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
 
 from pipeline.data.preprocessing import decode
 from pipeline.data.sources.base import DataSource
-from pipeline.evaluation.compare import RunComparison, RunPredictions, format_percent, format_points
+from pipeline.errors import DataError
+from pipeline.evaluation.compare import DIRECTIONS, RunComparison, RunPredictions, format_percent, format_points
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.report.figures import curve, format_epoch_axis
 from pipeline.evaluation.report.html_report import template_environment
+from pipeline.evaluation.report.images import data_uri, jpeg
 from pipeline.files import sha256_of
 
 MAX_THUMBNAILS = 24  # for each pair and direction; the tables hold all images
-THUMBNAIL_SIZE = 208  # pixels of the longer side
-RUN_COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito 2008, repeated beyond seven
-DIRECTIONS = ("right to wrong", "wrong to right")
+THUMBNAIL_SIZE, THUMBNAIL_QUALITY = 208, 80  # pixels of the longer side; of the JPEG
+# Okabe and Ito 2008, repeated beyond seven
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 History = Sequence[Mapping[str, float]]
 
 
@@ -109,19 +101,16 @@ def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | No
 
 
 def _thumbnail(source: DataSource, stored: Any) -> str | None:
-    """Return a small JPEG of the image as a data URI; None where the file is missing or has changed since."""
+    """Return a small JPEG of the image as a data URI; None where the file is missing, damaged or changed."""
     try:
         encoded = source.read(str(stored.name))
-    except (OSError, LookupError, ValueError):
+    except (DataError, OSError, LookupError, ValueError):
         return None
     if sha256_of(encoded) != stored["sha256"]:
         return None
     with tf.device("CPU:0"):
-        thumbnail = Image.fromarray(decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy())
-    thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    file = io.BytesIO()
-    thumbnail.save(file, "JPEG", quality=80)
-    return _data_uri("image/jpeg", file.getvalue())
+        image = decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy()
+    return data_uri(jpeg(image, THUMBNAIL_SIZE, THUMBNAIL_QUALITY), "jpeg")
 
 
 def training_curves(histories: Mapping[str, History]) -> list[tuple[str, Figure]]:
@@ -156,8 +145,4 @@ def training_curves(histories: Mapping[str, History]) -> list[tuple[str, Figure]
 def _figure_uri(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    return _data_uri("image/svg+xml", file.getvalue())
-
-
-def _data_uri(mime_type: str, content: bytes) -> str:
-    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
+    return data_uri(file.getvalue(), "svg+xml")

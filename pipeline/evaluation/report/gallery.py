@@ -1,14 +1,13 @@
 """Image galleries of a report: the worst errors and the most confident correct images, with Grad-CAM heat maps."""
 
-import io
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.grad_cam import GradCam, overlay
+from pipeline.evaluation.report.images import jpeg
 from pipeline.evaluation.results import EvaluationResults
 
 MAX_IMAGES = 12  # per gallery
@@ -66,14 +65,6 @@ def gallery_items(
         prediction = f"predicted {chosen}, {scores.confidence[row]:.1%}"
         lines = (prediction,) if true == chosen else (prediction, f"labeled {true}, {scores.true_probability[row]:.1%}")
         alt = f"{true} predicted as {chosen}"
-        items.append(GalleryItem((jpeg(image), jpeg(overlay(image, heat))), str(key), lines, alt))
+        files = tuple(jpeg(each, MAX_SIDE, JPEG_QUALITY) for each in (image, overlay(image, heat)))
+        items.append(GalleryItem(files, str(key), lines, alt))
     return items
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    """Encode an image, uint8 (H, W, 3), as a JPEG file of at most 256 pixels a side."""
-    thumbnail = Image.fromarray(image)
-    thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

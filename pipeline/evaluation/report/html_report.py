@@ -1,12 +1,12 @@
 """The report as one self-contained HTML file, which works without a network connection."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.evaluation.report.gallery import GalleryItem
+from pipeline.evaluation.report.images import data_uri
 from pipeline.evaluation.report.tables import metric_rows, summary_sentences
 from pipeline.evaluation.results import EvaluationResults
 from pipeline.files import atomic_write
@@ -23,11 +23,6 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def data_uri(content: bytes, image_format: str) -> str:
-    """Encode an image file as a data URI; `image_format` is png or jpeg."""
-    return f"data:image/{image_format};base64,{base64.b64encode(content).decode()}"
 
 
 def write_report(

