@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.console import ProgressFn
 from pipeline.distributed.sharding import on_replicas
 from pipeline.tasks import SINGLE_LABEL, Task
 
@@ -68,7 +67,7 @@ class Predictor:
 
         self._step = step
 
-    def __call__(self, dataset: tf.data.Dataset, *, progress: ProgressFn | None = None) -> Predictions:
+    def __call__(self, dataset: tf.data.Dataset, *, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predict a split.
 
         Args:
@@ -95,7 +94,7 @@ def predict_batches(
     task: Task,
     *,
     num_batches: int,
-    progress: ProgressFn | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Predictions:
     """Run a prediction step on every batch and join the results.
 
