@@ -26,6 +26,7 @@ from pipeline.data.preprocessing import (
 )
 from pipeline.errors import ConfigError
 
+INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch, or the corruption
 CROP_ATTEMPTS = 10  # as torchvision's and albumentations' RandomResizedCrop
 
 

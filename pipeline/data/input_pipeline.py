@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
-from pipeline.data.augmentation import Augmentation, decode_full_image, image_augmentation
+from pipeline.data.augmentation import INDEX_BITS, Augmentation, decode_full_image, image_augmentation
 from pipeline.data.index_table import IndexBatch, memory_mapped_table
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixup import mixing_group_size, mixup_and_cutmix
@@ -26,7 +26,6 @@ from pipeline.errors import DataError
 from pipeline.tasks import TASKS
 
 PREFETCH = 2  # batches that wait ready; more would only take memory
-INDEX_BITS = 40  # low bits of an image's seed that hold its index; the bits above hold the epoch, or the corruption
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:

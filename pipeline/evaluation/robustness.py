@@ -7,8 +7,7 @@ import pandas as pd
 import tensorflow as tf
 
 from pipeline.config.augment import TransformConfig
-from pipeline.data.augmentation import AlbumentationsTransforms
-from pipeline.data.input_pipeline import INDEX_BITS
+from pipeline.data.augmentation import INDEX_BITS, AlbumentationsTransforms
 from pipeline.data.preprocessing import PreprocessFn, Resize, resize_to_square
 
 SEVERITIES = (1, 2, 3, 4, 5)
