@@ -340,7 +340,7 @@ def test_one_examination_finds_everything_at_once(leaking, tmp_path):
     assert found["formats"][0].text == "25 JPEG, 5 PNG"
     assert examination.manifest is not None
     assert len(examination.manifest.table) == 30
-    with pytest.raises(DataError, match=r"(?s)1 of 31 images cannot be used.*more than one split"):
+    with pytest.raises(DataError, match=r"(?s)1 of 31 images cannot be used.*in more than one of the data set"):
         scan(open_source(leaking), leaking, seed=42)
 
 
