@@ -18,10 +18,13 @@ from pipeline.cli.loaded_model import (
     check_new_output,
     choose_split,
     load_model,
+    load_run,
 )
 from pipeline.cli.predict import IMAGES_HELP, add_output_arguments, check_output_arguments, predict
 from pipeline.console import Console
 from pipeline.runs.run_directory import RunDirectory
+
+MOVED_DATA = ("data.path=", "data.root=")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,6 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     labeling.add_argument("images", nargs="*", metavar="IMAGE", help=IMAGES_HELP)
     add_output_arguments(labeling)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.moved_data = [word for word in arguments.images if word.startswith(MOVED_DATA)]
+    arguments.images = [word for word in arguments.images if not word.startswith(MOVED_DATA)]
     check_model_arguments(parser, arguments)
     check_arguments(parser, arguments)
     return arguments
@@ -73,6 +78,8 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         return
     if arguments.format or arguments.top is not None:
         parser.error("--format and --top are for labeling; name the images")
+    if arguments.moved_data and (arguments.data or not arguments.run):
+        parser.error("data.path= says where the data of a run are now: it belongs to --run, without --data")
     if arguments.weights and not arguments.data:
         parser.error("--weights needs images to label, or labeled images: --data")
     if arguments.data and (arguments.tta or arguments.corruptions):
@@ -98,7 +105,10 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     if arguments.out is not None:
         check_new_output(arguments.out)
     loaded = load_model(arguments, console)
-    if arguments.data:
+    if arguments.data and arguments.split and loaded.run and is_moved(loaded.run, arguments.data, arguments.split):
+        console.print(f"{arguments.data} holds the images of the run, so its own split {arguments.split} is evaluated")
+        loaded = load_run(loaded.run, [f"data.path={arguments.data}"])
+    elif arguments.data:
         return evaluate_external_data(
             loaded, arguments.data, console, split=arguments.split, class_map=arguments.class_map, out=arguments.out
         )
@@ -133,6 +143,7 @@ def evaluate_run(
     Raises:
         RunError: The data of the run have no such split.
     """
+    from pipeline.data.integrity import check_images
     from pipeline.data.manifest import Manifest
     from pipeline.data.sources.catalog import open_source
     from pipeline.evaluation.metrics import evaluate_predictions
@@ -147,6 +158,7 @@ def evaluate_run(
         loaded.model, loaded.config, run, manifest, source, loaded.predictor(manifest, source, console)
     )
     split = choose_split(run, manifest, split)
+    check_images(manifest, source, split)
     if tta:
         results = evaluator.with_tta(split, tta)
     else:
@@ -170,6 +182,17 @@ def evaluate_run(
     return 0
 
 
+def is_moved(run: RunDirectory, path: Path, split: str) -> bool:
+    """Return True if labeled images bring no such split, and hold all images of that split of the run."""
+    from pipeline.data.manifest import Manifest
+    from pipeline.evaluation.external_data import open_external_data
+
+    images = open_external_data(path, None)[0].source.list_images()
+    manifest = Manifest.load(run.manifest)
+    keys = manifest.table["key"].iloc[manifest.indices(split)]
+    return all(image.split != split for image in images) and set(keys) <= {image.key for image in images}
+
+
 def evaluate_external_data(
     loaded: LoadedModel, path: Path, console: Console, *, split: str | None, class_map: Path | None, out: Path | None
 ) -> int:
@@ -186,7 +209,14 @@ def evaluate_external_data(
     Returns:
         The exit code.
     """
-    from pipeline.evaluation.external_data import SPLIT, align, open_external_data, scan_external_data
+    from pipeline.data.manifest import Manifest
+    from pipeline.evaluation.external_data import (
+        SPLIT,
+        align,
+        open_external_data,
+        scan_external_data,
+        seen_in_training,
+    )
     from pipeline.evaluation.metrics import evaluate_predictions
     from pipeline.evaluation.report.tables import metrics_table, write_results
     from pipeline.evaluation.results import summarize_with_intervals
@@ -195,6 +225,12 @@ def evaluate_external_data(
     alignment = align(source.class_names, loaded.class_lists, class_map)
     with console.progress("reading the data") as progress:
         manifest = scan_external_data(source, data, progress)
+    known = manifest.table["sha256"]
+    if loaded.run is not None and (count := seen_in_training(Manifest.load(loaded.run.manifest), known)):
+        console.print(
+            f"warning: {count:,} of the {len(known):,} images are training images of the run; the metrics below are "
+            "better than they would be on images that it has not seen"
+        )
     predictions = alignment(loaded.predictor(manifest, source, console)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, path.name)
     results = summarize_with_intervals(predictions, evaluation, manifest, None)

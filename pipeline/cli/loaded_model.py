@@ -135,17 +135,22 @@ def load_model(arguments: argparse.Namespace, console: Console) -> LoadedModel:
         return load_pretrained_model(arguments.weights, arguments.variant, console)
     run = find_finished_run(arguments.run)
     console.redirect_library_output(run.log)
-    return load_run(run)
+    return load_run(run, getattr(arguments, "moved_data", ()))
 
 
-def load_run(run: RunDirectory) -> LoadedModel:
-    """Load the final model of a run."""
+def load_run(run: RunDirectory, moved_data: Sequence[str] = ()) -> LoadedModel:
+    """Load the final model of a run.
+
+    Args:
+        run: Directory of the run.
+        moved_data: data.path=PATH or data.root=PATH where the data are no longer where they were.
+    """
     import keras
 
     from pipeline.data.manifest import Manifest
     from pipeline.distributed.devices import setup_devices
 
-    config = run.load_config()
+    config = run.load_config(moved_data)
     runtime = setup_devices(config.runtime, config.seed)
     with runtime.strategy.scope():
         model = keras.saving.load_model(run.model, compile=False)

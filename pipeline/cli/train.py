@@ -65,6 +65,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
         print_dry_run(config, console)
         return 0
+    config = config.with_absolute_paths()
     process_info = cluster_from_tf_config(config.runtime.strategy)
     if process_info is not None and arguments.run_dir is None:
         raise RunError("a run of several processes needs one directory: give each of them the same --run-dir")

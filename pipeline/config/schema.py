@@ -114,6 +114,11 @@ class Config(StrictModel):
             base.family_name,
         )
 
+    def with_absolute_paths(self) -> "Config":
+        """Return the config with absolute paths of the data, so that it means the same in every folder."""
+        paths = {name: path.absolute() for name in ("path", "root") if (path := getattr(self.data, name)) is not None}
+        return self.model_copy(update={"data": self.data.model_copy(update=paths)})
+
     def cross_process_fingerprint(self) -> str:
         """Return JSON of all settings that must be equal in every process of a run.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 
 from pipeline.config.data import DataConfig
@@ -89,6 +90,16 @@ def scan_external_data(source: SplitSource, config: DataConfig, progress: Progre
     """
     manifest = scan(source, config, seed=0, progress=progress, min_classes=1, full_dataset=source.split is None)
     return replace(manifest, table=manifest.table.assign(split=SPLIT), notes=())
+
+
+def seen_in_training(trained: Manifest, sha256: pd.Series) -> int:
+    """Count the images that are, byte for byte, among the training images of a run.
+
+    Args:
+        trained: Manifest of the run.
+        sha256: Digest of each image's file, hexadecimal.
+    """
+    return int(sha256.isin(trained.table["sha256"].iloc[trained.indices("train")]).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from pipeline.errors import RunError, UserError
 from pipeline.files import atomic_write, exclusive_lock, temporary_name
 
 RUNS = Path("runs")
+SQLITE = "sqlite:///"  # start of a tracking URI that names a file
 _WORKER_LOG = "log-of-process-"
 # The files of a run that failed before its data were read. Such a directory may be used again.
 _BEFORE_TRAINING = {"config.yaml", temporary_name("config.yaml"), "log.txt", ".lock"}
@@ -158,9 +159,9 @@ class RunDirectory:
         """Return True if there is a checkpoint, valid or damaged."""
         return any(self.checkpoints.glob("step-*"))
 
-    def load_config(self) -> Config:
-        """Load the resolved config."""
-        return load_config(self.config)
+    def load_config(self, overrides: Sequence[str] = ()) -> Config:
+        """Load the resolved config, with changes such as data.path=PATH for data that have been moved."""
+        return load_config(self.config, overrides)
 
     def temperature(self) -> float | None:
         """Read from `calibration` the temperature that the logits are divided by for calibrated probabilities.
@@ -170,11 +171,20 @@ class RunDirectory:
         return json.loads(self.calibration.read_text())["temperature"]
 
     def mlflow_run(self) -> tuple[str, str] | None:
-        """Return the tracking URI and the id of the run in MLflow; None before it is tracked."""
+        """Return the tracking URI and the id of the run in MLflow; None before it is tracked.
+
+        A database file that is not where it was is looked for, by its name, in the folders above the run: a project may
+        be moved as a whole.
+        """
         if not self.mlflow_file.exists():
             return None
         entry = json.loads(self.mlflow_file.read_text())
-        return entry["uri"], entry["run_id"]
+        uri = str(entry["uri"])
+        database = Path(uri.removeprefix(SQLITE))
+        if uri.startswith(SQLITE) and not database.exists():
+            moved = (folder / database.name for folder in self.path.resolve().parents)
+            uri = next((f"{SQLITE}{path}" for path in moved if path.exists()), uri)
+        return uri, entry["run_id"]
 
     def save_mlflow_run(self, uri: str, run_id: str) -> None:
         """Save the tracking URI and the id of the run in MLflow, for a resume and for later evaluations."""
