@@ -1,34 +1,37 @@
-"""Runs train.py in processes that end where a test says.
+"""Runs the commands of the program in processes that are forked from one that has loaded the libraries.
 
-One process loads the libraries; each run is forked from it, which saves their loading, and is a process of its own in
-all else. A job is a line of JSON on standard input:
+A run saves the seconds of loading, and is a process of its own in all else. `python launcher.py light` loads only what
+every command loads. A job is a line of JSON on standard input:
 
-    folder      where the run's process works
-    arguments   of train.py
-    screen      file that takes what the run shows
-    marker      file that takes a line of JSON for every trap that was sprung
-    traps       a list of {function: module:name, when: before | after, action: kill | half | term | int | wait} and,
-    where given,
-                steps: only after so many steps of this process; match: only with this text in a path or other text
-                    among the arguments;
-                call: at which of the calls that fit; the process then does the action to itself
-    poison      null, or {step: n} for a batch of the stream, counted from 0, whose loss is not a number; with {above:
-    rate}, whose
-                loss is not a number at learning rates above that
-    devices     logical CPU devices
-    tf_config   null, or the contents of TF_CONFIG
+    folder      where the process works
+    command     what follows python on the command line: train.py ..., evaluate.py ... or -m pipeline ...
+    stdin, stdout, stderr: files; the last two may be one file
+    faults      null, or what ends the process where a test says, an object of
+        marker      file that takes a line of JSON for every trap that was sprung
+        traps       a list of {function: module:name, when: before | after, action: kill | half | term | int | wait}
+                    and, where given,
+                    steps: only after so many steps of this process;
+                    match: only with this text in a path or other text among the arguments;
+                    call: at which of the calls that fit; the process then does the action to itself
+        poison      null, or {step: n} for a batch of the stream, counted from 0, whose loss is not a number; with
+                    {above: rate}, whose loss is not a number at learning rates above that
+        devices     logical CPU devices
+        tf_config   null, or the contents of TF_CONFIG
 
-The answer is a line with the exit code (negative: the signal) when the run's process has ended.
+The answer is a line of JSON when the process has ended: its exit code (negative: the signal) and its seconds of
+processor time.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +41,18 @@ TRAIN_STEP, TRAINING_STREAM = (
     "pipeline.training.train_step:TrainStep.__call__",
     "pipeline.data.input_pipeline:training_stream",
 )
+COMMANDS = ("train", "evaluate", "predict", "compare", "export", "check", "pack", "bench", "scale")
+LIGHT = tuple(f"pipeline.cli.{command}" for command in COMMANDS)
 LIBRARIES = (
     "tensorflow",
     "keras",
-    "pipeline.cli.train",
     "albumentations",
-    "pipeline.evaluation.report.tables",
-    "pipeline.training.trainer",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "matplotlib.backends.backend_agg",
+    "pipeline.cli.training_steps",
+    "pipeline.evaluation.predict",
+    "pipeline.evaluation.report.comparison_report",
 )
 
 
@@ -155,47 +163,65 @@ def poisoned_step(step: int, above: float) -> Callable[..., Any]:
     return make
 
 
-def run(job: dict[str, Any]) -> None:
-    """Becomes train.py; does not return."""
+def set_faults(faults: dict[str, Any]) -> None:
+    """Prepares this process to end where the job says."""
     import tensorflow as tf
 
-    from pipeline.cli import train
-    from pipeline.console import run_cli
-
-    os.chdir(job["folder"])
-    if job["tf_config"] is not None:
-        os.environ["TF_CONFIG"] = json.dumps(job["tf_config"])
-    screen = os.open(job["screen"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(screen, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if job["devices"] > 1:
+    if faults["tf_config"] is not None:
+        os.environ["TF_CONFIG"] = json.dumps(faults["tf_config"])
+    if faults["devices"] > 1:
         cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * job["devices"])
-    if job["poison"] is not None:
-        function, make = (TRAIN_STEP, poisoned_step) if "above" in job["poison"] else (TRAINING_STREAM, poisoned_stream)
-        wrap(function, make(**job["poison"]))
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * faults["devices"])
+    if faults["poison"] is not None:
+        function, make = (
+            (TRAIN_STEP, poisoned_step) if "above" in faults["poison"] else (TRAINING_STREAM, poisoned_stream)
+        )
+        wrap(function, make(**faults["poison"]))
     wrap(TRAIN_STEP, count_steps)
-    for trap in job["traps"]:
-        set_trap(trap, Path(job["marker"]))
-    sys.argv = ["train.py", *job["arguments"]]
-    sys.exit(run_cli(train.main))
+    for trap in faults["traps"]:
+        set_trap(trap, Path(faults["marker"]))
 
 
-def serve() -> None:
+def run(job: dict[str, Any]) -> None:
+    """Becomes the process of a command; does not return."""
+    os.chdir(job["folder"])
+    os.dup2(os.open(job["stdin"], os.O_RDONLY), 0)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdin = os.fdopen(0, closefd=False)  # the other one has read ahead in the jobs
+    if job["faults"] is not None:
+        set_faults(job["faults"])
+    if job["command"][0] == "-m":
+        _, module, *arguments = job["command"]
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        program, *arguments = job["command"]
+        sys.argv = [program, *arguments]
+        runpy.run_path(str(PROJECT / program), run_name="__main__")
+    sys.exit(0)
+
+
+def serve(modules: Sequence[str]) -> None:
     """Runs job after job."""
-    from pipeline.tracking.mlflow_store import import_mlflow
-
-    import_mlflow()
-    for module in LIBRARIES:
+    for module in modules:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # or every process goes through all objects of the libraries when it ends, which takes seconds
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             run(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        _, status, usage = os.wait4(child, 0)
+        answer = {"code": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    if sys.argv[1:] == ["light"]:
+        serve(LIGHT)
+    else:
+        from pipeline.tracking.mlflow_store import import_mlflow
+
+        import_mlflow()
+        serve((*LIGHT, *LIBRARIES))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_console import FakeConsole
+from launching import LauncherProcess
 from PIL import Image
 
 from pipeline.cli import check
@@ -18,7 +19,7 @@ from pipeline.errors import UserError
 PROJECT = Path(__file__).parents[2]
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     coarse, file = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(file, "PNG")
     return file.getvalue()
@@ -26,38 +27,38 @@ def picture(seed: int) -> bytes:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A config of two classes of ten photos each."""
+    """A config of two classes of ten images each."""
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(10):
-            (tmp_path / "photos" / name / f"{number}.png").write_bytes(picture(100 * label + number))
+            (tmp_path / "photos" / name / f"{number}.png").write_bytes(image(100 * label + number))
     (tmp_path / "config.yaml").write_text(f"data: {{source: folder, path: {tmp_path / 'photos'}}}\n")
     return tmp_path / "config.yaml"
 
 
 def run(config: Path, *words: str) -> tuple[int, str]:
-    screen = FakeConsole()
-    return check.main(screen, ["--config", str(config), *words]), screen.output
+    console = FakeConsole()
+    return check.main(console, ["--config", str(config), *words]), console.output
 
 
 def test_usable_data_end_with_0_and_a_verdict(config: Path) -> None:
-    code, said = run(config)
+    code, output = run(config)
     assert code == 0
-    assert "20 usable images" in said
-    assert "20 PNG" in said
-    assert said.rstrip().endswith("usable")
-    assert [line.split() for line in said.splitlines() if line.strip().startswith("cat")] == [["cat", "7", "1", "2"]]
+    assert "20 usable images" in output
+    assert "20 PNG" in output
+    assert output.rstrip().endswith("usable")
+    assert [line.split() for line in output.splitlines() if line.strip().startswith("cat")] == [["cat", "7", "1", "2"]]
 
 
 def test_bad_files_end_with_2_unless_they_are_skipped(config: Path) -> None:
-    (config.parent / "photos/cat/cut.png").write_bytes(picture(7)[:-60])
-    code, said = run(config)
+    (config.parent / "photos/cat/cut.png").write_bytes(image(7)[:-60])
+    code, output = run(config)
     assert code == 2
-    assert "cat/cut.png: is a damaged PNG" in said
-    assert "not usable: 1 of 21 images cannot be used" in said
-    code, said = run(config, "data.on_bad_image=skip")
+    assert "cat/cut.png: is a damaged PNG" in output
+    assert "not usable: 1 of 21 images cannot be used" in output
+    code, output = run(config, "data.on_bad_image=skip")
     assert code == 0
-    assert "1 of 21 images cannot be used and are left out: cat/cut.png: is a damaged PNG" in said
+    assert "1 of 21 images cannot be used and are left out: cat/cut.png: is a damaged PNG" in output
 
 
 def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
@@ -69,10 +70,10 @@ def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
         path.rename(photos / ("test" if path.stem == "0" else "train") / path.relative_to(photos))
     for name in ("cat", "dog"):
         (photos / name).rmdir()
-    (photos / "test/cat/again.png").write_bytes(picture(3))
-    code, said = run(config)
+    (photos / "test/cat/again.png").write_bytes(image(3))
+    code, output = run(config)
     assert code == 2
-    assert "test/cat/again.png (test) = train/cat/3.png (train)" in said
+    assert "test/cat/again.png (test) = train/cat/3.png (train)" in output
     assert run(config, "data.on_leak=warn")[0] == 0
     assert "more than one of" not in run(config, "data.on_leak=ignore")[1]
 
@@ -80,9 +81,9 @@ def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
 def test_json_holds_every_finding_with_every_file(config: Path, tmp_path: Path) -> None:
     for number in range(30):
         (config.parent / f"photos/dog/bad{number:02}.png").touch()
-    code, said = run(config, "--json", str(tmp_path / "found.json"))
+    code, output = run(config, "--json", str(tmp_path / "found.json"))
     assert code == 2
-    assert "and 10 more" in said
+    assert "and 10 more" in output
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["usable"] is False
     assert found["pictures"] == 20
@@ -92,13 +93,13 @@ def test_json_holds_every_finding_with_every_file(config: Path, tmp_path: Path) 
     assert (bad["severity"], len(bad["items"])) == ("error", 30)
 
 
-def test_data_that_cannot_be_learned_from_are_told_without_a_table(config: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_learned_from_are_reported_without_a_table(config: Path, tmp_path: Path) -> None:
     for path in (config.parent / "photos/dog").iterdir():
         path.unlink()
     (config.parent / "photos/dog/bad.png").touch()
-    code, said = run(config, "data.on_bad_image=skip", "--json", str(tmp_path / "found.json"))
+    code, output = run(config, "data.on_bad_image=skip", "--json", str(tmp_path / "found.json"))
     assert code == 2
-    assert "1 classes have no image that can be used:\n           dog\n" in said
+    assert "1 classes have no image that can be used:\n           dog\n" in output
     assert json.loads((tmp_path / "found.json").read_text())["classes"] is None
 
 
@@ -107,21 +108,22 @@ def test_a_report_without_a_folder_to_go_to_is_refused_before_the_scan(config: P
         run(config, "--json", "nowhere/at/all.json")
 
 
-def test_the_program_ends_with_its_code_and_without_a_traceback(config: Path) -> None:
-    def start(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline", *words], cwd=PROJECT, capture_output=True, text=True, check=False
-        )
-
+def test_the_program_ends_with_its_code_and_without_a_traceback(
+    config: Path, launcher_process: LauncherProcess
+) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "data.path=IMAGES" in start("check", "--help").stdout
+    help_page = subprocess.run(
+        [sys.executable, "-m", "pipeline", "check", "--help"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "data.path=IMAGES" in help_page
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2, "seconds of processor time"
     (config.parent / "photos/cat/empty.png").touch()
-    result = start("check", "--config", str(config))
-    assert (result.returncode, result.stderr) == (2, "")
+    command = ("-m", "pipeline", "check", "--config", str(config))
+    result = launcher_process.run(PROJECT, *command)
+    assert (result.code, result.stderr) == (2, "")
     assert "cat/empty.png: is empty" in result.stdout
-    result = start("check", "--config", str(config), "data.on_bad_image=perhaps")
-    assert result.returncode == 2
+    result = launcher_process.run(PROJECT, *command, "data.on_bad_image=perhaps")
+    assert result.code == 2
     assert "data.on_bad_image" in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_console import FakeConsole
+from launching import LauncherProcess
 from PIL import Image
 
 from pipeline.cli import compare as program
@@ -53,12 +52,12 @@ def table_of(
 
 def predictions_of(table: pd.DataFrame, right: np.ndarray, true_probability: np.ndarray | float = 0.5) -> pd.DataFrame:
     labels = table["label"].to_numpy()
-    said = np.where(right, labels, 1 - labels)
+    predicted = np.where(right, labels, 1 - labels)
     rows = {
         "index": np.arange(len(table)),
         "key": table["key"],
         "true_class": [CLASSES[i] for i in labels],
-        "predicted_class": [CLASSES[i] for i in said],
+        "predicted_class": [CLASSES[i] for i in predicted],
         "probability": np.linspace(0.5, 0.9, len(table)),
         "true_probability": true_probability,
     }
@@ -137,8 +136,12 @@ def test_of_equally_good_runs_hardly_one_is_called_better(copies: int, monkeypat
     all_right = predictions_of(images.table, np.ones(120 * copies, bool))
     for _ in range(200):
         kind = rng.choice(3, 120, p=[0.05, 0.05, 0.9]).repeat(copies)
-        said = (all_right.assign(predicted_class=np.where(kind == wrong, CLASSES[1], CLASSES[0])) for wrong in (1, 0))
-        [pair] = compare([RunPredictions(name, "test", each, images) for name, each in zip("AB", said, strict=True)])
+        predictions = (
+            all_right.assign(predicted_class=np.where(kind == wrong, CLASSES[1], CLASSES[0])) for wrong in (1, 0)
+        )
+        [pair] = compare(
+            [RunPredictions(name, "test", each, images) for name, each in zip("AB", predictions, strict=True)]
+        )
         called += pair.verdict == "better"
         by_image += pair.p_value < 0.05
     assert called <= 10, "5 % of 200; half of that is to be expected"
@@ -159,7 +162,7 @@ def test_a_clear_difference_is_found_and_called_by_its_direction() -> None:
     assert 0 < float(low) < 9 < float(high)
 
 
-def test_what_the_images_cannot_decide_is_said_with_its_bounds() -> None:
+def test_what_the_images_cannot_decide_is_reported_with_its_bounds() -> None:
     pair = pair_of(3, 5, both=92)
     assert pair.verdict == "open"
     assert pair.sentence.startswith(
@@ -212,19 +215,19 @@ def test_the_order_of_the_images_does_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "told"),
+    ("column", "value", "message"),
     [
         ("key", "other.png", "other.png: is new"),
         ("label", 0, "0001.png: has another label"),
         ("sha256", "f" * 64, "has other contents"),
     ],
 )
-def test_other_images_labels_or_contents_are_refused_by_name(column: str, value: object, told: str) -> None:
+def test_other_images_labels_or_contents_are_refused_by_name(column: str, value: object, message: str) -> None:
     a, b = measured("A", [True] * 4), measured("B", [True] * 4)
     b.images.table.loc[1, column] = value
     with pytest.raises(RunError, match="they were not evaluated on the same images") as caught:
         compare([a, b])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "seed and data.splits" in str(caught.value)
 
 
@@ -246,18 +249,18 @@ def test_predictions_that_do_not_belong_to_the_manifest_are_refused(tmp_path: Pa
         read_run_predictions("A", "test", tmp_path / "predictions", tmp_path / "manifest")
 
 
-# The page and the program, on runs that were made up: of 60 photos, of which the second run gets 20 right that the
+# The page and the program, on runs that were made up: of 60 images, of which the second run gets 20 right that the
 # first gets wrong.
 
-PHOTOS = 60
+IMAGES = 60
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two classes of 30 photos, all of them lying on their side."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes of 30 images, all of them lying on their side."""
     root, exif = tmp_path_factory.mktemp("data") / "photos", Image.Exif()
     exif[0x0112] = 6
-    for number in range(PHOTOS):
+    for number in range(IMAGES):
         folder = root / ("ant", "bee")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (60, 30), (4 * number, 90, 90)).save(folder / f"{number:02}.jpg", exif=exif)
@@ -265,15 +268,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(
-    directory: Path, photos: Path, right: np.ndarray, *, seed: int, names: tuple[str, ...] = ("ant", "bee")
+    directory: Path, image_folder: Path, right: np.ndarray, *, seed: int, names: tuple[str, ...] = ("ant", "bee")
 ) -> Path:
     """What a finished run leaves, as far as a comparison reads it."""
     run = RunDirectory(directory)
     run.evaluation("test").mkdir(parents=True)
-    run.config.write_text(f"seed: {seed}\nmodel: {{variant: lite0}}\ndata: {{source: folder, path: {photos}}}\n")
-    keys = [f"{('ant', 'bee')[number % 2]}/{number:02}.jpg" for number in range(PHOTOS)]
-    table = table_of(np.arange(PHOTOS) % 2, keys).assign(
-        sha256=[hashlib.sha256((photos / key).read_bytes()).hexdigest() for key in keys], orientation=np.uint8(6)
+    run.config.write_text(f"seed: {seed}\nmodel: {{variant: lite0}}\ndata: {{source: folder, path: {image_folder}}}\n")
+    keys = [f"{('ant', 'bee')[number % 2]}/{number:02}.jpg" for number in range(IMAGES)]
+    table = table_of(np.arange(IMAGES) % 2, keys).assign(
+        sha256=[hashlib.sha256((image_folder / key).read_bytes()).hexdigest() for key in keys], orientation=np.uint8(6)
     )
     Manifest(names, table).save(run.manifest)
     rows = predictions_of(table, right)
@@ -292,30 +295,30 @@ def make_run(
 
 
 @pytest.fixture
-def two(tmp_path: Path, photos: Path) -> tuple[Path, Path]:
+def two(tmp_path: Path, image_folder: Path) -> tuple[Path, Path]:
     """Two runs."""
-    wrong = np.arange(PHOTOS) < 20
-    return make_run(tmp_path / "plain", photos, ~wrong, seed=1), make_run(
-        tmp_path / "tuned", photos, np.ones(PHOTOS, bool), seed=2
+    wrong = np.arange(IMAGES) < 20
+    return make_run(tmp_path / "plain", image_folder, ~wrong, seed=1), make_run(
+        tmp_path / "tuned", image_folder, np.ones(IMAGES, bool), seed=2
     )
 
 
 def run(*words: str | Path) -> str:
-    screen = FakeConsole()
-    assert program.main(screen, [str(word) for word in words]) == 0
-    return screen.output
+    console = FakeConsole()
+    assert program.main(console, [str(word) for word in words]) == 0
+    return console.output
 
 
 def test_the_program_says_it_in_words_and_keeps_the_page_with_the_run_that_is_judged(two: tuple[Path, Path]) -> None:
-    said = run(*two)
-    assert said.startswith(
+    output = run(*two)
+    assert output.startswith(
         "tuned is better than plain: 100.0 % of the 60 test images correct against 66.7 %, 33.3 points better"
     )
-    assert ["seed", "1", "2"] in [line.split() for line in said.splitlines()]
-    assert ["version.keras", "3.1", "3.2"] in [line.split() for line in said.splitlines()]
-    assert "from wrong to right, plain to tuned: 20" in said
-    assert "and 15 more" in said
-    assert "is not tracked in MLflow" in said
+    assert ["seed", "1", "2"] in [line.split() for line in output.splitlines()]
+    assert ["version.keras", "3.1", "3.2"] in [line.split() for line in output.splitlines()]
+    assert "from wrong to right, plain to tuned: 20" in output
+    assert "and 15 more" in output
+    assert "is not tracked in MLflow" in output
     folder = two[1] / "report" / "compare" / "plain"
     assert sorted(path.name for path in folder.iterdir()) == ["test.html", "test.json"]
     found = json.loads((folder / "test.json").read_text())
@@ -326,7 +329,7 @@ def test_the_program_says_it_in_words_and_keeps_the_page_with_the_run_that_is_ju
     assert not (two[0] / "report").exists()
 
 
-def pictures_in(page: str) -> list[Image.Image]:
+def images_in(page: str) -> list[Image.Image]:
     import base64
 
     return [
@@ -342,26 +345,30 @@ def test_the_page_holds_everything_and_fetches_nothing(two: tuple[Path, Path]) -
     assert not re.search(r"url\(|@import|<script|<link", page)
     assert page.count("data:image/svg+xml") == 2, "loss and accuracy"
     assert all(f"{('ant', 'bee')[i % 2]}/{i:02}.jpg" in page for i in range(20)), "every image that changed sides"
-    pictures = pictures_in(page)
-    assert len(pictures) == 20
-    assert {picture.size for picture in pictures} == {(30, 60)}, "upright"
+    images = images_in(page)
+    assert len(images) == 20
+    assert {image.size for image in images} == {(30, 60)}, "upright"
 
 
-def test_pictures_that_changed_or_are_gone_are_not_shown(two: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
+def test_images_that_changed_or_are_gone_are_not_shown(
+    two: tuple[Path, Path], image_folder: Path, tmp_path: Path
+) -> None:
     here = tmp_path / "photos"
-    for old in photos.rglob("*.jpg"):
+    for old in image_folder.rglob("*.jpg"):
         (here / old.parent.name).mkdir(parents=True, exist_ok=True)
         (here / old.parent.name / old.name).write_bytes(old.read_bytes())
     for directory in two:
-        (directory / "config.yaml").write_text((directory / "config.yaml").read_text().replace(str(photos), str(here)))
+        (directory / "config.yaml").write_text(
+            (directory / "config.yaml").read_text().replace(str(image_folder), str(here))
+        )
     (here / "ant/00.jpg").unlink()
     Image.new("RGB", (60, 30)).save(here / "bee/01.jpg")
     run(*two)
     page = two[1] / "report/compare/plain/test.html"
-    assert len(pictures_in(page.read_text())) == 18
+    assert len(images_in(page.read_text())) == 18
     here.rename(tmp_path / "elsewhere")
     assert "the report shows no images: data.path" in run(*two)
-    assert not pictures_in(page.read_text())
+    assert not images_in(page.read_text())
     assert "ant/00.jpg" in page.read_text()
 
 
@@ -397,23 +404,23 @@ def test_of_many_images_the_first_are_shown_and_all_are_named(tmp_path: Path) ->
     page = render_comparison(
         [a, b], compare([a, b]), settings=[], histories={}, source=FileSource(tmp_path, CLASSES, ())
     )
-    assert len(pictures_in(page)) == MAX_THUMBNAILS
+    assert len(images_in(page)) == MAX_THUMBNAILS
     assert all(f"<th>{key}</th>" in page for key in a.images.table["key"])
     assert "config, data and libraries are the same" in page
 
 
-def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_path: Path, photos: Path) -> None:
-    third = make_run(tmp_path / "third", photos, np.arange(PHOTOS) >= 18, seed=3)
-    said = run(*two, third)
-    assert "third" in said
-    assert "adjusted for 2 comparisons" in said
+def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_path: Path, image_folder: Path) -> None:
+    third = make_run(tmp_path / "third", image_folder, np.arange(IMAGES) >= 18, seed=3)
+    output = run(*two, third)
+    assert "third" in output
+    assert "adjusted for 2 comparisons" in output
     page = (third / "report/compare/plain+tuned/test.html").read_text()
     assert "tuned is better than plain." in page
     assert "show no significant difference between third and plain." in page
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["plain", "plain/../plain"], "is named twice"),
         (["plain", "nowhere"], "nowhere: is neither a directory"),
@@ -424,12 +431,12 @@ def test_three_runs_make_one_page_in_the_last_one(two: tuple[Path, Path], tmp_pa
     ],
 )
 def test_a_wrong_request_is_refused_by_name(
-    two: tuple[Path, Path], words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Path, Path], words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(two[0].parent)
     with pytest.raises(UserError) as caught:
         run(*words)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_run_that_was_not_measured_is_named_with_the_command_that_does_it(two: tuple[Path, Path]) -> None:
@@ -441,27 +448,21 @@ def test_a_run_that_was_not_measured_is_named_with_the_command_that_does_it(two:
 def test_runs_that_are_called_the_same_go_by_their_paths(two: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     two[1].rename(tmp_path / "other" / "plain")
-    said = run(two[0], tmp_path / "other" / "plain")
-    assert said.startswith(f"{tmp_path}/other/plain is better than {two[0]}: ")
+    output = run(two[0], tmp_path / "other" / "plain")
+    assert output.startswith(f"{tmp_path}/other/plain is better than {two[0]}: ")
     assert (tmp_path / "other/plain/report/compare/plain/test.html").exists()
 
 
-def test_the_program_ends_with_its_code_and_without_a_traceback(two: tuple[Path, Path]) -> None:
-    def start(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline", "compare", *words],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    alone = start(str(two[0]))
-    assert (alone.returncode, "at least two runs" in alone.stderr) == (2, True)
+def test_the_program_ends_with_its_code_and_without_a_traceback(
+    two: tuple[Path, Path], launcher_process: LauncherProcess
+) -> None:
+    command = ("-m", "pipeline", "compare")
+    alone = launcher_process.run(PROJECT, *command, str(two[0]))
+    assert (alone.code, "at least two runs" in alone.stderr) == (2, True)
     manifest = Manifest.load(two[1] / "manifest.parquet")
     manifest.table.loc[3, "sha256"] = "0" * 64
     manifest.save(two[1] / "manifest.parquet")
-    other = start(*map(str, two))
-    assert other.returncode == 2
+    other = launcher_process.run(PROJECT, *command, *map(str, two))
+    assert other.code == 2
     assert "bee/03.jpg: has other contents" in other.stderr
     assert "Traceback" not in other.stderr

@@ -54,12 +54,6 @@ def start(folder: Path, program: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def run(folder: Path, program: str, *arguments: str) -> tuple[int, str, str]:
-    process = start(folder, program, *arguments)
-    out, err = process.communicate(timeout=250)
-    return process.returncode, out, err
-
-
 def weights(model: Path) -> dict[str, bytes]:
     """Every weight in a .keras file."""
     found: dict[str, bytes] = {}
@@ -72,7 +66,7 @@ def weights(model: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of generated photos in three classes, and a config."""
+    """A folder of generated images in three classes, and a config."""
     root = tmp_path_factory.mktemp("train")
     rng = np.random.default_rng(0)
     for label, color in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
@@ -89,11 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> tuple[Path, str, str]:
-    """A run from beginning to end: its directory and what the screen showed."""
-    code, out, err = run(
+    """A run from beginning to end in a new process: its directory, standard output and standard error."""
+    process = start(
         folder, "train.py", "--config", "config.yaml", "--run-dir", "whole", "tracking.registered_model_name=colors"
     )
-    assert code == 0, out + err
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, out + err
     return folder / "whole", out, err
 
 
@@ -131,7 +126,7 @@ def test_a_run_leaves_everything_that_it_is(finished):
     assert splits.to_dict() == {"train": 51, "test": 15, "val": 6}
 
 
-def test_the_screen_shows_progress_and_a_summary_and_no_library(finished):
+def test_the_console_shows_progress_and_a_summary_and_no_library(finished):
     directory, out, err = finished
     assert err == ""
     lines = out.splitlines()
@@ -186,14 +181,14 @@ def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished,
     np.testing.assert_array_equal(loaded.predict(images, verbose=0), ours.predict(images, verbose=0))
 
 
-def test_evaluate_in_a_new_process_gives_the_figures_of_the_end_of_training(finished):
+def test_evaluate_in_a_new_process_gives_the_figures_of_the_end_of_training(finished, launcher_process):
     directory, _, _ = finished
     file = directory / "evaluation/test/metrics.json"
     before = json.loads(file.read_text())
     rows = pd.read_parquet(directory / "evaluation/test/predictions.parquet")
     file.unlink()
-    code, out, err = run(directory.parent, "evaluate.py", "--run", "whole")
-    assert (code, err) == (0, ""), out
+    ended = launcher_process.run(directory.parent, "evaluate.py", "--run", "whole")
+    assert (ended.code, ended.stderr) == (0, ""), ended.stdout
     after = json.loads(file.read_text())
     assert after["accuracy"] == before["accuracy"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
@@ -205,14 +200,14 @@ def test_evaluate_in_a_new_process_gives_the_figures_of_the_end_of_training(fini
     assert again["predicted_class"].tolist() == rows["predicted_class"].tolist()
 
 
-def test_a_run_is_measured_in_several_views_and_on_corrupted_pictures(finished, tmp_path, monkeypatch):
+def test_a_run_is_measured_in_several_views_and_on_corrupted_images(finished, tmp_path, monkeypatch):
     directory = tmp_path / "copy"
     shutil.copytree(finished[0], directory)
     (directory / "mlflow.json").unlink()
     plain = json.loads((directory / "evaluation/test/metrics.json").read_text())
     monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
-    said = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--tta", "10-crop")
-    assert "test-10-crop: 15 images" in said
+    output = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--tta", "10-crop")
+    assert "test-10-crop: 15 images" in output
     seen = json.loads((directory / "evaluation/test-10-crop/metrics.json").read_text())
     assert seen["loss"] != plain["loss"]
     assert (seen["batch_norm"], seen["temperature_scaled"]) == (None, None)
@@ -242,19 +237,18 @@ def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(fi
     assert [proof["images"] for proof in proofs] == [15] * 3
 
 
-def test_evaluate_labels_pictures_as_it_measured_them(finished):
+def test_evaluate_labels_images_as_it_measured_them(finished, launcher_process):
     directory, _, _ = finished
     rows = pd.read_parquet(directory / "evaluation/test/predictions.parquet").head(2)
     broken = directory.parent / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    code, out, _ = run(
-        directory.parent, "evaluate.py", "--run", "whole", *(f"photos/{key}" for key in rows["key"]), "broken.jpg"
-    )
-    assert code == 1, "one of the files is no picture"
-    assert "is not an image" in out
+    broken.write_bytes(b"no image")
+    images = [*(f"photos/{key}" for key in rows["key"]), "broken.jpg"]
+    ended = launcher_process.run(directory.parent, "evaluate.py", "--run", "whole", *images)
+    assert ended.code == 1, "one of the files is no image"
+    assert "is not an image" in ended.stdout
     for row in rows.itertuples():
-        assert f"{row.probability:6.1%}" in out
-        assert row.predicted_class in out
+        assert f"{row.probability:6.1%}" in ended.stdout
+        assert row.predicted_class in ended.stdout
 
 
 def test_labels_flow_through_a_pipe_until_nobody_reads_them(finished):
@@ -287,8 +281,8 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
     arguments = ("--run", str(directory), "--data", "list.csv")
     with pytest.raises(UserError, match="3 of the data's 3 classes are not among the model's 3"):
         call(monkeypatch, tmp_path, evaluate, *arguments)
-    said = call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
-    assert f"list.csv: 15 images, accuracy {before['accuracy']:.2%}" in said
+    output = call(monkeypatch, tmp_path, evaluate, *arguments, "--class-map", "map.yaml", "--out", "figures")
+    assert f"list.csv: 15 images, accuracy {before['accuracy']:.2%}" in output
     after = json.loads((tmp_path / "figures/metrics.json").read_text())
     assert after.pop("split") == "list.csv"
     assert before.pop("split") == "test"
@@ -307,7 +301,7 @@ def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, 
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finished):
+def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finished, launcher_process):
     name = "killed"
     process = start(folder, "train.py", "--config", "config.yaml", "--run-dir", name)
     deadline = time.monotonic() + 200
@@ -323,25 +317,16 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finish
     last = max(int(path.name.removeprefix("step-")) for path in (folder / name / "checkpoints").glob("step-*"))
     assert 6 <= last < 24
 
-    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", name)
-    assert code == 2, "without --resume nothing is overwritten"
-    assert "holds an unfinished run; continue it with --resume" in err
-    code, out, err = run(
-        folder,
-        "train.py",
-        "--config",
-        "config.yaml",
-        "--run-dir",
-        name,
-        "--resume",
-        "seed=43",
-        "optimizer.ema_decay=0.8",
-    )
-    assert code == 2, "another config is another run"
-    assert "  seed: was 42, is 43" in err
-    assert "  optimizer.ema_decay: was 0.9, is 0.8" in err
-    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", name, "--resume")
-    assert code == 0, out + err
+    command = ("train.py", "--config", "config.yaml", "--run-dir", name)
+    ended = launcher_process.run(folder, *command)
+    assert ended.code == 2, "without --resume nothing is overwritten"
+    assert "holds an unfinished run; continue it with --resume" in ended.stderr
+    ended = launcher_process.run(folder, *command, "--resume", "seed=43", "optimizer.ema_decay=0.8")
+    assert ended.code == 2, "another config is another run"
+    assert "  seed: was 42, is 43" in ended.stderr
+    assert "  optimizer.ema_decay: was 0.9, is 0.8" in ended.stderr
+    ended = launcher_process.run(folder, *command, "--resume")
+    assert ended.code == 0, ended.stdout + ended.stderr
 
     directory, _, _ = finished
     for model in ("model.keras", "best/model.keras"):
@@ -358,9 +343,9 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finish
     for key in ("train/loss", "val/loss", "learning_rate"):
         steps = [metric.step for metric in client.get_metric_history(logged.info.run_id, key)]
         assert len(steps) == len(set(steps)), f"{key} has a step twice"
-    code, out, _ = run(folder, "train.py", "--config", "config.yaml", "--run-dir", name, "--resume")
-    assert code == 0
-    assert "is finished already" in out
+    ended = launcher_process.run(folder, *command, "--resume")
+    assert ended.code == 0
+    assert "is finished already" in ended.stdout
 
 
 def manifest_of(directory: Path) -> dict:
@@ -368,12 +353,12 @@ def manifest_of(directory: Path) -> dict:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *arguments: str) -> str:
-    """Runs a program in this process; returns what it said."""
+    """Runs a program in this process; returns its output."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
-    screen = FakeConsole()
-    assert program.main(screen) == 0
-    return screen.output
+    console = FakeConsole()
+    assert program.main(console) == 0
+    return console.output
 
 
 @pytest.mark.parametrize(
@@ -394,10 +379,11 @@ def test_bad_input_is_answered_in_one_message(folder, monkeypatch, arguments, me
     assert message in str(caught.value)
 
 
-def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(folder):
-    code, out, err = run(folder, "train.py", "--config", "config.yaml", "--run-dir", "mistake", "data.path=absent")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "Traceback" not in out + err
+def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(folder, launcher_process):
+    command = ("train.py", "--config", "config.yaml", "--run-dir", "mistake", "data.path=absent")
+    ended = launcher_process.run(folder, *command)
+    assert (ended.code, ended.stderr.count("\n")) == (2, 1)
+    assert "Traceback" not in ended.stdout + ended.stderr
 
 
 def test_a_run_that_failed_before_training_does_not_keep_its_directory(folder, monkeypatch):
@@ -418,7 +404,7 @@ def test_weights_that_fit_in_part_are_not_left_beside_random_layers(finished, mo
         call(monkeypatch, directory.parent, train, "--config", "config.yaml", "--run-dir", "partial", *deeper, stages)
 
 
-def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_read_is_named_before_training(folder, tmp_path, monkeypatch):
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for path in (folder / "photos" / "class 0").glob("*.png"):
@@ -433,7 +419,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_training(folder, tmp_path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
+def test_a_run_goes_on_without_the_images_that_it_left_out(folder, tmp_path):
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for path in (folder / "photos" / f"class {'ab'.index(label)}").glob("*.png"):
@@ -441,20 +427,20 @@ def test_a_run_goes_on_without_the_pictures_that_it_left_out(folder, tmp_path):
                 path.read_bytes()[: 300 if path.name == "7.png" else None]
             )
     config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad_image=skip"])
-    run, screen = run_directory.create(tmp_path / "run", "test"), FakeConsole()
-    first = scan_images(open_source(config.data), config, run, screen)
+    run, console = run_directory.create(tmp_path / "run", "test"), FakeConsole()
+    first = scan_images(open_source(config.data), config, run, console)
     assert len(first.table) == 46
     listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
-    assert f"left out: 2 images that cannot be used, listed in {run.skipped_images}" in screen.output
-    assert scan_images(open_source(config.data), config, run, screen).digest() == first.digest()
+    assert f"left out: 2 images that cannot be used, listed in {run.skipped_images}" in console.output
+    assert scan_images(open_source(config.data), config, run, console).digest() == first.digest()
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("photos", str(folder / "photos")))
-    said = call(monkeypatch, tmp_path, train, "--config", str(config), "--dry-run")
+    output = call(monkeypatch, tmp_path, train, "--config", str(config), "--dry-run")
     for wanted in (
         "base_lr: 0.5",
         "class 2",
@@ -462,30 +448,30 @@ def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, 
         "multiply-adds",
         "about 0.0 GiB",
     ):
-        assert wanted in said
-    assert "stage 2               3 epochs, steps 7 to 24, trains all" in said
+        assert wanted in output
+    assert "stage 2               3 epochs, steps 7 to 24, trains all" in output
     assert list(tmp_path.iterdir()) == [config]
 
 
 def test_the_papers_recipe_passes_its_dry_run_without_its_data(tmp_path, monkeypatch):
-    said = call(monkeypatch, tmp_path, train, "--config", str(PROJECT / "configs/b0_imagenet.yaml"), "--dry-run")
-    assert "imagenet2012 is not in data/tfds yet" in said
-    assert "5,288,548 trainable" in said
+    output = call(monkeypatch, tmp_path, train, "--config", str(PROJECT / "configs/b0_imagenet.yaml"), "--dry-run")
+    assert "imagenet2012 is not in data/tfds yet" in output
+    assert "5,288,548 trainable" in output
 
 
-def test_published_weights_label_a_picture_without_a_run(folder, monkeypatch):
-    said = call(monkeypatch, folder, evaluate, "--weights", "imagenet", "--variant", "lite0", "photos/class 0/0.png")
-    assert "98 of 98 backbone layers copied; classifier copied" in said
-    assert len(re.findall(r"\d+\.\d%.* n\d{8} [A-Za-z]", said)) == 5
+def test_published_weights_label_an_image_without_a_run(folder, monkeypatch):
+    output = call(monkeypatch, folder, evaluate, "--weights", "imagenet", "--variant", "lite0", "photos/class 0/0.png")
+    assert "98 of 98 backbone layers copied; classifier copied" in output
+    assert len(re.findall(r"\d+\.\d%.* n\d{8} [A-Za-z]", output)) == 5
 
 
-def test_published_weights_are_measured_on_labeled_pictures(tmp_path, monkeypatch):
+def test_published_weights_are_measured_on_labeled_images(tmp_path, monkeypatch):
     for name in ("zebra", "n02510455"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (50, 40), (10, 20, 30 + len(name))).save(tmp_path / "photos" / name / "a.png")
-    said = call(monkeypatch, tmp_path, evaluate, "--weights", "imagenet", "--variant", "lite0", "--data", "photos")
-    assert "photos: 2 images, accuracy 0.00%" in said
-    assert "n02510455 giant panda" in said
+    output = call(monkeypatch, tmp_path, evaluate, "--weights", "imagenet", "--variant", "lite0", "--data", "photos")
+    assert "photos: 2 images, accuracy 0.00%" in output
+    assert "n02510455 giant panda" in output
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -519,9 +505,9 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
     tracking: {experiment: test}
     """
     (directory.parent / "recipe.yaml").write_text(config)
-    said = call(monkeypatch, directory.parent, train, "--config", "recipe.yaml", "--run-dir", "recipe")
-    assert "classifier copied" in said
-    assert "recipe: 17 epochs of head" in said
+    output = call(monkeypatch, directory.parent, train, "--config", "recipe.yaml", "--run-dir", "recipe")
+    assert "classifier copied" in output
+    assert "recipe: 17 epochs of head" in output
     run_dir = directory.parent / "recipe"
     resolved = load_config(run_dir / "config.yaml")
     assert resolved.recipe is None
@@ -530,7 +516,7 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
         "history"
     ]
     assert len(history) < 17
-    assert "early stopping: no improvement; the last" in said
+    assert "early stopping: no improvement; the last" in output
     assert weights(run_dir / "model.keras") == weights(run_dir / "best/model.keras")
     before, after = (read_layers(path / "model.keras") for path in (directory, run_dir))
     assert any("predictions" in name and before[name] != after[name] for name in before), "the head was trained"
@@ -552,7 +538,7 @@ def read_layers(model: Path) -> dict[str, bytes]:
     }
 
 
-def test_early_stopping_without_validation_pictures_is_refused(folder, tmp_path, monkeypatch):
+def test_early_stopping_without_validation_images_is_refused(folder, tmp_path, monkeypatch):
     for split in ("train", "test"):
         for label in ("a", "b"):
             (tmp_path / "photos" / split / label).mkdir(parents=True)
