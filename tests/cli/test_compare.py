@@ -379,7 +379,7 @@ def test_images_that_cannot_be_read_are_not_shown(two: tuple[Path, Path], monkey
     monkeypatch.setattr(FileSource, "read", damaged)
     run(*two)
     page = (two[1] / "report/compare/plain/test.html").read_text()
-    assert not pictures_in(page)
+    assert not images_in(page)
     assert "ant/00.jpg" in page
 
 
