@@ -181,44 +181,47 @@ def test_mlflow_has_the_run_with_its_metrics_and_models_that_load_back(finished,
     np.testing.assert_array_equal(loaded.predict(images, verbose=0), ours.predict(images, verbose=0))
 
 
-def test_evaluate_in_a_new_process_gives_the_figures_of_the_end_of_training(finished, launcher_process):
-    directory, _, _ = finished
-    file = directory / "evaluation/test/metrics.json"
-    before = json.loads(file.read_text())
-    rows = pd.read_parquet(directory / "evaluation/test/predictions.parquet")
-    file.unlink()
-    ended = launcher_process.run(directory.parent, "evaluate.py", "--run", "whole")
-    assert (ended.code, ended.stderr) == (0, ""), ended.stdout
-    after = json.loads(file.read_text())
+@pytest.fixture(scope="module")
+def evaluated(finished: tuple[Path, str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run, evaluated in another process than the one that trained it, with one kind of corruption."""
+    directory = tmp_path_factory.mktemp("evaluated") / "copy"
+    shutil.copytree(finished[0], directory)
+    for file in ("mlflow.json", "evaluation/test/metrics.json", "evaluation/test/predictions.parquet"):
+        (directory / file).unlink()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
+        call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--corruptions")
+    return directory
+
+
+def test_evaluate_gives_the_figures_of_the_end_of_training(finished, evaluated):
+    before, after = (json.loads((run / "evaluation/test/metrics.json").read_text()) for run in (finished[0], evaluated))
     assert after["accuracy"] == before["accuracy"]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert after["batch_norm"]["moving"] == before["accuracy"]
-    again = pd.read_parquet(directory / "evaluation/test/predictions.parquet")
+    rows, again = (pd.read_parquet(run / "evaluation/test/predictions.parquet") for run in (finished[0], evaluated))
     assert again["index"].tolist() == rows["index"].tolist()
     assert again["index"].is_unique
     assert len(again) == 15
     assert again["predicted_class"].tolist() == rows["predicted_class"].tolist()
 
 
-def test_a_run_is_measured_in_several_views_and_on_corrupted_images(finished, tmp_path, monkeypatch):
-    directory = tmp_path / "copy"
-    shutil.copytree(finished[0], directory)
-    (directory / "mlflow.json").unlink()
-    plain = json.loads((directory / "evaluation/test/metrics.json").read_text())
-    monkeypatch.setattr(corruptions, "KINDS", {"brightness": corruptions.KINDS["brightness"]})
-    output = call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--tta", "10-crop")
+def test_a_run_is_measured_on_corrupted_images(evaluated):
+    figures = json.loads((evaluated / "evaluation/test/metrics.json").read_text())
+    table = pd.read_csv(evaluated / "evaluation/test/corruptions.csv", index_col="corruption")
+    assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
+    assert "Corrupted images" in (evaluated / "report/index.html").read_text()
+
+
+def test_a_run_is_measured_in_several_views(finished, evaluated, monkeypatch):
+    plain = json.loads((evaluated / "evaluation/test/metrics.json").read_text())
+    output = call(monkeypatch, finished[0].parent, evaluate, "--run", str(evaluated), "--tta", "10-crop")
     assert "test-10-crop: 15 images" in output
-    seen = json.loads((directory / "evaluation/test-10-crop/metrics.json").read_text())
+    seen = json.loads((evaluated / "evaluation/test-10-crop/metrics.json").read_text())
     assert seen["loss"] != plain["loss"]
     assert (seen["batch_norm"], seen["temperature_scaled"]) == (None, None)
-    assert (directory / "report/test-10-crop.html").exists()
-    assert json.loads((directory / "evaluation/test/metrics.json").read_text()) == plain
-    call(monkeypatch, finished[0].parent, evaluate, "--run", str(directory), "--corruptions")
-    figures = json.loads((directory / "evaluation/test/metrics.json").read_text())
-    table = pd.read_csv(directory / "evaluation/test/corruptions.csv", index_col="corruption")
-    assert figures["corruption_accuracy"] == table.loc["brightness", ["1", "2", "3", "4", "5"]].mean()
-    assert figures["accuracy"] == plain["accuracy"]
-    assert "Corrupted images" in (directory / "report/index.html").read_text()
+    assert (evaluated / "report/test-10-crop.html").exists()
+    assert json.loads((evaluated / "evaluation/test/metrics.json").read_text()) == plain
 
 
 @pytest.mark.slow
@@ -269,15 +272,18 @@ def test_labels_flow_through_a_pipe_until_nobody_reads_them(finished):
     assert {json.loads(row)["path"] for row in rows} == {"photos/class 0/0.png"}
 
 
+def list_test_images(run: Path, folder: Path) -> None:
+    """Write the test images of a run as data of other classes, with a map of the classes."""
+    rows = pd.read_parquet(run / "evaluation/test/predictions.parquet")
+    lines = [f"{run.parent / 'photos' / row.key},{row.true_class[-1]}\n" for row in rows.itertuples()]
+    (folder / "list.csv").write_text("path,label\n" + "".join(lines))
+    (folder / "map.yaml").write_text("0: class 0\n1: class 1\n2: class 2\n")
+
+
 def test_other_data_are_measured_by_what_their_classes_are_in_the_run(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     before = json.loads((directory / "evaluation/test/metrics.json").read_text())
-    rows = pd.read_parquet(directory / "evaluation/test/predictions.parquet")
-    (tmp_path / "list.csv").write_text(
-        "path,label\n"
-        + "".join(f"{directory.parent / 'photos' / row.key},{row.true_class[-1]}\n" for row in rows.itertuples())
-    )
-    (tmp_path / "map.yaml").write_text("0: class 0\n1: class 1\n2: class 2\n")
+    list_test_images(directory, tmp_path)
     arguments = ("--run", str(directory), "--data", "list.csv")
     with pytest.raises(UserError, match="3 of the data's 3 classes are not among the model's 3"):
         call(monkeypatch, tmp_path, evaluate, *arguments)
@@ -490,7 +496,7 @@ def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monk
         )
 
 
-def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(finished, monkeypatch):
+def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     config = """
     recipe: auto
@@ -522,10 +528,11 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
     assert any("predictions" in name and before[name] != after[name] for name in before), "the head was trained"
     assert all(before[name] == after[name] for name in before if "predictions" not in name), "and nothing else"
     metrics = json.loads((run_dir / "evaluation/test/metrics.json").read_text())
-    call(monkeypatch, directory.parent, evaluate, "--run", "recipe")
-    assert json.loads((run_dir / "evaluation/test/metrics.json").read_text())["loss"] == pytest.approx(
-        metrics["loss"], rel=1e-4
-    )
+    list_test_images(run_dir, tmp_path)
+    options = ("--data", "list.csv", "--class-map", "map.yaml", "--out", "figures")
+    call(monkeypatch, tmp_path, evaluate, "--run", str(run_dir), *options)
+    again = json.loads((tmp_path / "figures/metrics.json").read_text())
+    assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
 
 
 def read_layers(model: Path) -> dict[str, bytes]:
