@@ -434,13 +434,13 @@ def test_a_run_goes_on_without_the_images_that_it_left_out(folder, tmp_path):
             )
     config = load_config(folder / "config.yaml", [f"data.path={tmp_path / 'photos'}", "data.on_bad_image=skip"])
     run, console = run_directory.create(tmp_path / "run", "test"), FakeConsole()
-    first = scan_images(open_source(config.data), config, run, console)
+    first = scan_images(open_source(config.data), config.data, config.seed, run, console)
     assert len(first.table) == 46
     listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
     assert f"left out: 2 images that cannot be used, listed in {run.skipped_images}" in console.output
-    assert scan_images(open_source(config.data), config, run, console).digest() == first.digest()
+    assert scan_images(open_source(config.data), config.data, config.seed, run, console).digest() == first.digest()
 
 
 def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, tmp_path, monkeypatch):
@@ -513,10 +513,11 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
     (directory.parent / "recipe.yaml").write_text(config)
     output = call(monkeypatch, directory.parent, train, "--config", "recipe.yaml", "--run-dir", "recipe")
     assert "classifier copied" in output
-    assert "recipe: 17 epochs of head" in output
+    assert "recipe: auto, which is here" in output
+    assert "{epochs: 17, trainable: head, base_lr: 0.02, use_augmentation: false}" in output
     run_dir = directory.parent / "recipe"
     resolved = load_config(run_dir / "config.yaml")
-    assert resolved.recipe is None
+    assert resolved.recipe == "auto"
     assert [stage.trainable for stage in resolved.train.stages] == ["head"]
     history = json.loads(sorted((run_dir / "checkpoints").glob("step-*"))[-1].joinpath("manifest.json").read_text())[
         "history"
