@@ -444,7 +444,7 @@ def test_a_wrong_request_is_refused_by_name(
 
 def test_a_run_that_was_not_measured_is_named_with_the_command_that_does_it(two: tuple[Path, Path]) -> None:
     RunDirectory(two[0]).predictions("test").unlink()
-    with pytest.raises(RunError, match=rf"evaluate\.py --run {two[0]} --split test$"):
+    with pytest.raises(RunError, match=rf"evaluate --run {two[0]} --split test$"):
         run(*two)
 
 

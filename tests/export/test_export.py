@@ -150,7 +150,7 @@ def reused(results: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(owner, name, function)
 
-    once(input_pipeline, "evaluation_stream", lambda manifest, source, config, split: split)
+    once(input_pipeline, "evaluation_stream", lambda manifest, source, config, indices: str(indices.tolist()))
     once(keras.saving, "load_model", lambda path: "")
     once(verification, "run_reference", lambda forward, class_names, dataset, split, *_: split)
 

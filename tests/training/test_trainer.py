@@ -13,6 +13,7 @@ import tensorflow as tf
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
 from pipeline.distributed.devices import setup_devices
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import TrainingInterrupted
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.layers import PerReplicaDropout
@@ -480,6 +481,7 @@ class Policy(NanPolicy):
             {},
             lambda start: stream(start, **kwargs),
             self.messages.append,
+            ProcessGroup(),
         )
 
 
