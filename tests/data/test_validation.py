@@ -381,3 +381,59 @@ def test_other_splits_and_another_order_are_changes(tmp_path):
     assert "is in another split" in said
     turned = Manifest(before.class_names, before.table.iloc[::-1].reset_index(drop=True))
     assert describe_changes(before, turned).strip() == "the images come in another order"
+
+
+def frames(name: str, count: int) -> dict[str, bytes]:
+    """Files of one scene with noise, as the frames of a video: near-duplicates of each other."""
+    scene = np.random.default_rng(len(name)).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    large = np.asarray(Image.fromarray(scene).resize((96, 64), Image.Resampling.BICUBIC)).astype(int)
+    files = {}
+    for number in range(count):
+        noisy = large + np.random.default_rng(number).integers(-3, 4, large.shape)
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+        files[f"{name}/{number:03}.png"] = file.getvalue()
+    return files
+
+
+def test_classes_that_near_duplicates_keep_out_of_the_test_split_stop_a_run_that_could_measure_nothing(tmp_path):
+    config = write(tmp_path, {**frames("walk", 12), **frames("running", 12)})
+    with pytest.raises(DataError, match=r"(?s)2 classes have no image in test, .*walk \(12 images\).*group_near_dup"):
+        look(config)
+    assert look(config.model_copy(update={"group_near_duplicates": False})).class_counts()["test"].min() > 0
+
+
+def test_a_class_that_near_duplicates_keep_out_of_the_test_split_is_named_where_others_are_measured(tmp_path):
+    manifest = look(write(tmp_path, {**two_classes(10), **frames("walk", 12)}))
+    [note] = [note for note in manifest.notes if "near-duplicates of each other" in note]
+    assert note.startswith("1 classes have no image in test")
+    assert "walk (12 images)" in note
+    assert "data.group_near_duplicates=false" in note
+
+
+@pytest.mark.parametrize("names", [("Rose", "rose"), ("caf\u00e9", "cafe\u0301"), ("1", "1.0"), ("red oak", "red_oak")])
+def test_class_names_that_a_reader_takes_for_the_same_are_named(tmp_path, names):
+    files = {f"{name}/{i}.jpg": encoded(100 * k + i) for k, name in enumerate((*names, "other")) for i in range(5)}
+    [note] = [note for note in look(write(tmp_path, files)).notes if "class names differ only" in note]
+    assert " = ".join(map(repr, sorted(names))) in note
+
+
+@pytest.mark.parametrize(("factor", "is_dark"), [(1, True), (16, True), (257, False)])
+def test_images_of_16_bits_that_use_few_of_them_are_named(tmp_path, factor, is_dark):
+    def high_bit_depth(seed: int) -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64)).astype(np.uint16) * factor
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    files = {f"{name}/{i}.png": high_bit_depth(10 * k + i) for k, name in enumerate("ab") for i in range(5)}
+    report = validate(open_source(config := write(tmp_path, files)), config, seed=0)
+    assert any(finding.kind == "dark" for finding in report.findings) == is_dark
+
+
+def test_a_large_group_of_duplicates_is_named_by_three_of_them(tmp_path):
+    blank = encoded(7777, "PNG")
+    files = {**two_classes(10), **{f"cat/blank{i:04}.png": blank for i in range(300)}}
+    manifest = look(write(tmp_path, files))
+    assert max(map(len, manifest.notes)) < 400
+    assert any("cat/blank0002.png and 297 more" in note for note in manifest.notes)
