@@ -201,7 +201,11 @@ def test_shares_are_the_parts_of_the_batches_to_the_byte(augment: dict[str, Any]
         assert_equal(joined, whole[start:])
 
 
-@pytest.mark.parametrize("augment", [{}, {"mixup": 0.4, "cutmix": 1.0}], ids=["plain", "mixed"])
+@pytest.mark.parametrize(
+    "augment",
+    [{}, {"mixup": 0.4, "cutmix": 1.0}, pytest.param(EVERYTHING, marks=pytest.mark.slow)],
+    ids=["plain", "mixed", "everything"],
+)
 def test_strides_are_the_steps_in_turn(augment: dict[str, Any]) -> None:
     data, settings = make(21), config(batch=16, **augment)
     whole = take(batches_of(*data, settings), 8)

@@ -180,10 +180,23 @@ FILES = {
 def test_a_file_of_any_make_gives_back_every_layer(
     kind: str, trained: keras.Model, target: keras.Model, tmp_path: Path
 ) -> None:
+    assert_gives_back_every_layer(kind, trained, target, B, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["efficientnet-pytorch", "timm"])
+def test_a_torch_file_gives_back_every_layer_of_all_stages(kind: str, tmp_path: Path) -> None:
+    """The names count the blocks of every stage."""
+    whole = replace(VARIANTS["b0"], width=0.25, resolution=32)
+    assert_gives_back_every_layer(kind, random_model(whole), efficientnet(whole, num_classes=3), whole, tmp_path)
+
+
+def assert_gives_back_every_layer(
+    kind: str, trained: keras.Model, model: keras.Model, variant: Variant, folder: Path
+) -> None:
     name, save = FILES[kind]
-    save(trained, tmp_path / name)
-    model = target
-    report = load_pretrained(model, str(tmp_path / name), variant=B)
+    save(trained, folder / name)
+    report = load_pretrained(model, str(folder / name), variant=variant)
     assert_same_backbone(model, trained)
     for array, expected in zip(
         model.get_layer("predictions").get_weights(), trained.get_layer("predictions").get_weights(), strict=True
