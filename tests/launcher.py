@@ -79,12 +79,16 @@ def act(action: str, arguments: tuple[Any, ...], marker: Path) -> None:
 
 
 def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts another function in the place of `module:name`."""
+    """Put another function in the place of `module:name`, also in modules that imported it by its name."""
     module, _, path = name.partition(":")
     *parents, last = path.split(".")
     owner = functools.reduce(getattr, parents, importlib.import_module(module))
     real = getattr(owner, last)
-    setattr(owner, last, functools.wraps(real)(make(real)))
+    wrapped = functools.wraps(real)(make(real))
+    setattr(owner, last, wrapped)
+    for user in [module for name, module in sys.modules.items() if name.startswith("pipeline.")]:
+        if not parents and vars(user).get(last) is real:
+            setattr(user, last, wrapped)
 
 
 def set_trap(trap: dict[str, Any], marker: Path) -> None:

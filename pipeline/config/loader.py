@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.base import StrictModel
-from pipeline.config.hints import renamed, suggest_key, suggest_section_key
+from pipeline.config.hints import RENAMED_VALUES, renamed, suggest_key, suggest_section_key
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, suggest
 
@@ -270,10 +270,13 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
             f"must be a list of stages, such as [{{epochs: 5}}]; for a number of epochs write train.epochs={given}"
         )
     elif kind == "value_error":
-        message = str(error["ctx"]["error"])
+        text = str(error["ctx"]["error"])
+        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     else:
         message = f"{error['msg'][0].lower()}{error['msg'][1:]}; received {_short(given)}"
-        if kind == "literal_error" and isinstance(given, str):
+        if current := RENAMED_VALUES.get((dotted_path(path), str(given))):
+            message = f"{given} is now {current}"
+        elif kind == "literal_error" and isinstance(given, str):
             options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             message += "".join(part for part in [suggest(given, options)] if "did you mean" in part)
     return f"{location}: {dotted_path(path)}: {message}" if path else f"{location}: {message}"

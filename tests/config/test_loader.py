@@ -461,6 +461,11 @@ def test_keys_of_other_programs_are_answered_with_what_to_write(override, messag
         load_config(PROJECT / "configs/lite0_folder.yaml", ["data.path=x", override])
 
 
+def test_an_old_value_is_answered_with_the_new_one():
+    with pytest.raises(ConfigError, match=r"runtime.strategy: one is now single"):
+        load_config(PROJECT / "configs/lite0_digits.yaml", ["runtime.strategy=one"])
+
+
 def test_every_key_that_a_hint_names_exists():
     config = load_config(PROJECT / "configs/lite0_digits.yaml").model_dump()
     for key in SAME_VALUE.values():
