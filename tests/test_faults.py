@@ -380,16 +380,20 @@ def assert_a_second_process_is_refused(launcher: Launcher, run: str) -> None:
     """Starts another train.py on a run that is under way, in both ways."""
     while not launcher.sprung(run):
         time.sleep(0.05)
-    before = {path: path.stat().st_mtime_ns for path in (launcher.folder / run).rglob("*") if path.suffix != ".txt"}
-    for arguments, message in (
-        (["--resume"], "another process is at work on this run"),
-        ([], "holds an unfinished run"),
-    ):
-        command = [sys.executable, str(PROJECT / "train.py"), "--config", "config.yaml", "--run-dir", run, *arguments]
-        second = subprocess.run(command, cwd=launcher.folder, capture_output=True, text=True, timeout=60, check=False)
-        assert (second.returncode, message in second.stderr) == (2, True), second.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    launcher.marker(run).with_suffix(".go").touch()
+    try:
+        before = {path: path.stat().st_mtime_ns for path in (launcher.folder / run).rglob("*") if path.suffix != ".txt"}
+        for arguments, message in (
+            (["--resume"], "another process is working on this run"),
+            ([], "holds an unfinished run"),
+        ):
+            command = [sys.executable, str(PROJECT / "train.py"), "--config", "config.yaml", "--run-dir", run]
+            second = subprocess.run(
+                [*command, *arguments], cwd=launcher.folder, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert (second.returncode, message in second.stderr) == (2, True), second.stderr
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+    finally:  # or the process of the run would wait for ever, and the tests behind it for the launcher
+        launcher.marker(run).with_suffix(".go").touch()
 
 
 def flip_a_bit(file: Path) -> None:

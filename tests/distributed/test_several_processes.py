@@ -200,7 +200,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
     first, _ = machines
     plain = ["model.dropout=0", "model.drop_path_rate=0", "train.global_batch_size=32", "train.stages=[{epochs: 5}]"]
     for run, devices in (("one", 1), ("two", 2), ("four", 4)):
-        first.start(run, *plain, f"runtime.strategy={'one' if devices == 1 else 'mirrored'}", devices=devices)
+        first.start(run, *plain, f"runtime.strategy={'single' if devices == 1 else 'mirrored'}", devices=devices)
         assert first.ended() == 0, first.shown(run)
     assert run_together(machines, "processes", *plain) == [0, 0], first.shown("processes")
     one, start = stored(first, "one", 5), stored(first, "one", 1)
@@ -221,7 +221,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
     ]
     assert list(tables[0]["key"]) == list(tables[1]["key"]), "every image of the split exactly once"
     [port] = free_ports(1)
-    served = [sys.executable, "-m", "pipeline", "serve", "--address", f"127.0.0.1:{port}"]
+    served = [sys.executable, "-m", "pipeline", "data-server", "--address", f"127.0.0.1:{port}"]
     with subprocess.Popen(served, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("serving at")
