@@ -64,7 +64,7 @@ VARIANTS = {
         "train.class_weights={class 1: 2}",
     ],
 }
-FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "manifest.json", "manifest.sha256")
+FILES = ("model.npz", "optimizer.npz", "average.npz", "totals.npz", "metadata.json", "metadata.sha256")
 SAVE, VALIDATION = "pipeline.training.checkpoint:_write_synced", "pipeline.evaluation.predictor:Predictor.__call__"
 FIGURES = "pipeline.evaluation.metrics:evaluate_predictions"
 
@@ -151,7 +151,7 @@ INTERRUPTED_IN_SAVE = Fault(
 )
 FLIPPED = {
     file: Fault(f"kill -9, and a bit of the newest {file} flipped", range(5, END), AFTER_STEP, damage=file)
-    for file in ("model.npz", "average.npz", "manifest.json")
+    for file in ("model.npz", "average.npz", "metadata.json")
 }
 SECOND_PROCESS = Fault("a second process, then kill -9", STEPS, several(trap(TRAIN_STEP, "after", "wait"), AFTER_STEP))
 IN_SCAN = Fault("kill -9 while the data are read", [0], trap("pipeline.data.validation:scan", "before"))
@@ -293,8 +293,8 @@ def contents(folder: Path) -> dict[str, bytes]:
                 f"{file.stem}/{name}": f"{stored[name].dtype}{stored[name].shape}".encode() + stored[name].tobytes()
                 for name in stored
             }
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return found | {name: json.dumps(manifest[name]).encode() for name in checkpoint.MANIFEST_FIELDS}
+    metadata = json.loads((folder / "metadata.json").read_text())
+    return found | {name: json.dumps(metadata[name]).encode() for name in checkpoint.METADATA_FIELDS}
 
 
 def weights(model: Path) -> dict[str, bytes]:
@@ -479,18 +479,18 @@ def test_the_comparison_sees_one_bit_of_any_variable(launcher, begun, tmp_path, 
 def test_the_comparison_sees_the_last_digit_of_the_history(launcher, begun, tmp_path):
     folder = launcher.folder / begun / "checkpoints" / "step-00000005"
     shutil.copytree(folder, tmp_path / "other")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["history"][0]["val/loss"] = float(np.nextafter(manifest["history"][0]["val/loss"], 9))
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["history"][0]["val/loss"] = float(np.nextafter(metadata["history"][0]["val/loss"], 9))
+    (tmp_path / "other" / "metadata.json").write_text(json.dumps(metadata))
     assert differing(contents(folder), contents(tmp_path / "other")) == ["history"]
 
 
 def rehash(folder: Path) -> None:
-    """Makes a checkpoint's manifest say that its files are as they should be."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "manifest.sha256").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
+    """Makes a checkpoint's metadata say that its files are as they should be."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in metadata["sha256"]}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "metadata.sha256").write_text(hashlib.sha256((folder / "metadata.json").read_bytes()).hexdigest())
 
 
 def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(launcher, survivor):
@@ -529,7 +529,7 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_with_what_is_allowed(l
     newest, _ = checkpoint.latest_valid_checkpoint(directory / "checkpoints")
     assert newest == directory / "checkpoints" / "step-00000006"
     changes = ["optimizer.ema_decay: 0.9 -> 0.8 after step 5", "train.label_smoothing: 0.1 -> 0.2 after step 5"]
-    noted = checkpoint.read_manifest(newest)["changes"]
+    noted = checkpoint.read_metadata(newest)["changes"]
     assert [f"{one['key']}: {one['was']} -> {one['is']} after step {one['step']}" for one in noted] == changes
     config = load_config(directory / "config.yaml")
     assert (config.optimizer.ema_decay, config.train.label_smoothing) == (0.8, 0.2)
@@ -628,8 +628,8 @@ def test_what_is_done_about_nan_survives_a_kill(launcher, policy, poison, places
     [saved] = (launcher.folder / run / "nan").iterdir()
     assert differing(contents(saved), contents(launcher.folder / whole / "nan" / saved.name)) == []
     assert "batch/images" in contents(saved)
-    manifest = checkpoint.read_manifest(launcher.folder / run / "checkpoints" / f"step-{END:08d}")
-    assert (manifest["skipped"], manifest["rollbacks"]) == (([7], 0) if "skip" in policy else ([], 1))
+    metadata = checkpoint.read_metadata(launcher.folder / run / "checkpoints" / f"step-{END:08d}")
+    assert (metadata["skipped"], metadata["rollbacks"]) == (([7], 0) if "skip" in policy else ([], 1))
 
 
 @pytest.mark.slow

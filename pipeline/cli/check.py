@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
     from pipeline.data.validation import ValidationReport
 
-STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
+STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,9 +92,9 @@ def as_json(report: "ValidationReport") -> str:
     return json.dumps(
         {
             "usable": not report.errors,
-            "pictures": len(manifest.table) if manifest is not None else None,
+            "num_images": len(manifest.table) if manifest is not None else None,
             "classes": manifest.class_counts().to_dict("index") if manifest is not None else None,
-            "bad_files": [{"path": key, "problem": problem} for key, problem in report.left_out],
+            "bad_files": [{"path": key, "problem": problem} for key, problem in report.skipped_images],
             "findings": [asdict(finding) for finding in report.findings],
         },
         indent=1,

@@ -140,7 +140,7 @@ def config_differences(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
     values_by_run = []
     for run in named.values():
         versions = {
-            f"version.{name}": version for name, version in latest_checkpoint_manifest(run).get("versions", {}).items()
+            f"version.{name}": version for name, version in latest_checkpoint_metadata(run).get("versions", {}).items()
         }
         digest = {"data (digest of all images, labels and splits)": Manifest.load(run.manifest).digest()[:12]}
         values_by_run.append(dict(flatten(run.load_config().model_dump(mode="json"))) | digest | versions)
@@ -151,16 +151,16 @@ def config_differences(named: Mapping[str, RunDirectory]) -> list["ConfigDiff"]:
 
 def histories(named: Mapping[str, RunDirectory]) -> dict[str, "History"]:
     """Return the history of each run that has a checkpoint: a record per epoch."""
-    records = {name: latest_checkpoint_manifest(run).get("history", []) for name, run in named.items()}
+    records = {name: latest_checkpoint_metadata(run).get("history", []) for name, run in named.items()}
     return {name: history for name, history in records.items() if history}
 
 
-def latest_checkpoint_manifest(run: RunDirectory) -> dict[str, Any]:
-    """Return the manifest of the run's newest valid checkpoint; an empty one if there is none."""
-    from pipeline.training.checkpoint import latest_valid_checkpoint, read_manifest
+def latest_checkpoint_metadata(run: RunDirectory) -> dict[str, Any]:
+    """Return the metadata of the run's newest valid checkpoint; an empty one if there is none."""
+    from pipeline.training.checkpoint import latest_valid_checkpoint, read_metadata
 
     newest, _ = latest_valid_checkpoint(run.checkpoints)
-    return {} if newest is None else read_manifest(newest)
+    return {} if newest is None else read_metadata(newest)
 
 
 def open_images(named: Mapping[str, RunDirectory], console: Console) -> "DataSource | None":

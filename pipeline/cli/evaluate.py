@@ -177,7 +177,7 @@ def evaluate_run(
     console.print(f"report   {report}")
     console.print(f"results  {results_dir}")
     if (mlflow_run := run.mlflow_run()) is not None:
-        logged = log_evaluation(loaded.config.tracking.uri, mlflow_run, results.headline(), results_dir, report)
+        logged = log_evaluation(loaded.config.tracking.uri, mlflow_run, results.scalar_metrics(), results_dir, report)
         console.print(f"{'logged to' if logged else 'not logged: MLflow no longer has'} the run {mlflow_run[1]}")
     return 0
 

@@ -37,12 +37,12 @@ class ExportResult(NamedTuple):
 
     Attributes:
         size: Bytes; None if the format could not be written.
-        proof: Comparison with the model; None if the format could not be written or run.
+        parity: Comparison with the model; None if the format could not be written or run.
         failures: Reasons why the export does not agree with the model; empty if it does.
     """
 
     size: int | None
-    proof: "ParityReport | None"
+    parity: "ParityReport | None"
     failures: tuple[str, ...]
 
 
@@ -213,11 +213,11 @@ def export_format(
     files = path.rglob("*") if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
     try:
-        proof = compare(load(path))
+        parity = compare(load(path))
     except Exception as error:
         logging.getLogger("pipeline").exception("%s cannot be run", name)
         return ExportResult(size, None, (f"cannot be loaded back and run: {_short(error)}",))
-    return ExportResult(size, proof, proof.failures)
+    return ExportResult(size, parity, parity.failures)
 
 
 def _short(error: Exception) -> str:
@@ -237,17 +237,17 @@ def metadata_entry(name: str, result: ExportResult, reference: "ReferenceResult"
         "limits": config.export.model_dump(mode="json"),
         "versions": {package: version(package) for package in ("tensorflow", "keras", *spec.packages.values())},
     }
-    if (proof := result.proof) is not None:
+    if (parity := result.parity) is not None:
         figures = {
-            "max_logit_difference": proof.max_logit_difference,
+            "max_logit_difference": parity.max_logit_difference,
             "logit_std": reference.logit_std,
-            "top1_agreement": proof.agreement,
-            "accuracy": proof.accuracy,
+            "top1_agreement": parity.agreement,
+            "accuracy": parity.accuracy,
             "model_accuracy": reference.accuracy,
-            "latency_ms": proof.latency * 1e3,
+            "latency_ms": parity.latency * 1e3,
             "model_latency_ms": reference.latency * 1e3,
         }
-        metadata["proof"] = {
+        metadata["parity"] = {
             "split": reference.split,
             "images": len(reference.predictions.index),
             "machine": processor_name(),
@@ -272,15 +272,15 @@ def print_results(
         f"{reference.latency * 1e3:.1f}",
         "",
     )
-    for name, (size, proof, failures) in results.items():
+    for name, (size, parity, failures) in results.items():
         figures = (
             ("-", "-", "-", "-")
-            if proof is None
+            if parity is None
             else (
-                f"{proof.max_logit_difference:.2g}",
-                f"{proof.agreement:.2%}",
-                f"{proof.accuracy:.2%}",
-                f"{proof.latency * 1e3:.1f}",
+                f"{parity.max_logit_difference:.2g}",
+                f"{parity.agreement:.2%}",
+                f"{parity.accuracy:.2%}",
+                f"{parity.latency * 1e3:.1f}",
             )
         )
         verdict = Text("failed", "bold red") if failures else Text("passed", "green")

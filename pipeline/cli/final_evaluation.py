@@ -82,7 +82,7 @@ def log_results(
         model = logger.log_model(run.pending_model, "model", step=step)
         if registered_model_name is not None:
             console.print(register_and_promote(logger.registry(registered_model_name), model, run, split))
-        logger.log_results(results.headline(), step)
+        logger.log_results(results.scalar_metrics(), step)
     except UserError as error:
         raise TrainingError(
             f"{error}\nThe rest of the run is complete: the same command with --run-dir {run.path} --resume finishes it"

@@ -180,7 +180,7 @@ def load_pretrained_model(weights: str, variant: str, console: Console) -> Loade
     with runtime.strategy.scope():
         model = efficientnet(config.variant, num_classes=len(names))
         report = load_pretrained(model, weights, variant=config.variant, class_names=names)
-    if report.new:
+    if report.uninitialized:
         raise WeightsError(
             f"{report}. These are not the weights of a complete {variant} with the ImageNet classes; "
             "to evaluate a run, use --run"

@@ -101,7 +101,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
     from pipeline.data.packing import ShardLimit, pack
 
-    origin = tfrecord_origin(arguments) if config is None else source_origin(config.data, arguments.out)
+    pack_input = tfrecord_input(arguments) if config is None else source_input(config.data, arguments.out)
     limit = (
         ShardLimit(arguments.shard_size)
         if arguments.shard_images is None
@@ -109,7 +109,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     )
     start = time.monotonic()
     with console.progress("packing") as progress:
-        packed = pack(origin, arguments.out, limit, progress)
+        packed = pack(pack_input, arguments.out, limit, progress)
     seconds, size, num_images = time.monotonic() - start, pc.sum(packed.index["bytes"]).as_py(), len(packed.index)
     print_pack(arguments.out, packed.metadata, console)
     if packed.written == num_images:
@@ -126,7 +126,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def source_origin(data: DataConfig, folder: Path) -> "PackInput":
+def source_input(data: DataConfig, folder: Path) -> "PackInput":
     """Open the data set of a config, to be packed into a folder.
 
     Raises:
@@ -142,7 +142,7 @@ def source_origin(data: DataConfig, folder: Path) -> "PackInput":
     return SourceInput(open_source(data))
 
 
-def tfrecord_origin(arguments: argparse.Namespace) -> "PackInput":
+def tfrecord_input(arguments: argparse.Namespace) -> "PackInput":
     """Open the TFRecord files of the command line.
 
     Raises:
@@ -193,18 +193,18 @@ def verify(folder: Path, console: Console) -> None:
     from pipeline.data.sources.pack import verify as verify_pack
 
     with console.progress("reading the pack") as progress:
-        description, damaged = verify_pack(folder, progress)
+        metadata, damaged = verify_pack(folder, progress)
     if damaged:
         remedy = "Run python -m pipeline pack with the data set again, which repairs it, or restore it from a copy."
         raise DataError(f"{folder}: {len(damaged)} files or records are damaged:\n{format_list(damaged)}\n{remedy}")
-    print_pack(folder, description, console)
+    print_pack(folder, metadata, console)
     console.print("intact   every shard has the SHA-256 that it was written with")
 
 
-def print_pack(folder: Path, description: "PackMetadata", console: Console) -> None:
+def print_pack(folder: Path, metadata: "PackMetadata", console: Console) -> None:
     """Print the contents of a pack."""
-    num_images, size = (sum(getattr(shard, name) for shard in description.shards) for name in ("pictures", "size"))
+    num_images, size = (sum(getattr(shard, name) for shard in metadata.shards) for name in ("num_images", "size"))
     console.print(
-        f"pack     {folder}: {num_images:,} images of {len(description.class_names):,} classes, "
-        f"{size / 1e6:,.1f} MB in {len(description.shards):,} shards"
+        f"pack     {folder}: {num_images:,} images of {len(metadata.class_names):,} classes, "
+        f"{size / 1e6:,.1f} MB in {len(metadata.shards):,} shards"
     )

@@ -54,7 +54,7 @@ class DataConfig(StrictModel):
     """Fractions of the splits that the data set does not define."""
     group_near_duplicates: bool = True
     """Keep near-duplicate images in one split. false makes the test metrics optimistic."""
-    on_bad_image: Literal["fail", "skip"] = "fail"
+    on_bad_image: Literal["error", "skip"] = "error"
     """fail: list all unusable files and stop; skip: leave them out and list them in a report."""
     on_leak: Literal["error", "warn", "ignore"] = "error"
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""

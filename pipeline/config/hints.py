@@ -14,7 +14,10 @@ RENAMED = {  # keys of earlier versions, with what to write now
     "runtime.input_workers": "runtime.num_workers",
     "data.on_bad": "data.on_bad_image",
 }
-RENAMED_VALUES = {("runtime.strategy", "one"): "single"}  # values of earlier versions, with what to write now
+RENAMED_VALUES = {
+    ("runtime.strategy", "one"): "single",
+    ("data.on_bad_image", "fail"): "error",
+}  # values of earlier versions, with what to write now
 SAME_VALUE = {  # keys of other programs whose value stays the same
     "architecture": "model.variant",
     "arch": "model.variant",

@@ -49,13 +49,13 @@ class Manifest:
             (train, val or test), group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal),
             height, width (int32, pixels as stored), orientation (uint8, EXIF 1 to 8: how to turn what is stored).
         notes: Warnings about the data, a sentence each.
-        left_out: The images that have no row, because they cannot be used.
+        skipped_images: The images that have no row, because they cannot be used.
     """
 
     class_names: tuple[str, ...]
     table: pd.DataFrame
     notes: tuple[str, ...] = ()
-    left_out: tuple[SkippedImage, ...] = ()
+    skipped_images: tuple[SkippedImage, ...] = ()
 
     def indices(self, split: str) -> np.ndarray:
         """Return the indices of a split's images, int64 (n,), ascending."""
@@ -95,7 +95,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the contents of the Parquet file."""
         rows = pa.Table.from_pandas(self.table, preserve_index=False)
-        metadata = {name: json.dumps(getattr(self, name)) for name in ("class_names", "notes", "left_out")}
+        metadata = {name: json.dumps(getattr(self, name)) for name in ("class_names", "notes", "skipped_images")}
         content = io.BytesIO()
         pq.write_table(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **metadata}), content)
         return content.getvalue()
@@ -117,16 +117,18 @@ class Manifest:
         """Return the manifest that `to_bytes` serialized."""
         # Of many chunks, each look at some rows would join them all.
         rows = pq.read_table(io.BytesIO(content)).combine_chunks()
-        lists = {name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "left_out")}
-        left_out = tuple(SkippedImage(*row) for row in lists["left_out"])
+        lists = {
+            name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "skipped_images")
+        }
+        skipped_images = tuple(SkippedImage(*row) for row in lists["skipped_images"])
         table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
-        return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), left_out)
+        return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), skipped_images)
 
-    def write_left_out(self, path: Path) -> None:
-        """Write a CSV file of the images that are left out: path, problem."""
+    def write_skipped_images(self, path: Path) -> None:
+        """Write a CSV file of the images that are skipped: path, problem."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("path", "problem"), *self.left_out])
+            csv.writer(file).writerows([("path", "problem"), *self.skipped_images])
 
 
 def describe_changes(before: Manifest, after: Manifest) -> str:

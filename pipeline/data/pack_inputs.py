@@ -92,7 +92,7 @@ class SourceInput:
             digest.update(json.dumps(image).encode())
         self.identity = {
             "number of classes": len(source.class_names),
-            "number of pictures": self.total,
+            "number of images": self.total,
             "digest of names, labels and splits": digest.hexdigest(),
         }
 

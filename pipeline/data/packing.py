@@ -25,11 +25,11 @@ from pipeline.data.pack_inputs import ROWS, PackInput, PackRecord
 from pipeline.data.sources.base import format_list
 from pipeline.data.sources.pack import (
     BY_NUMBER,
-    DESCRIPTION,
     INDEX,
     INDEX_FILE,
+    METADATA_FILE,
     PackMetadata,
-    Shard,
+    PackShard,
     find_corruption,
     load,
     read_record,
@@ -37,7 +37,7 @@ from pipeline.data.sources.pack import (
 from pipeline.errors import DataError
 from pipeline.files import atomic_path, atomic_write, exclusive_lock, fsync, sha256_of
 
-STAGING, IDENTITY, LOCK = ".packing", "origin.json", ".lock"
+STAGING, IDENTITY, LOCK = ".packing", "identity.json", ".lock"
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; compressed, 60.8 MB of photos take 0.1 % less
 RESUME_HINT = "correct that and run it again: it continues from here"
 
@@ -92,27 +92,29 @@ def pack(pack_input: PackInput, folder: Path, limit: ShardLimit, progress: Progr
             raise DataError(f"{folder} exists and is no pack, and nothing is overwritten; choose another --out")
         staging = folder / STAGING
         with _exclusive_lock(staging):
-            if not (folder / DESCRIPTION).exists():
-                written = 0 if (staging / DESCRIPTION).exists() else _write_shards(pack_input, staging, limit, progress)
+            if not (folder / METADATA_FILE).exists():
+                written = (
+                    0 if (staging / METADATA_FILE).exists() else _write_shards(pack_input, staging, limit, progress)
+                )
                 _publish(staging, folder)
                 if written:
                     return PackResult(*load(folder), written)
-            description, index = load(folder)
+            metadata, index = load(folder)
             _check_unchanged(
-                pack_input, description.origin, {**pack_input.identity, **pack_input.settings}, index, folder
+                pack_input, metadata.identity, {**pack_input.identity, **pack_input.settings}, index, folder
             )
-            ends = np.cumsum([shard.pictures for shard in description.shards]).tolist()
+            ends = np.cumsum([shard.num_images for shard in metadata.shards]).tolist()
             parts = [
-                _WrittenShard(folder / shard.name, index.slice(end - shard.pictures, shard.pictures), shard.sha256)
-                for shard, end in zip(description.shards, ends, strict=True)
+                _WrittenShard(folder / shard.name, index.slice(end - shard.num_images, shard.num_images), shard.sha256)
+                for shard, end in zip(metadata.shards, ends, strict=True)
             ]
-            return PackResult(description, index, _repair(pack_input, parts, staging, progress))
+            return PackResult(metadata, index, _repair(pack_input, parts, staging, progress))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; {RESUME_HINT}") from None
 
 
 def _is_pack_folder(folder: Path) -> bool:
-    return (folder / DESCRIPTION).exists() or (folder / STAGING).exists() or not any(folder.iterdir())
+    return (folder / METADATA_FILE).exists() or (folder / STAGING).exists() or not any(folder.iterdir())
 
 
 @contextmanager
@@ -124,24 +126,26 @@ def _exclusive_lock(staging: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if (staging.parent / DESCRIPTION).exists():
+            if (staging.parent / METADATA_FILE).exists():
                 shutil.rmtree(staging)
 
 
-def _write_shards(origin: PackInput, staging: Path, limit: ShardLimit, progress: ProgressFn) -> int:
+def _write_shards(pack_input: PackInput, staging: Path, limit: ShardLimit, progress: ProgressFn) -> int:
     """Write what the staging folder lacks, including its metadata; return the number of images written."""
     identity, parts = staging / IDENTITY, _finished(staging)
     if identity.exists():
         rows = pa.concat_tables([part.rows for part in parts]) if parts else ROWS.empty_table()
-        _check_unchanged(origin, json.loads(identity.read_text(encoding="utf-8")), origin.identity, rows, staging)
+        _check_unchanged(
+            pack_input, json.loads(identity.read_text(encoding="utf-8")), pack_input.identity, rows, staging
+        )
     else:
-        atomic_write(identity, json.dumps(origin.identity, ensure_ascii=False))
-    written = _repair(origin, parts, staging, progress)
+        atomic_write(identity, json.dumps(pack_input.identity, ensure_ascii=False))
+    written = _repair(pack_input, parts, staging, progress)
     done = sum(len(part.rows) for part in parts)
-    records = origin.records(done, parts[-1].rows["key"][-1].as_py() if parts else None)
+    records = pack_input.records(done, parts[-1].rows["key"][-1].as_py() if parts else None)
     for number in count(len(parts)):
         path = staging / f"{number:05}.array_record"
-        rows = _write_shard(path, records, limit, lambda new, done=done: progress(done + new, origin.total))  # type: ignore[misc]
+        rows = _write_shard(path, records, limit, lambda new, done=done: progress(done + new, pack_input.total))  # type: ignore[misc]
         if not len(rows):
             break
         parts.append(_WrittenShard(path, rows, sha256_of(path)))
@@ -150,7 +154,7 @@ def _write_shards(origin: PackInput, staging: Path, limit: ShardLimit, progress:
         written += len(rows)
     if not parts:
         raise DataError("there are no images to pack")
-    _write_metadata(origin, staging, parts)
+    _write_metadata(pack_input, staging, parts)
     return written
 
 
@@ -170,14 +174,14 @@ def _finished(staging: Path) -> list[_WrittenShard]:
     return parts
 
 
-def _repair(origin: PackInput, parts: Sequence[_WrittenShard], staging: Path, progress: ProgressFn) -> int:
+def _repair(pack_input: PackInput, parts: Sequence[_WrittenShard], staging: Path, progress: ProgressFn) -> int:
     """Verify shards and rewrite the damaged ones; return the number of images written."""
     written, done, last = 0, 0, None
     for path, rows, sha256 in parts:
         if find_corruption(path, sha256, rows):
             again = staging / f"again-{path.name}"
             new = _write_shard(
-                again, islice(origin.records(done, last), len(rows)), ShardLimit(float("inf")), lambda _: None
+                again, islice(pack_input.records(done, last), len(rows)), ShardLimit(float("inf")), lambda _: None
             )
             if new["sha256"] != rows["sha256"] or sha256_of(again) != sha256:
                 raise DataError(
@@ -186,7 +190,7 @@ def _repair(origin: PackInput, parts: Sequence[_WrittenShard], staging: Path, pr
             again.replace(path)
             written += len(rows)
         done, last = done + len(rows), rows["key"][-1].as_py()
-        progress(done, origin.total)
+        progress(done, pack_input.total)
     return written
 
 
@@ -224,9 +228,9 @@ def _mark_finished(part: _WrittenShard) -> None:
         pq.write_table(part.rows.replace_schema_metadata({"sha256": part.sha256}), temporary)
 
 
-def _write_metadata(origin: PackInput, staging: Path, parts: Sequence[_WrittenShard]) -> None:
+def _write_metadata(pack_input: PackInput, staging: Path, parts: Sequence[_WrittenShard]) -> None:
     rows, sizes = pa.concat_tables([part.rows for part in parts]), [len(part.rows) for part in parts]
-    class_names, labels = origin.classes(rows)
+    class_names, labels = pack_input.classes(rows)
     columns = {name: rows[name] for name in INDEX.names if name in ROWS.names}
     columns["label"] = labels
     columns["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
@@ -234,22 +238,22 @@ def _write_metadata(origin: PackInput, staging: Path, parts: Sequence[_WrittenSh
     pq.write_table(pa.table([columns[name] for name in INDEX.names], schema=INDEX), staging / INDEX_FILE)
     fsync(staging / INDEX_FILE)
     shards = tuple(
-        Shard(
+        PackShard(
             f"pack-{number:05}-of-{len(parts):05}.array_record", len(part.rows), part.path.stat().st_size, part.sha256
         )
         for number, part in enumerate(parts)
     )
-    description = PackMetadata(
-        class_names, shards, sha256_of(staging / INDEX_FILE), {**origin.identity, **origin.settings}
+    metadata = PackMetadata(
+        class_names, shards, sha256_of(staging / INDEX_FILE), {**pack_input.identity, **pack_input.settings}
     )
-    atomic_write(staging / DESCRIPTION, description.to_json())
+    atomic_write(staging / METADATA_FILE, metadata.to_json())
 
 
 def _publish(staging: Path, folder: Path) -> None:
     """Move a complete pack from the staging folder to its final place. Files that were moved before are skipped."""
-    shards = json.loads((staging / DESCRIPTION).read_text(encoding="utf-8"))["shards"]
+    shards = json.loads((staging / METADATA_FILE).read_text(encoding="utf-8"))["shards"]
     names = {f"{number:05}.array_record": shard["name"] for number, shard in enumerate(shards)}
-    for moved in ({**names, INDEX_FILE: INDEX_FILE}, {DESCRIPTION: DESCRIPTION}):
+    for moved in ({**names, INDEX_FILE: INDEX_FILE}, {METADATA_FILE: METADATA_FILE}):
         for name, final in moved.items():
             if (staging / name).exists():
                 (staging / name).replace(folder / final)
@@ -257,10 +261,10 @@ def _publish(staging: Path, folder: Path) -> None:
 
 
 def _check_unchanged(
-    origin: PackInput, recorded: Mapping[str, Any], current: Mapping[str, Any], rows: pa.Table, folder: Path
+    pack_input: PackInput, recorded: Mapping[str, Any], current: Mapping[str, Any], rows: pa.Table, folder: Path
 ) -> None:
     """Raise DataError if the data set is not the one whose images were packed."""
-    changes = origin.changes(rows)
+    changes = pack_input.changes(rows)
     if not changes:
         changes = [
             f"{name}: was {recorded.get(name)}, is {current.get(name)}"

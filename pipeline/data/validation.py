@@ -22,7 +22,7 @@ from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
 EQUALS = " = "  # between the images of a group
-SEVERITIES = ("error", "warning", "fact")
+SEVERITIES = ("error", "warning", "info")
 DARK = 32  # of 255: images of 12 bits stored in 16 stay below 16
 EXTREME_ASPECT = 5.0  # longer side over shorter; a center crop then shows less than a fifth of the image
 FLAG_TEXTS = {
@@ -48,7 +48,7 @@ class Finding:
     """
 
     kind: str
-    severity: Literal["error", "warning", "fact"]
+    severity: Literal["error", "warning", "info"]
     text: str
     items: tuple[str, ...] = ()
     remedy: str = ""
@@ -76,12 +76,12 @@ class ValidationReport:
     Attributes:
         manifest: Manifest of the usable images; None if nothing can be learned from them.
         findings: All findings, the most severe first.
-        left_out: The images that cannot be used.
+        skipped_images: The images that cannot be used.
     """
 
     manifest: Manifest | None
     findings: tuple[Finding, ...]
-    left_out: tuple[SkippedImage, ...] = ()
+    skipped_images: tuple[SkippedImage, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -145,16 +145,16 @@ def validate(
     for i, image in enumerate(images):
         if not 0 <= image.label < classes:
             problems[i] = f"has the label {image.label}; valid are 0 to {classes - 1}"
-    left_out = tuple(SkippedImage(images[i].key, problem) for i, problem in sorted(problems.items()))
-    bad = tuple(_bad_files(left_out, len(images), config.on_bad_image))
+    skipped_images = tuple(SkippedImage(images[i].key, problem) for i, problem in sorted(problems.items()))
+    bad = tuple(_bad_files(skipped_images, len(images), config.on_bad_image))
     if problems:
         facts = np.delete(facts, list(problems))
         images = [image for i, image in enumerate(images) if i not in problems]
         if emptied := tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
             _unlearnable(source.class_names, images, min_classes)
         ):
-            return ValidationReport(None, (*bad, *emptied) if config.on_bad_image == "skip" else bad, left_out)
-    manifest = Manifest(source.class_names, _table(images, facts, config, seed), left_out=left_out)
+            return ValidationReport(None, (*bad, *emptied) if config.on_bad_image == "skip" else bad, skipped_images)
+    manifest = Manifest(source.class_names, _table(images, facts, config, seed), skipped_images=skipped_images)
     makes_test_split = config.group_near_duplicates and not any(image.split == "test" for image in images)
     findings = [
         *bad,
@@ -166,7 +166,7 @@ def validate(
     ]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return ValidationReport(replace(manifest, notes=notes), tuple(findings), left_out)
+    return ValidationReport(replace(manifest, notes=notes), tuple(findings), skipped_images)
 
 
 def _table(images: Sequence[LabeledImage], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
@@ -220,15 +220,15 @@ def _unlearnable(class_names: Sequence[str], images: Sequence[LabeledImage], min
             yield Finding("splits", "error", "train lacks classes that other splits have", items, remedy)
 
 
-def _bad_files(left_out: Sequence[SkippedImage], total: int, on_bad_image: str) -> Iterator[Finding]:
-    if left_out:
-        items = tuple(f"{key}: {problem}" for key, problem in left_out)
-        text = f"{len(left_out)} of {total} images cannot be used"
-        if on_bad_image == "fail":
+def _bad_files(skipped_images: Sequence[SkippedImage], total: int, on_bad_image: str) -> Iterator[Finding]:
+    if skipped_images:
+        items = tuple(f"{key}: {problem}" for key, problem in skipped_images)
+        text = f"{len(skipped_images)} of {total} images cannot be used"
+        if on_bad_image == "error":
             remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad_image=skip trains without them."
             yield Finding("bad_files", "error", text, items, remedy)
         else:
-            yield Finding("bad_files", "warning", f"{text} and are left out", items)
+            yield Finding("bad_files", "warning", f"{text} and are skipped", items)
 
 
 def _classes_without_images(
@@ -260,7 +260,7 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
     if len(copies):
         yield Finding(
             "identical_files",
-            "fact",
+            "info",
             f"{len(copies)} files are the same as another, byte for byte",
             _groups(copies, "sha256"),
         )
@@ -369,7 +369,7 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
             "Scale their values to the full range, or store them with 8 bits.",
         )
     kinds = {FORMATS[kind]: count for kind, count in enumerate(np.bincount(facts["kind"])) if count}
-    yield Finding("formats", "fact", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
+    yield Finding("formats", "info", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
     turned = facts["orientation"] != 1
     unusual = {
         "turned by their camera (EXIF): turned upright": turned,
@@ -377,4 +377,4 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
     }
     for text, which in unusual.items():
         if which.any():
-            yield Finding("traits", "fact", f"{which.sum():,} images are {text}", tuple(keys[which]))
+            yield Finding("traits", "info", f"{which.sum():,} images are {text}", tuple(keys[which]))

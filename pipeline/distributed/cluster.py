@@ -24,7 +24,7 @@ class ProcessInfo:
     Attributes:
         addresses: host:port of every process, the chief first.
         rank: Index of this process among them.
-        has_chief: True if TF_CONFIG names the first process chief; otherwise it is worker 0.
+        has_chief: True if TF_CONFIG names a chief; otherwise the chief is worker 0.
     """
 
     addresses: tuple[str, ...]
@@ -60,14 +60,14 @@ class ProcessInfo:
             yield
 
     def wait_for_chief(self, report: Callable[[str], None], timeout: float = 600.0) -> None:
-        """Wait until the first process listens at its address.
+        """Wait until the chief listens at its address.
 
         Args:
             report: Called once with a line for the user if the process has to wait.
             timeout: Seconds to wait at most.
 
         Raises:
-            RunError: The first process does not listen in time.
+            RunError: The chief does not listen in time.
         """
         start, reported = time.monotonic(), False
         while time.monotonic() - start < timeout:
@@ -76,7 +76,7 @@ class ProcessInfo:
                 return
             except OSError:
                 if not reported:
-                    report(f"{self.name()} waits for the first one at {self.addresses[0]}")
+                    report(f"{self.name()} waits for the chief at {self.addresses[0]}")
                 reported = True
                 time.sleep(0.5)
         raise RunError(

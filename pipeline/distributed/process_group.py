@@ -123,7 +123,7 @@ class ProcessGroup:
                 if row.any()
             ]
             raise RunError(
-                "the processes of the run differ from the first in\n"
+                "the processes of the run differ from the chief in\n"
                 + "\n".join(lines)
                 + "\nstart all of them with the same program, config, data and weights"
             )

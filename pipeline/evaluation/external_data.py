@@ -13,7 +13,7 @@ from pipeline.console import ProgressFn
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
 from pipeline.data.sources.catalog import open_source
-from pipeline.data.sources.pack import DESCRIPTION
+from pipeline.data.sources.pack import METADATA_FILE
 from pipeline.data.validation import scan
 from pipeline.errors import DataError, suggest
 from pipeline.evaluation.predictor import Predictions
@@ -72,7 +72,7 @@ def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, Data
     Raises:
         DataError: The layout is not recognized, or the data have no such split.
     """
-    folder_source = "pack" if (path / DESCRIPTION).is_file() else "folder"
+    folder_source = "pack" if (path / METADATA_FILE).is_file() else "folder"
     config = DataConfig(
         source="csv" if path.suffix.lower() == ".csv" else folder_source, path=path, group_near_duplicates=False
     )

@@ -232,7 +232,7 @@ class Evaluation:
         """The proportion of images whose true class has the greatest logit."""
         return self.metrics["accuracy"]
 
-    def headline(self) -> dict[str, float]:
+    def scalar_metrics(self) -> dict[str, float]:
         """Return the metrics for tracking, by names such as `test/accuracy`."""
         return {f"{self.split}/{name}": value for name, value in self.metrics.items()}
 

@@ -26,7 +26,7 @@ class EvaluationResults:
         intervals: 95 % interval of each metric, by name.
         raw: Calibration of the network's probabilities.
         scaled: Calibration with the temperature that was fitted on the validation split; None where there is none.
-        suspects: Images whose label may be wrong, see `find_label_errors`.
+        label_errors: Images whose label may be wrong, see `find_label_errors`.
         batch_norm: Gap between moving and batch statistics, where it was measured.
         corruptions: Accuracy on corrupted images, see `corruption_table`, where it was measured.
     """
@@ -37,7 +37,7 @@ class EvaluationResults:
     intervals: Mapping[str, ConfidenceInterval]
     raw: Calibration
     scaled: Calibration | None
-    suspects: pd.DataFrame
+    label_errors: pd.DataFrame
     batch_norm: BatchNormGap | None = None
     corruptions: pd.DataFrame | None = None
 
@@ -46,7 +46,7 @@ class EvaluationResults:
         """The class names in the order of the logits."""
         return self.evaluation.per_class["class"].tolist()
 
-    def headline(self) -> dict[str, float]:
+    def scalar_metrics(self) -> dict[str, float]:
         """Return the values for tracking, by names such as `test/accuracy` and `test/accuracy_low`."""
         values = {**self.evaluation.metrics, "ece": self.raw.ece}
         for name, interval in self.intervals.items():
@@ -98,5 +98,5 @@ def summarize_with_intervals(
         intervals=bootstrap_intervals(predictions, groups[predictions.index]),
         raw=measure_calibration(predictions),
         scaled=None if temperature is None else measure_calibration(predictions, temperature),
-        suspects=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),
+        label_errors=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),
     )

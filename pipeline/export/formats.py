@@ -65,7 +65,7 @@ class ModelSignature:
                 "shape": [None, side, side, self.channels],
                 "dtype": "float32",
                 "range": [0, 255],
-                "colours": "RGB",
+                "color_space": "RGB",
             },
             "preprocessing": {"resize": self.resize, "resolution": side, "steps": describe(side, self.resize)},
             "output": {
@@ -87,7 +87,7 @@ def calibration_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(train, min(count, len(train)), replace=False))
 
 
-def write_saved_model(model: keras.Model, contract: ModelSignature, path: Path) -> None:
+def write_saved_model(model: keras.Model, model_signature: ModelSignature, path: Path) -> None:
     """Write a SavedModel with the signatures `serving_default` and `classify`.
 
     `serving_default` maps `images` to `logits`.
@@ -96,35 +96,35 @@ def write_saved_model(model: keras.Model, contract: ModelSignature, path: Path) 
     `orientation`, int32 (N,), their EXIF orientations, 1 where a file has none. It gives `probabilities`, float32 (N,
     K), and `class_names`, strings (K,).
     """
-    to_square = partial(preprocess, resolution=contract.resolution, resize=contract.resize)
+    to_square = partial(preprocess, resolution=model_signature.resolution, resize=model_signature.resize)
 
     def classify(encoded: tf.Tensor, orientation: tf.Tensor) -> dict[str, tf.Tensor]:
-        square = tf.TensorSpec(contract.signature.shape[1:], tf.uint8)
+        square = tf.TensorSpec(model_signature.signature.shape[1:], tf.uint8)
         images = tf.map_fn(lambda image: to_square(*image), (encoded, orientation), fn_output_signature=square)
-        probabilities = contract.task.activation(model(tf.cast(images, tf.float32), training=False))
-        return {"probabilities": probabilities, "class_names": tf.constant(list(contract.class_names))}
+        probabilities = model_signature.task.activation(model(tf.cast(images, tf.float32), training=False))
+        return {"probabilities": probabilities, "class_names": tf.constant(list(model_signature.class_names))}
 
     encoded_specs = [
         tf.TensorSpec((None,), tf.string, name="encoded"),
         tf.TensorSpec((None,), tf.int32, name="orientation"),
     ]
-    _save(model, contract, path, classify=tf.function(classify, input_signature=encoded_specs, autograph=False))
+    _save(model, model_signature, path, classify=tf.function(classify, input_signature=encoded_specs, autograph=False))
 
 
 def write_litert(
-    model: keras.Model, contract: ModelSignature, path: Path, *, calibration: tf.data.Dataset | None = None
+    model: keras.Model, model_signature: ModelSignature, path: Path, *, calibration: tf.data.Dataset | None = None
 ) -> None:
     """Write a LiteRT model of LiteRT's own operations.
 
     Args:
         model: What to write.
-        contract: Interface of the model.
+        model_signature: Interface of the model.
         path: The file.
         calibration: Yields a training image, uint8 (1, R, R, 3), and more that is not looked at. Given, weights (by
             channel) and activations become 8-bit integers; input and output stay float32.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, contract, Path(folder))
+        _save(model, model_signature, Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["serving_default"])
         if calibration is not None:
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -135,18 +135,18 @@ def write_litert(
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         path.write_bytes(converter.convert())
     with zipfile.ZipFile(path, "a") as archive:  # the runtime reads to the model's end, zip readers from the file's
-        archive.writestr("labels.txt", "\n".join(contract.class_names) + "\n")
-        archive.writestr("metadata.json", json.dumps(contract.describe(), indent=1, ensure_ascii=False))
+        archive.writestr("labels.txt", "\n".join(model_signature.class_names) + "\n")
+        archive.writestr("metadata.json", json.dumps(model_signature.describe(), indent=1, ensure_ascii=False))
 
 
-def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None:
+def write_onnx(model: keras.Model, model_signature: ModelSignature, path: Path) -> None:
     """Write an ONNX model. It is checked for inputs that nothing gives."""
     import onnx
     import tf2onnx
 
-    serve = _serving(model, contract)
-    converted, _ = tf2onnx.convert.from_function(serve, [contract.signature], opset=OPSET)
-    for key, value in contract.describe().items():
+    serve = _serving(model, model_signature)
+    converted, _ = tf2onnx.convert.from_function(serve, [model_signature.signature], opset=OPSET)
+    for key, value in model_signature.describe().items():
         converted.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     onnx.checker.check_model(converted, full_check=True)
     onnx.save(converted, path)
@@ -154,22 +154,29 @@ def write_onnx(model: keras.Model, contract: ModelSignature, path: Path) -> None
 
 # By format: writes it, given the model, its interface, the training images that int8 is calibrated on, and the path.
 WRITERS: dict[str, Callable[[keras.Model, ModelSignature, tf.data.Dataset, Path], None]] = {
-    "savedmodel": lambda model, contract, _, path: write_saved_model(model, contract, path),
-    "litert": lambda model, contract, _, path: write_litert(model, contract, path),
-    "litert-int8": lambda model, contract, images, path: write_litert(model, contract, path, calibration=images),
-    "onnx": lambda model, contract, _, path: write_onnx(model, contract, path),
+    "savedmodel": lambda model, model_signature, _, path: write_saved_model(model, model_signature, path),
+    "litert": lambda model, model_signature, _, path: write_litert(model, model_signature, path),
+    "litert-int8": lambda model, model_signature, images, path: write_litert(
+        model, model_signature, path, calibration=images
+    ),
+    "onnx": lambda model, model_signature, _, path: write_onnx(model, model_signature, path),
 }
 
 
-def _serving(model: keras.Model, contract: ModelSignature) -> tf.types.experimental.PolymorphicFunction:
+def _serving(model: keras.Model, model_signature: ModelSignature) -> tf.types.experimental.PolymorphicFunction:
     return tf.function(
-        lambda images: {OUTPUT: model(images, training=False)}, input_signature=[contract.signature], autograph=False
+        lambda images: {OUTPUT: model(images, training=False)},
+        input_signature=[model_signature.signature],
+        autograph=False,
     )
 
 
 def _save(
-    model: keras.Model, contract: ModelSignature, path: Path, **further: tf.types.experimental.PolymorphicFunction
+    model: keras.Model,
+    model_signature: ModelSignature,
+    path: Path,
+    **further: tf.types.experimental.PolymorphicFunction,
 ) -> None:
     module = tf.Module()
     module.weights = [weight.value for weight in model.weights]  # what is followed from here is saved
-    tf.saved_model.save(module, str(path), signatures={"serving_default": _serving(model, contract), **further})
+    tf.saved_model.save(module, str(path), signatures={"serving_default": _serving(model, model_signature), **further})

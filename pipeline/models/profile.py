@@ -10,7 +10,7 @@ import keras
 from keras import layers
 
 FLOAT32_BYTES = 4
-WARM_UP_RUNS, LEAST_RUNS, MOST_RUNS, TIMING_SECONDS = 3, 5, 50, 1.0
+WARM_UP_RUNS, MIN_RUNS, MAX_RUNS, TIMING_SECONDS = 3, 5, 50, 1.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def latency(infer: Callable[[], object]) -> float:
     for _ in range(WARM_UP_RUNS):
         infer()
     taken: list[float] = []
-    while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and sum(taken) < TIMING_SECONDS):
+    while len(taken) < MIN_RUNS or (len(taken) < MAX_RUNS and sum(taken) < TIMING_SECONDS):
         start = time.perf_counter()
         infer()
         taken.append(time.perf_counter() - start)

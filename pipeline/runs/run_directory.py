@@ -83,7 +83,7 @@ class RunDirectory:
     @property
     def skipped_images(self) -> Path:
         """The images that cannot be used, as CSV; absent if there are none."""
-        return self.report / "left_out.csv"
+        return self.report / "skipped_images.csv"
 
     @property
     def log(self) -> Path:

@@ -25,9 +25,9 @@ from pipeline.files import fsync, sha256_of
 from pipeline.training.callbacks import Callback
 from pipeline.training.state import TrainState
 
-MANIFEST = "manifest.json"  # contains the hashes of all files except itself and MANIFEST_HASH
-MANIFEST_HASH = "manifest.sha256"
-MANIFEST_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, stored in the manifest
+METADATA = "metadata.json"  # contains the hashes of all files except itself and METADATA_HASH
+METADATA_HASH = "metadata.sha256"
+METADATA_FIELDS = ("step", "history", "best", "skipped", "rollbacks", "changes")  # of a state, stored in the metadata
 
 
 def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, keep: int) -> Path:
@@ -36,7 +36,7 @@ def save(state: TrainState, directory: Path, identity: Mapping[str, Any], *, kee
     Args:
         state: State to write.
         directory: The run's folder of checkpoints; created if missing.
-        identity: Values in which a resumed run must agree; JSON values, stored in the manifest.
+        identity: Values in which a resumed run must agree; JSON values, stored in the metadata.
         keep: Number of newest checkpoints to keep, at least 1.
 
     Returns:
@@ -94,14 +94,14 @@ def write(
         # While a file is written and hashed, the next one is packed, which holds the GIL.
         with ThreadPoolExecutor(len(files)) as executor:
             hashes = {name: executor.submit(put, name, pack()) for name, pack in files.items()}
-        manifest = {
-            **{name: getattr(state, name) for name in MANIFEST_FIELDS},
+        metadata = {
+            **{name: getattr(state, name) for name in METADATA_FIELDS},
             "identity": dict(identity),
             "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
             "sha256": {name: digest.result() for name, digest in hashes.items()},
         }
-        packed = json.dumps(manifest, indent=1).encode()
-        for name, content in {MANIFEST: packed, MANIFEST_HASH: sha256_of(packed).encode()}.items():
+        packed = json.dumps(metadata, indent=1).encode()
+        for name, content in {METADATA: packed, METADATA_HASH: sha256_of(packed).encode()}.items():
             _write_synced(aside / name, content)
         fsync(aside)
         if final.exists():  # a damaged one: the run was resumed from an older one and has reached this step again
@@ -135,7 +135,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def latest_valid_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files all match the hashes in its manifest.
+    """Return the newest checkpoint whose files all match the hashes in its metadata.
 
     Returns:
         The checkpoint's folder, or None if there is none, and a message for each newer one that had to be skipped.
@@ -149,9 +149,9 @@ def latest_valid_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a verified checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text())
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Return the metadata of a verified checkpoint."""
+    return json.loads((checkpoint / METADATA).read_text())
 
 
 def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None = None) -> None:
@@ -191,9 +191,9 @@ def restore(state: TrainState, checkpoint: Path, processes: ProcessGroup | None 
 
 
 def _read(checkpoint: Path) -> dict[str, bytes]:
-    """Return the files of the groups by name, and the fields of the manifest as JSON under the name `fields`."""
-    manifest = read_manifest(checkpoint)
-    fields = {name: manifest[name] for name in MANIFEST_FIELDS}
+    """Return the files of the groups by name, and the fields of the metadata as JSON under the name `fields`."""
+    metadata = read_metadata(checkpoint)
+    fields = {name: metadata[name] for name in METADATA_FIELDS}
     best = fields["best"]
     if best is not None and verify_checkpoint(checkpoint_path(checkpoint.parent, int(best["step"]))) is not None:
         fields["best"] = None  # its weights are damaged; the best of the following epochs replaces it
@@ -231,11 +231,11 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 
 def verify_checkpoint(checkpoint: Path) -> str | None:
-    """Return the problem with a checkpoint's files, or None if they match its manifest."""
+    """Return the problem with a checkpoint's files, or None if they match its metadata."""
     try:
-        if sha256_of((checkpoint / MANIFEST).read_bytes()) != (checkpoint / MANIFEST_HASH).read_text():
-            return f"{MANIFEST} is damaged"
-        for name, digest in read_manifest(checkpoint)["sha256"].items():
+        if sha256_of((checkpoint / METADATA).read_bytes()) != (checkpoint / METADATA_HASH).read_text():
+            return f"{METADATA} is damaged"
+        for name, digest in read_metadata(checkpoint)["sha256"].items():
             if sha256_of((checkpoint / name).read_bytes()) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError) as error:

@@ -115,7 +115,7 @@ class NanPolicy:
         problem = checkpoint.verify_checkpoint(start) if self._processes.is_chief else None
         if self._processes.any_process(problem is not None):
             raise_nan_error(
-                state, f"\n{saved} The run cannot go back to {start}: {problem or 'the first process reports why'}."
+                state, f"\n{saved} The run cannot go back to {start}: {problem or 'the chief reports why'}."
             )
         checkpoint.restore(state, start, self._processes)
         if self._processes.is_chief:
@@ -129,7 +129,7 @@ class NanPolicy:
     def _save_step(self, state: TrainState) -> str:
         """Save the batch and the state, and return a sentence for the user that says where."""
         if not self._processes.is_chief:
-            return "The first process saves its batch and the state before it."
+            return "The chief saves its batch and the state before it."
         batch = next(iter(self._training_stream(state.step).take(1)))
         content = io.BytesIO()
         np.savez_compressed(

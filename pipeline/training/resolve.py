@@ -197,8 +197,8 @@ def scan_images(source: DataSource, config: DataConfig, seed: int, run: RunDirec
     """
     with console.progress("reading the data") as progress:
         manifest = scan(source, config, seed=seed, progress=progress)
-    if manifest.left_out:
-        manifest.write_left_out(run.skipped_images)
+    if manifest.skipped_images:
+        manifest.write_skipped_images(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
     console.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
     print_notes(manifest, f", listed in {run.skipped_images}", console)
@@ -215,5 +215,5 @@ def print_notes(manifest: Manifest, where_listed: str, console: Console) -> None
     """
     for note in manifest.notes:
         console.print(f"note: {note}")
-    if manifest.left_out:
-        console.print(f"left out: {len(manifest.left_out):,} images that cannot be used{where_listed}")
+    if manifest.skipped_images:
+        console.print(f"skipped: {len(manifest.skipped_images):,} images that cannot be used{where_listed}")

@@ -94,14 +94,14 @@ def check_compatible(
     Raises:
         RunError: Another key differs (the message names all of them), or a key of `allowed` does not exist.
     """
-    manifest = checkpoint.read_manifest(checkpoint_path)
-    previous, current = _keys(manifest["identity"]), _keys(json.loads(json.dumps(identity)))
+    metadata = checkpoint.read_metadata(checkpoint_path)
+    previous, current = _keys(metadata["identity"]), _keys(json.loads(json.dumps(identity)))
     keys = sorted(previous.keys() | current.keys())
     for name in allowed:
         if not any(_within(key, [name]) for key in keys):
             raise RunError(f"--allow-change {name}: there is no such key{suggest(name, keys)}")
     differing = [
-        {"step": manifest["step"], "key": key, "was": previous.get(key), "is": current.get(key)}
+        {"step": metadata["step"], "key": key, "was": previous.get(key), "is": current.get(key)}
         for key in keys
         if previous.get(key) != current.get(key) and not _within(key, FREE_TO_CHANGE)
     ]

@@ -59,7 +59,7 @@ def create_model(
                 task=TASKS[config.task],
             )
             console.print(f"weights: {report}", details=report.details())
-            uninitialized_layers = report.new
+            uninitialized_layers = report.uninitialized
             # A recipe chooses stages that train these layers.
             if config.recipe is None or "stages" in config.train.model_fields_set:
                 check_uninitialized_layers(model, uninitialized_layers, config.train.stages)

@@ -134,7 +134,7 @@ class StageData:
             raise TrainingError(str(error)) from None
 
     def _validate(self) -> dict[str, float]:
-        return self.evaluate("val")[1].headline() if len(self._manifest.indices("val")) else {}
+        return self.evaluate("val")[1].scalar_metrics() if len(self._manifest.indices("val")) else {}
 
     def _validate_head(self) -> dict[str, float]:
         rows = self._manifest.indices("val")
@@ -142,7 +142,7 @@ class StageData:
             return {}
         labels, logits = self._manifest.table["label"].to_numpy()[rows], self._features.logits("val")
         predictions = Predictions(rows, labels, logits, TASKS[self._config.task])
-        return self._evaluate_predictions(predictions, "val").headline()
+        return self._evaluate_predictions(predictions, "val").scalar_metrics()
 
     def _evaluation_stream(self, split: str, **stream_kwargs: Any) -> tf.data.Dataset:
         return evaluation_stream(

@@ -58,7 +58,7 @@ def test_bad_files_end_with_2_unless_they_are_skipped(config: Path) -> None:
     assert "not usable: 1 of 21 images cannot be used" in output
     code, output = run(config, "data.on_bad_image=skip")
     assert code == 0
-    assert "1 of 21 images cannot be used and are left out: cat/cut.png: is a damaged PNG" in output
+    assert "1 of 21 images cannot be used and are skipped: cat/cut.png: is a damaged PNG" in output
 
 
 def test_leakage_ends_with_2_unless_it_is_accepted(config: Path) -> None:
@@ -86,7 +86,7 @@ def test_json_holds_every_finding_with_every_file(config: Path, tmp_path: Path) 
     assert "and 10 more" in output
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["usable"] is False
-    assert found["pictures"] == 20
+    assert found["num_images"] == 20
     assert found["classes"]["cat"] == {"train": 7, "val": 1, "test": 2}
     assert found["bad_files"] == [{"path": f"dog/bad{number:02}.png", "problem": "is empty"} for number in range(30)]
     [bad] = [finding for finding in found["findings"] if finding["kind"] == "bad_files"]

@@ -292,8 +292,8 @@ def make_run(
         {"epoch": e, "step": 5 * e, "train/loss": 1 / e, "val/loss": 1 / e, "val/accuracy": 1 - 0.5 / e} for e in (1, 2)
     ]
     text = json.dumps({"history": history, "versions": {"keras": f"3.{seed}"}, "sha256": {}})
-    (checkpoint / "manifest.json").write_text(text)
-    (checkpoint / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+    (checkpoint / "metadata.json").write_text(text)
+    (checkpoint / "metadata.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
     return directory
 
 

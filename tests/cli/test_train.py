@@ -117,7 +117,7 @@ def test_a_run_leaves_everything_that_it_is(finished):
         ),
         *(
             f"evaluation/test/{name}"
-            for name in ("reliability.csv", "reliability.png", "label_suspects.csv", "predictions.parquet")
+            for name in ("reliability.csv", "reliability.png", "label_errors.csv", "predictions.parquet")
         ),
     }
     assert json.loads((directory / "calibration.json").read_text()).items() >= {"split": "val", "num_images": 6}.items()
@@ -234,10 +234,10 @@ def test_every_export_has_the_accuracy_of_the_end_of_training_and_of_evaluate(fi
         export.main(FakeConsole(), ["--run", "whole", "--formats", "savedmodel,litert,onnx", "--out", str(tmp_path)])
         == 0
     )
-    proofs = [entry["proof"] for entry in json.loads((tmp_path / "metadata.json").read_text())["formats"].values()]
-    assert [proof["accuracy"] for proof in proofs] == [at_the_end] * 3
-    assert [proof["model_accuracy"] for proof in proofs] == [at_the_end] * 3
-    assert [proof["images"] for proof in proofs] == [15] * 3
+    reports = [entry["parity"] for entry in json.loads((tmp_path / "metadata.json").read_text())["formats"].values()]
+    assert [report["accuracy"] for report in reports] == [at_the_end] * 3
+    assert [report["model_accuracy"] for report in reports] == [at_the_end] * 3
+    assert [report["images"] for report in reports] == [15] * 3
 
 
 def test_evaluate_labels_images_as_it_measured_them(finished, launcher_process):
@@ -355,7 +355,7 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_bit_identically(folder, finish
 
 
 def manifest_of(directory: Path) -> dict:
-    return json.loads((directory / "checkpoints" / "step-00000024" / "manifest.json").read_text())
+    return json.loads((directory / "checkpoints" / "step-00000024" / "metadata.json").read_text())
 
 
 def call(monkeypatch: pytest.MonkeyPatch, folder: Path, program: ModuleType, *arguments: str) -> str:
@@ -439,7 +439,7 @@ def test_a_run_goes_on_without_the_images_that_it_left_out(folder, tmp_path):
     listed = pd.read_csv(run.skipped_images)
     assert listed["path"].tolist() == ["a/7.png", "b/7.png"]
     assert listed["problem"].str.startswith("is a damaged PNG: ").all()
-    assert f"left out: 2 images that cannot be used, listed in {run.skipped_images}" in console.output
+    assert f"skipped: 2 images that cannot be used, listed in {run.skipped_images}" in console.output
     assert scan_images(open_source(config.data), config.data, config.seed, run, console).digest() == first.digest()
 
 
@@ -519,7 +519,7 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
     resolved = load_config(run_dir / "config.yaml")
     assert resolved.recipe == "auto"
     assert [stage.trainable for stage in resolved.train.stages] == ["head"]
-    history = json.loads(sorted((run_dir / "checkpoints").glob("step-*"))[-1].joinpath("manifest.json").read_text())[
+    history = json.loads(sorted((run_dir / "checkpoints").glob("step-*"))[-1].joinpath("metadata.json").read_text())[
         "history"
     ]
     assert len(history) < 17

@@ -36,7 +36,11 @@ def test_a_saved_manifest_comes_back_equal(tmp_path, digits):
     noted = Manifest(digits.class_names, digits.table, ("a note",), (SkippedImage("x.jpg", "is empty"),))
     noted.save(tmp_path / "manifest.parquet")
     loaded = Manifest.load(tmp_path / "manifest.parquet")
-    assert (loaded.class_names, loaded.notes, loaded.left_out) == (noted.class_names, noted.notes, noted.left_out)
+    assert (loaded.class_names, loaded.notes, loaded.skipped_images) == (
+        noted.class_names,
+        noted.notes,
+        noted.skipped_images,
+    )
     assert loaded.table.equals(noted.table)
     assert loaded.table.dtypes.equals(noted.table.dtypes)
     assert loaded.digest() == noted.digest()
@@ -73,7 +77,12 @@ def test_the_digest_is_that_of_whole_columns(digits, monkeypatch):
 
 
 def test_what_was_left_out_is_written_as_csv(digits, tmp_path):
-    left_out = (SkippedImage('a, "b".jpg', "is empty"), SkippedImage("c.jpg", "has the label 9; valid are 0 to 1"))
-    Manifest(digits.class_names, digits.table, (), left_out).write_left_out(tmp_path / "report" / "left_out.csv")
-    with (tmp_path / "report" / "left_out.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [["path", "problem"], *map(list, left_out)]
+    skipped_images = (
+        SkippedImage('a, "b".jpg', "is empty"),
+        SkippedImage("c.jpg", "has the label 9; valid are 0 to 1"),
+    )
+    Manifest(digits.class_names, digits.table, (), skipped_images).write_skipped_images(
+        tmp_path / "report" / "skipped_images.csv"
+    )
+    with (tmp_path / "report" / "skipped_images.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["path", "problem"], *map(list, skipped_images)]

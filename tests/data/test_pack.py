@@ -339,7 +339,7 @@ def test_a_finished_pack_is_reported_and_stays_as_it_is(config: Path, tmp_path: 
         ("contents", "cat/00.png: has other contents"),
         ("gone", "cat/00.png: is gone"),
         ("label", "cat/00.png: is gone"),
-        ("new", "number of pictures: was 12, is 13"),
+        ("new", "number of images: was 12, is 13"),
     ],
 )
 def test_a_data_set_that_has_changed_is_refused(
@@ -349,7 +349,7 @@ def test_a_data_set_that_has_changed_is_refused(
     if not finished:  # as if it had been cut off in the third shard
         staging = tmp_path / "pack/.packing"
         staging.mkdir()
-        packing.atomic_write(staging / packing.IDENTITY, json.dumps(packed.metadata.origin))
+        packing.atomic_write(staging / packing.IDENTITY, json.dumps(packed.metadata.identity))
         for number, shard in enumerate(packed.metadata.shards):
             path = (tmp_path / "pack" / shard.name).rename(staging / f"{number:05}.array_record")
             rows = (
@@ -453,16 +453,16 @@ def test_nothing_of_anybody_else_is_overwritten(config: Path, tmp_path: Path) ->
 
 
 def test_one_process_at_a_time_packs_into_a_folder(images: Path, tmp_path: Path) -> None:
-    origin = SourceInput(open_folder(images))
-    records = origin.records
+    pack_input = SourceInput(open_folder(images))
+    records = pack_input.records
 
     def again(start: int, last: str | None) -> Iterator[Any]:
         with pytest.raises(DataError, match="another process is packing into it"):
             make(open_folder(images), tmp_path / "pack")
         yield from records(start, last)
 
-    origin.records = again  # type: ignore[method-assign]
-    pack(origin, tmp_path / "pack", ShardLimit(1e9), lambda done, of: None)
+    pack_input.records = again  # type: ignore[method-assign]
+    pack(pack_input, tmp_path / "pack", ShardLimit(1e9), lambda done, of: None)
     assert len(open_pack(tmp_path / "pack").list_images()) == 12
 
 

@@ -249,8 +249,8 @@ def test_bad_files_are_left_out_on_request_and_nothing_is_changed(tmp_path):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
     manifest = look(config.model_copy(update={"on_bad_image": "skip"}))
     assert manifest.table["key"].tolist() == sorted(good)
-    assert [key for key, _ in manifest.left_out] == sorted(bad)
-    assert dict(manifest.left_out)["dog/000a.jpg"] == "is empty"
+    assert [key for key, _ in manifest.skipped_images] == sorted(bad)
+    assert dict(manifest.skipped_images)["dog/000a.jpg"] == "is empty"
     assert {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()
     } == before
@@ -300,9 +300,9 @@ def test_labels_that_no_class_has_are_bad(monkeypatch):
     ]
 
 
-def kinds(examination: ValidationReport) -> dict[str, list[Finding]]:
+def kinds(report: ValidationReport) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
-    for finding in examination.findings:
+    for finding in report.findings:
         found.setdefault(finding.kind, []).append(finding)
     return found
 
@@ -327,19 +327,19 @@ def test_one_examination_finds_everything_at_once(leaking, tmp_path):
             "train/emu/b.jpg": encoded(506),
         },
     )
-    examination = validate(open_source(leaking), leaking, seed=42)
-    found = kinds(examination)
-    assert [finding.kind for finding in examination.errors] == ["bad_files", "leaks"]
+    report = validate(open_source(leaking), leaking, seed=42)
+    found = kinds(report)
+    assert [finding.kind for finding in report.errors] == ["bad_files", "leaks"]
     assert found["bad_files"][0].items == ("train/dog/empty.jpg: is empty",)
-    assert examination.left_out == (SkippedImage("train/dog/empty.jpg", "is empty"),)
+    assert report.skipped_images == (SkippedImage("train/dog/empty.jpg", "is empty"),)
     assert found["identical_files"][0].items == ("train/dog/0.jpg = train/dog/copy.jpg",)
     assert found["aspects"][0].items == ("train/dog/long.jpg (20 x 200)",)
     assert {item for finding in found["traits"] for item in finding.items} == {
         *("train/dog/turned.jpg", "train/dog/gray.png", "train/cat/clear.png", "train/cat/table.png")
     }
     assert found["formats"][0].text == "25 JPEG, 5 PNG"
-    assert examination.manifest is not None
-    assert len(examination.manifest.table) == 30
+    assert report.manifest is not None
+    assert len(report.manifest.table) == 30
     with pytest.raises(DataError, match=r"(?s)1 of 31 images cannot be used.*more than one of the data"):
         scan(open_source(leaking), leaking, seed=42)
 

@@ -105,7 +105,7 @@ def test_a_process_waits_for_the_first_one_and_says_so():
         port = server.getsockname()[1]
     with pytest.raises(RunError, match=rf"process 1 of 2 \(127.0.0.1:{port}\) cannot be reached after 1 s"):
         ProcessInfo((f"127.0.0.1:{port}", "b:2"), 1).wait_for_chief(output.append, timeout=1)
-    assert output == [f"process 2 of 2 (b:2) waits for the first one at 127.0.0.1:{port}"]
+    assert output == [f"process 2 of 2 (b:2) waits for the chief at 127.0.0.1:{port}"]
 
 
 def test_several_processes_need_the_name_of_the_run(tmp_path):
@@ -211,7 +211,7 @@ def test_devices_and_processes_train_as_one_device_does(machines):
         assert apart < 1e-3 * moved, f"{run}: {apart} apart, {moved} moved"
         assert stored(first, run, 5)["totals/images"] == one["totals/images"]
         histories = [
-            json.loads((first.folder / name / "checkpoints/step-00000005/manifest.json").read_text())
+            json.loads((first.folder / name / "checkpoints/step-00000005/metadata.json").read_text())
             for name in (run, "one")
         ]
         losses = [[record["train/loss"] for record in one["history"]] for one in histories]
@@ -277,7 +277,7 @@ def test_processes_with_another_network_or_other_data_are_refused(machines):
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}
         machine.start("other", *(other if number == 1 else []), cluster=cluster)
     assert [machine.ended() for machine in machines] == [2, 2]
-    message = f"the processes of the run differ from the first in\n  process 2 of 2 ({addresses[1]}): config, classes\n"
+    message = f"the processes of the run differ from the chief in\n  process 2 of 2 ({addresses[1]}): config, classes\n"
     assert message in first.shown("other")
     assert message in second.shown("other")
 

@@ -189,9 +189,9 @@ def test_undefined_metrics_are_nan_and_leave_the_means_alone() -> None:
     np.testing.assert_allclose(got.per_class["recall"], [1, 0.5, np.nan, np.nan])
     assert got.metrics["balanced_accuracy"] == pytest.approx(0.75)
     assert got.metrics["macro_f1"] == pytest.approx(2 / 3)
-    assert got.headline() == {f"test/{name}": got.metrics[name] for name in METRICS}
-    assert got.headline()["test/accuracy"] == pytest.approx(2 / 3)
-    assert got.headline()["test/top5_accuracy"] == 1.0
+    assert got.scalar_metrics() == {f"test/{name}": got.metrics[name] for name in METRICS}
+    assert got.scalar_metrics()["test/accuracy"] == pytest.approx(2 / 3)
+    assert got.scalar_metrics()["test/top5_accuracy"] == 1.0
 
 
 def test_the_config_may_name_exactly_the_metrics_that_may_be_best() -> None:

@@ -29,7 +29,7 @@ FILES = [
     *(
         "confusion_matrix.csv",
         "confusion_matrix.png",
-        "label_suspects.csv",
+        "label_errors.csv",
         "metrics.json",
         "per_class.csv",
         "predictions.parquet",
@@ -73,7 +73,7 @@ def test_every_file_says_what_the_evaluation_says(tmp_path: Path) -> None:
     figures = json.loads((directory / "metrics.json").read_text())
     assert figures["split"] == "test"
     assert figures["num_images"] == 50
-    for key, value in {**evaluation.headline(), "brier": results.raw.brier}.items():
+    for key, value in {**evaluation.scalar_metrics(), "brier": results.raw.brier}.items():
         assert figures[key.removeprefix("test/")] == value
     low, high = figures["intervals"]["accuracy"]
     assert low < evaluation.accuracy < high
@@ -89,7 +89,7 @@ def test_every_file_says_what_the_evaluation_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(confusion.to_numpy(), evaluation.confusion)
     pd.testing.assert_frame_equal(pd.read_csv(directory / "per_class.csv"), evaluation.per_class, check_dtype=False)
     pd.testing.assert_frame_equal(pd.read_csv(directory / "reliability.csv"), results.raw.bins)
-    assert len(pd.read_csv(directory / "label_suspects.csv")) == len(results.suspects)
+    assert len(pd.read_csv(directory / "label_errors.csv")) == len(results.label_errors)
 
 
 def test_what_is_measured_besides_has_files_figures_and_sentences(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_what_is_measured_besides_has_files_figures_and_sentences(tmp_path: Path
     figures = json.loads((tmp_path / "metrics.json").read_text())
     assert figures["batch_norm"] == {"moving": 0.9, "batch": 0.95}
     assert figures["corruption_accuracy"] == pytest.approx(0.6)
-    assert results.headline()["test/batch_norm_gap"] == pytest.approx(0.05)
-    assert results.headline()["test/corruption_accuracy"] == pytest.approx(0.6)
+    assert results.scalar_metrics()["test/batch_norm_gap"] == pytest.approx(0.05)
+    assert results.scalar_metrics()["test/corruption_accuracy"] == pytest.approx(0.6)
     text = shown(results)
     assert "accuracy 90.00% with the moving statistics, 95.00% with the statistics of each batch" in text
     assert "The accuracy on corrupted images (eight kinds, five severities) is 60.00%" in text

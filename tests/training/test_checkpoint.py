@@ -115,14 +115,14 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert checkpoint.latest_valid_checkpoint(tmp_path) == (tmp_path / "step-00000050", [])
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "history", "hash"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no metadata", "history", "hash"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     state = make_state()
     for step in (1, 2):
         state.step = step
         checkpoint.save(state, tmp_path, IDENTITY, keep=2)
     newest = tmp_path / "step-00000002"
-    file = newest / {"no manifest": "manifest.json", "history": "manifest.json", "hash": "manifest.sha256"}.get(
+    file = newest / {"no metadata": "metadata.json", "history": "metadata.json", "hash": "metadata.sha256"}.get(
         damage, "optimizer.npz"
     )
     content = bytearray(file.read_bytes())
@@ -194,11 +194,11 @@ def test_a_checkpoint_of_another_network_is_refused_in_words(tmp_path):
 def test_the_manifest_says_what_the_run_was(tmp_path):
     state = make_state()
     scramble(state, 2)
-    manifest = json.loads((checkpoint.save(state, tmp_path, IDENTITY, keep=1) / "manifest.json").read_text())
-    assert manifest["identity"] == IDENTITY
-    assert manifest["step"] == state.step
-    assert set(manifest["sha256"]) == {"model.npz", "optimizer.npz", "average.npz", "totals.npz"}
-    assert manifest["versions"]["tensorflow"] == tf.__version__
+    metadata = json.loads((checkpoint.save(state, tmp_path, IDENTITY, keep=1) / "metadata.json").read_text())
+    assert metadata["identity"] == IDENTITY
+    assert metadata["step"] == state.step
+    assert set(metadata["sha256"]) == {"model.npz", "optimizer.npz", "average.npz", "totals.npz"}
+    assert metadata["versions"]["tensorflow"] == tf.__version__
 
 
 def test_the_last_epochs_checkpoint_stays_for_a_rollback(tmp_path):
@@ -276,7 +276,7 @@ def test_a_checkpoint_is_a_function_of_the_state_whatever_was_written_or_restore
     one, two = (
         checkpoint.save(each, tmp_path / name, IDENTITY, keep=3) for each, name in ((state, "one"), (other, "other"))
     )
-    assert checkpoint.read_manifest(one)["sha256"] == checkpoint.read_manifest(two)["sha256"]
+    assert checkpoint.read_metadata(one)["sha256"] == checkpoint.read_metadata(two)["sha256"]
 
 
 def test_values_that_are_equal_but_not_the_same_bits_are_saved(tmp_path):

@@ -6,14 +6,14 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.errors import RunError
-from pipeline.training.checkpoint import MANIFEST
+from pipeline.training.checkpoint import METADATA
 from pipeline.training.resume import check_compatible
 
 
 def test_limits_of_exports_are_no_part_of_a_run(tmp_path):
     config = Config.model_validate({"data": {"source": "digits"}}).model_dump(mode="json")
     before_there_were_any = {key: value for key, value in config.items() if key != "export"}
-    (tmp_path / MANIFEST).write_text(json.dumps({"step": 3, "identity": {"config": before_there_were_any}}))
+    (tmp_path / METADATA).write_text(json.dumps({"step": 3, "identity": {"config": before_there_were_any}}))
     for export in (config["export"], {"min_agreement": 0.5}):
         assert check_compatible(tmp_path, {"config": {**before_there_were_any, "export": export}}) == []
 
@@ -25,7 +25,7 @@ def test_a_changed_key_is_refused_by_name_unless_it_is_allowed(tmp_path):
 
     written = tmp_path / "step-00000003"
     written.mkdir()
-    (written / MANIFEST).write_text(json.dumps({"step": 3, "identity": identity(1, 2, "a", ["x", "y"])}))
+    (written / METADATA).write_text(json.dumps({"step": 3, "identity": identity(1, 2, "a", ["x", "y"])}))
     assert check_compatible(written, identity(1, 3, "a", ["x", "y"])) == [], "what changes no step is free"
     changed = identity(2, 2, "b", ["x", "z"])
     with pytest.raises(RunError) as caught:

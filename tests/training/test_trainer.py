@@ -84,7 +84,7 @@ class Recorder(Callback):
         self.steps: list[int] = []
         self.epochs: list[dict] = []
         self.saved: list[int] = []
-        self.left_out: list[int] = []
+        self.skipped_images: list[int] = []
         self.first_steps: list[str] = []
 
     def on_progress(self, step: int, metrics: dict) -> None:
@@ -101,7 +101,7 @@ class Recorder(Callback):
         self.epochs.append(dict(record))
 
     def on_early_stop(self, epochs: int) -> None:
-        self.left_out.append(epochs)
+        self.skipped_images.append(epochs)
 
     def on_checkpoint(self, state: TrainState) -> None:
         self.saved.append(state.step)
@@ -335,7 +335,7 @@ def early(**rule: float) -> Config:
 
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
-    ("rule", "accuracies", "epochs", "left_out"),
+    ("rule", "accuracies", "epochs", "skipped_images"),
     [
         ({"patience": 1}, (0.5, 0.4, None, None, 0.3, 0.6, 0.7, 0.8), [1, 2, 5, 6, 7, 8], [2]),
         ({"patience": 2}, (0.5, 0.4, 0.5, None, 0.3, 0.2, 0.2, None), [1, 2, 3, 5, 6, 7], [1, 1]),
@@ -344,12 +344,12 @@ def early(**rule: float) -> Config:
     ],
 )
 def test_early_stopping_leaves_a_stage_that_does_not_improve_and_goes_on_with_the_next(
-    rule, accuracies, epochs, left_out
+    rule, accuracies, epochs, skipped_images
 ):
     state, recorder = fresh_state(), Recorder()
     history = run(state, [recorder], config=early(**rule), accuracies=accuracies)
     assert [record["epoch"] for record in history] == epochs
-    assert recorder.left_out == left_out
+    assert recorder.skipped_images == skipped_images
     assert state.step == 40, "a later stage begins at its own step, whatever was left out before it"
     assert state.best["val/accuracy"] == max(value for value in accuracies if value is not None)
 
@@ -582,7 +582,7 @@ def test_a_run_that_diverges_goes_back_to_the_epochs_start_with_half_the_learnin
         in policy.messages[0]
     )
     [newest] = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name == "step-00000020"]
-    assert json.loads((tmp_path / "checkpoints" / newest / "manifest.json").read_text())["rollbacks"] == 1
+    assert json.loads((tmp_path / "checkpoints" / newest / "metadata.json").read_text())["rollbacks"] == 1
 
 
 def test_a_run_goes_back_a_few_times_only(tmp_path: Path, monkeypatch):
@@ -631,7 +631,7 @@ def test_a_stage_that_was_left_is_left_again_when_the_run_goes_back_into_it(tmp_
     assert state.rollbacks == 1
     assert "not finite in step 23" in policy.messages[0]
     assert "Rolled back to the end of step 10" in policy.messages[0]
-    assert recorder.left_out == [2, 2]
+    assert recorder.skipped_images == [2, 2]
     assert state.best["epoch"] == 6
 
 

@@ -26,7 +26,7 @@ from pipeline.data.sources.base import CorruptImageError, FileStat, LabeledImage
 from pipeline.errors import DataError
 from pipeline.files import sha256_of
 
-DESCRIPTION, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 1
+METADATA_FILE, INDEX_FILE, FORMAT = "pack.json", "index.parquet", 2
 # Readers kept open, each with a file handle and 8 bytes a record; a shard is opened again in 60 microseconds.
 OPEN_SHARDS = 128
 # Nothing is read ahead, and of the end of the file, where the places of its records stand, 64 KiB at once: an image
@@ -47,11 +47,11 @@ INDEX = pa.schema(
 
 
 @dataclass(frozen=True)
-class Shard:
+class PackShard:
     """A shard of a pack: one of the large files."""
 
     name: str
-    pictures: int
+    num_images: int
     size: int
     """Bytes."""
     sha256: str
@@ -66,13 +66,13 @@ class PackMetadata:
         class_names: In the order of the labels.
         shards: In the order of their numbers.
         index: SHA-256 of index.parquet, hexadecimal.
-        origin: Identity of the packed data set; see `pack_inputs.PackInput`.
+        identity: Identity of the packed data set; see `pack_inputs.PackInput`.
     """
 
     class_names: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[PackShard, ...]
     index: str
-    origin: dict[str, Any]
+    identity: dict[str, Any]
 
     def to_json(self) -> str:
         """Return the JSON text that `load` reads."""
@@ -80,12 +80,12 @@ class PackMetadata:
 
 
 def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
-    """Read a pack's description and its index, of the schema INDEX.
+    """Read a pack's metadata and its index, of the schema INDEX.
 
     Raises:
         DataError: There is no finished pack, or one of the two is damaged.
     """
-    path, index = folder / DESCRIPTION, folder / INDEX_FILE
+    path, index = folder / METADATA_FILE, folder / INDEX_FILE
     if not path.is_file():
         raise DataError(
             f"{folder} holds no finished pack (there is no {path.name}); python -m pipeline pack writes one"
@@ -96,8 +96,8 @@ def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
             raise DataError(
                 f"{path} is of format {version}; this program reads format {FORMAT}: pack the data set again"
             )
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        description = PackMetadata(**values | {"shards": shards, "class_names": tuple(values["class_names"])})
+        shards = tuple(PackShard(**shard) for shard in values.pop("shards"))
+        metadata = PackMetadata(**values | {"shards": shards, "class_names": tuple(values["class_names"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}; restore it from a copy, or pack the data set again") from None
     try:
@@ -106,12 +106,12 @@ def load(folder: Path) -> tuple[PackMetadata, pa.Table]:
         raise DataError(
             f"{index} cannot be read: {error.strerror}; restore it from a copy, or pack the data set again"
         ) from None
-    if digest != description.index:
+    if digest != metadata.index:
         raise DataError(
             f"{index} is not the one that {path.name} names (by SHA-256); restore it from a copy, or pack the data "
             "set again"
         )
-    return description, pq.read_table(index, schema=INDEX, memory_map=False)
+    return metadata, pq.read_table(index, schema=INDEX, memory_map=False)
 
 
 def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: bytes, key: str) -> bytes:
@@ -143,10 +143,10 @@ def read_record(path: Path, reader: ArrayRecordReader, position: int, sha256: by
 class PackSource:
     """The images of a pack; it may be read from several threads."""
 
-    def __init__(self, folder: Path, description: PackMetadata, index: pa.Table) -> None:
+    def __init__(self, folder: Path, metadata: PackMetadata, index: pa.Table) -> None:
         """Create the source."""
-        self.class_names = description.class_names
-        self._paths = [folder / shard.name for shard in description.shards]
+        self.class_names = metadata.class_names
+        self._paths = [folder / shard.name for shard in metadata.shards]
         self._columns = {name: index[name].combine_chunks() for name in index.column_names}
         # Digests of the keys, sorted: a tenth of the memory of a dictionary.
         names = np.fromiter(map(key_hash, index["key"].to_pylist()), np.uint64, len(index))
@@ -208,8 +208,8 @@ def open_pack(folder: Path) -> PackSource:
     Raises:
         DataError: There is no finished pack, or a file of it is missing or damaged.
     """
-    description, index = load(folder)
-    for shard in description.shards:
+    metadata, index = load(folder)
+    for shard in metadata.shards:
         path = folder / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.size:
@@ -217,7 +217,7 @@ def open_pack(folder: Path) -> PackSource:
             raise DataError(
                 f"{path} {state}; restore it from a copy, or run python -m pipeline pack with the data set again"
             )
-    return PackSource(folder, description, index)
+    return PackSource(folder, metadata, index)
 
 
 def find_corruption(path: Path, sha256: str, rows: pa.Table) -> list[str]:
@@ -258,11 +258,11 @@ def verify(folder: Path, progress: ProgressFn) -> tuple[PackMetadata, list[str]]
     Raises:
         DataError: See `load`.
     """
-    description, index = load(folder)
+    metadata, index = load(folder)
     problems: list[str] = []
     done = 0
-    for shard in description.shards:
-        problems += find_corruption(folder / shard.name, shard.sha256, index.slice(done, shard.pictures))
-        done += shard.pictures
+    for shard in metadata.shards:
+        problems += find_corruption(folder / shard.name, shard.sha256, index.slice(done, shard.num_images))
+        done += shard.num_images
         progress(done, len(index))
-    return description, problems
+    return metadata, problems

@@ -11,7 +11,7 @@ from pipeline.evaluation.report.tables import metric_rows, summary_sentences
 from pipeline.evaluation.results import EvaluationResults
 from pipeline.files import atomic_write
 
-MAX_SUSPECTS = 50  # listed in the report; label_suspects.csv has all
+MAX_LABEL_ERRORS = 50  # listed in the report; label_errors.csv has all
 
 
 def template_environment() -> Environment:
@@ -56,8 +56,8 @@ def write_report(
             galleries=galleries,
             classes=per_class.where(per_class.notna(), None).to_dict("records"),
             corruptions=results.corruptions,
-            suspects=results.suspects.head(MAX_SUSPECTS).to_dict("records"),
-            num_suspects=len(results.suspects),
+            label_errors=results.label_errors.head(MAX_LABEL_ERRORS).to_dict("records"),
+            num_label_errors=len(results.label_errors),
             config=config,
             data_uri=data_uri,
         )

@@ -30,7 +30,7 @@ def write_results(results: EvaluationResults, directory: Path) -> None:
 
     `metrics.json` holds the metrics, their intervals and the calibration; `per_class.csv` a row per class;
     `confusion_matrix.csv` and `.png` the counts (rows are true classes); `reliability.csv` and `.png` a row per bin of
-    confidence; `label_suspects.csv` the images whose label may be wrong; `corruptions.csv` and `.png`, where measured,
+    confidence; `label_errors.csv` the images whose label may be wrong; `corruptions.csv` and `.png`, where measured,
     the accuracy on corrupted images; `predictions.parquet` a row per image: index, key, true_class, predicted_class,
     probability (of the predicted class), true_probability (of the true class), and top5_classes with
     top5_probabilities, the most probable first.
@@ -42,7 +42,7 @@ def write_results(results: EvaluationResults, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     evaluation, names = results.evaluation, results.class_names
     atomic_write(directory / "metrics.json", json.dumps(results.to_json(), indent=2) + "\n")
-    tables = {"per_class": evaluation.per_class, "reliability": results.raw.bins, "label_suspects": results.suspects}
+    tables = {"per_class": evaluation.per_class, "reliability": results.raw.bins, "label_errors": results.label_errors}
     for name, rows in tables.items():
         with atomic_path(directory / f"{name}.csv") as path:
             rows.to_csv(path, index=False)
@@ -123,8 +123,8 @@ def summary_sentences(results: EvaluationResults) -> list[str]:
     if results.corruptions is not None:
         accuracy = results.corruptions["mean"].mean()
         sentences.append(f"The accuracy on corrupted images (eight kinds, five severities) is {accuracy:.2%}.")
-    if len(results.suspects):
-        sentences.append(f"{len(results.suspects):,} of the {results.evaluation.num_images:,} labels may be wrong.")
+    if len(results.label_errors):
+        sentences.append(f"{len(results.label_errors):,} of the {results.evaluation.num_images:,} labels may be wrong.")
     return sentences
 
 

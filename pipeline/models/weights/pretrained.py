@@ -64,7 +64,7 @@ class LoadReport:
     Attributes:
         source: Where the weights came from.
         copied: Layers of the model that now have the source's weights.
-        new: Layers of the model that keep their initial weights, each with the reason.
+        uninitialized: Layers of the model that keep their initial weights, each with the reason.
         skipped: Layers of the source that went nowhere, each with the reason.
         holds: The variant that the source seems to hold, where that is not the model's; else empty.
         head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as
@@ -73,7 +73,7 @@ class LoadReport:
 
     source: str
     copied: tuple[str, ...]
-    new: Mapping[str, str]
+    uninitialized: Mapping[str, str]
     skipped: Mapping[str, str]
     holds: str = ""
     head: ClassMapping | None = None
@@ -81,21 +81,21 @@ class LoadReport:
     def __str__(self) -> str:
         """Return the summary for the screen."""
         done = sum(name != CLASSIFIER for name in self.copied)
-        total = done + sum(name != CLASSIFIER for name in self.new)
+        total = done + sum(name != CLASSIFIER for name in self.uninitialized)
         only = "" if done == total else "only "
         parts = [f"{self.source}: {only}{done} of {total} backbone layers copied"]
         if done < total:
             parts.append(f"the file seems to hold {self.holds}" if self.holds else "the others are in the log")
         if CLASSIFIER in self.copied:
             parts.append(f"classifier: {self.head}" if self.head else "classifier copied")
-        elif CLASSIFIER in self.new:
-            parts.append(f"classifier new ({self.new[CLASSIFIER]})")
+        elif CLASSIFIER in self.uninitialized:
+            parts.append(f"classifier new ({self.uninitialized[CLASSIFIER]})")
         return "; ".join(parts)
 
     def details(self) -> str:
         """Return the summary and a line for every layer that was not simply copied."""
         lines = [str(self)]
-        lines += [f"  new: {name}: {reason}" for name, reason in self.new.items()]
+        lines += [f"  new: {name}: {reason}" for name, reason in self.uninitialized.items()]
         lines += [f"  skipped: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  class {line}" for line in (self.head.details() if self.head else [])]
         return "\n".join(lines)
@@ -135,7 +135,7 @@ def load_pretrained(
     origin, _, other = weights.partition(":")
     source = _imagenet(other or variant.name, weights) if origin == "imagenet" else _read(Path(weights), variant)
     plan: dict[str, list[np.ndarray]] = {}
-    new: dict[str, str] = {}
+    uninitialized: dict[str, str] = {}
     own = {layer.name: layer for layer in model.layers if layer.weights}
     head: ClassMapping | None = None
     for name, layer in own.items():
@@ -144,14 +144,15 @@ def load_pretrained(
         else:
             arrays, reason = source.layers.get(name, []), _misfit(layer, source)
         if reason:
-            new[name] = reason
+            uninitialized[name] = reason
         else:
             plan[name] = arrays
 
     holds = _variant_in(source.layers)
     if not any(name != CLASSIFIER for name in plan):
         first = next(
-            (f"{name}: {reason}" for name, reason in new.items() if name in source.layers), "no layer has a known name"
+            (f"{name}: {reason}" for name, reason in uninitialized.items() if name in source.layers),
+            "no layer has a known name",
         )
         seems = f"; the file seems to hold {holds}" if holds else ""
         raise WeightsError(
@@ -159,8 +160,12 @@ def load_pretrained(
         )
     for name, arrays in plan.items():
         own[name].set_weights(arrays)
-    skipped = {name: new.get(name, "the model has no such layer") for name in source.layers if name not in plan}
-    return LoadReport(source.name, tuple(plan), new, skipped, holds if holds not in (variant.name, other) else "", head)
+    skipped = {
+        name: uninitialized.get(name, "the model has no such layer") for name in source.layers if name not in plan
+    }
+    return LoadReport(
+        source.name, tuple(plan), uninitialized, skipped, holds if holds not in (variant.name, other) else "", head
+    )
 
 
 def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
