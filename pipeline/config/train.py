@@ -34,6 +34,11 @@ class StageConfig(StrictModel):
     """false prepares the images as in evaluation. A run that starts by training the head then computes the features of
     the backbone once."""
 
+    @property
+    def trains_batch_norm(self) -> bool:
+        """True if the stage normalizes with the statistics of its batches and moves those of inference."""
+        return self.trainable != "head" and not self.freeze_batch_norm
+
 
 class EarlyStoppingConfig(StrictModel):
     """The end of a stage that no longer improves; the run continues with the next stage."""

@@ -1,9 +1,10 @@
 """The metrics of a split, defined in one table: value, bootstrap form, title, format and direction of each."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -92,8 +93,9 @@ class MetricSpec:
         higher_is_better: Direction; None where the best value lies in between, at 0.
         per_image: Values of the images, float64 (N,), whose mean is the metric; a resample weights them.
         from_counts: The metric of R resamples, float64 (R,), from their class counts.
-        is_proportion: Whether it is a proportion of images. Its interval is the exact binomial one where all resamples
-            agree.
+        bounds: Least and greatest possible value.
+        proportion: Whether it is a proportion of the images (micro) or the mean of one over the classes (macro); None
+            for neither. It gives the interval where all resamples agree.
         may_be_best: Whether `train.best_metric` may name it; the Literal in `pipeline.config.train` lists the same.
         min_classes: Number of classes from which on reports show it.
         tasks: Tasks that it applies to.
@@ -104,7 +106,8 @@ class MetricSpec:
     higher_is_better: bool | None
     per_image: Callable[[MetricInputs], np.ndarray] | None = None
     from_counts: Callable[[ClassCounts], np.ndarray] | None = None
-    is_proportion: bool = False
+    bounds: tuple[float, float] = (0.0, 1.0)
+    proportion: Literal["micro", "macro"] | None = None
     may_be_best: bool = False
     min_classes: int = 1
     tasks: tuple[Task, ...] = (SINGLE_LABEL,)
@@ -147,7 +150,7 @@ METRICS: dict[str, MetricSpec] = {
         format=PERCENT,
         higher_is_better=True,
         per_image=lambda inputs: inputs.scores.correct,
-        is_proportion=True,
+        proportion="micro",
         may_be_best=True,
     ),
     "top5_accuracy": MetricSpec(
@@ -155,7 +158,7 @@ METRICS: dict[str, MetricSpec] = {
         format=PERCENT,
         higher_is_better=True,
         per_image=lambda inputs: (inputs.rank < 5).astype(np.float64),
-        is_proportion=True,
+        proportion="micro",
         may_be_best=True,
         min_classes=6,
     ),
@@ -164,7 +167,7 @@ METRICS: dict[str, MetricSpec] = {
         format=PERCENT,
         higher_is_better=True,
         from_counts=lambda counts: np.nanmean(recall(counts), axis=1),
-        is_proportion=True,
+        proportion="macro",
         may_be_best=True,
     ),
     "macro_f1": MetricSpec(  # the mean over the classes that the split holds or the model predicts
@@ -172,12 +175,14 @@ METRICS: dict[str, MetricSpec] = {
         format=PERCENT,
         higher_is_better=True,
         from_counts=lambda counts: np.nanmean(f1_score(counts), axis=1),
+        proportion="macro",
         may_be_best=True,
     ),
     "matthews_corrcoef": MetricSpec(
         title="Matthews' correlation",
         format=NUMBER,
         higher_is_better=True,
+        bounds=(-1.0, 1.0),
         from_counts=matthews_corrcoef,
     ),
     "loss": MetricSpec(  # mean cross-entropy, without label smoothing
@@ -185,6 +190,7 @@ METRICS: dict[str, MetricSpec] = {
         format=NUMBER,
         higher_is_better=False,
         per_image=lambda inputs: inputs.scores.loss,
+        bounds=(0.0, math.inf),
         may_be_best=True,
     ),
     "brier": MetricSpec(
@@ -192,12 +198,14 @@ METRICS: dict[str, MetricSpec] = {
         format=NUMBER,
         higher_is_better=False,
         per_image=lambda inputs: inputs.scores.brier,
+        bounds=(0.0, 2.0),
     ),
     "overconfidence": MetricSpec(  # mean confidence minus accuracy
         title="overconfidence",
         format=SIGNED_PERCENT,
         higher_is_better=None,
         per_image=lambda inputs: inputs.scores.confidence - inputs.scores.correct,
+        bounds=(-1.0, 1.0),
     ),
 }
 

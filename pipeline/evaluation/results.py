@@ -23,7 +23,7 @@ class EvaluationResults:
         evaluation: The metrics.
         predictions: The predictions that they were computed from.
         keys: Name of every image of the manifest: `predictions.index` points into it.
-        intervals: 95 % interval of each metric, by name.
+        intervals: 95 % interval of each metric that has one, by name.
         raw: Calibration of the network's probabilities.
         scaled: Calibration with the temperature that was fitted on the validation split; None where there is none.
         label_errors: Images whose label may be wrong, see `find_label_errors`.
@@ -98,5 +98,5 @@ def summarize_with_intervals(
         intervals=bootstrap_intervals(predictions, groups[predictions.index]),
         raw=measure_calibration(predictions),
         scaled=None if temperature is None else measure_calibration(predictions, temperature),
-        label_errors=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist(), temperature or 1.0),
+        label_errors=find_label_errors(predictions, keys, evaluation.per_class["class"].tolist()),
     )

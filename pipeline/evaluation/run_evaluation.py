@@ -96,7 +96,12 @@ class RunEvaluator:
         return replace(results, corruptions=corruption_table(accuracies))
 
     def with_batch_norm_gap(self, results: EvaluationResults) -> EvaluationResults:
-        """Measure the gap between moving and batch statistics, on as many full batches as the split has."""
+        """Measure the gap between moving and batch statistics, on as many full batches as the split has.
+
+        A run that kept the statistics of its weights has none: it never normalized with those of a batch.
+        """
+        if not any(stage.trains_batch_norm for stage in self.config.train.stages):
+            return results
         rows = np.random.default_rng(0).permutation(results.predictions.index)
         size = min(BATCH_NORM_BATCH_SIZE, len(rows))
         rows = rows[: len(rows) - len(rows) % size]

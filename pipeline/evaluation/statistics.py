@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 from scipy.sparse import csr_matrix
-from scipy.stats import binomtest, norm
+from scipy.stats import beta
 
 from pipeline.evaluation.metrics import METRICS, ClassCounts, MetricInputs, count_classes, metrics_of
 from pipeline.evaluation.predictor import Predictions
@@ -19,6 +19,7 @@ from pipeline.evaluation.predictor import Predictions
 CONFIDENCE_LEVEL = 0.95  # of all intervals
 ALPHA = 0.05  # significance level of the tests
 INTERVAL_RESAMPLES = 2000
+ROUNDING = 1e-12  # an interval that is shorter has no extent
 PAIRED_RESAMPLES, PAIRED_SEED = 10_000, 0
 CHUNK_WEIGHTS = 1 << 22  # weights of images in memory at once
 CHUNK_DRAWS = 4_000_000  # bounds the memory of the paired bootstrap to about 100 MB
@@ -107,9 +108,13 @@ def bootstrap_intervals(
     """Compute the 95 % interval of each metric.
 
     Images are drawn with replacement, whole groups at a time, because near-duplicates are not independent. The
-    percentiles are corrected for the median's bias (Efron 1987, without acceleration). Where all resamples agree, for
-    example because every image is right, they carry no information about unseen images: proportions of images then
-    get the exact binomial interval of Clopper and Pearson.
+    percentiles are those of the draws around their mean, placed around the value: a mean over classes that lose their
+    only image in a draw is biased, and its plain percentiles can lie on one side of the value.
+
+    Where the resamples agree, for example because every image is right, they carry no information about unseen images.
+    A proportion then gets the exact binomial interval (Clopper and Pearson 1934, Biometrika 26, 404) of its number of
+    groups; a mean over classes that of the number with which a proportion of images has the same variance,
+    K^2 / sum(1 / groups of the class). Other metrics have no interval then.
 
     Args:
         predictions: Of N images.
@@ -117,29 +122,37 @@ def bootstrap_intervals(
         seed: Of the draws.
 
     Returns:
-        An interval by the name of each metric of the task.
+        An interval by the name of each metric of the task that has one.
     """
     metrics, num_images = BootstrapMetrics(predictions), len(predictions.labels)
-    draws = _resample(metrics, num_images, groups, seed)
+    groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    draws = _resample(metrics, groups, seed)
     [values] = metrics(np.ones((1, num_images)))
-    return {
-        name: _binomial_interval(value, num_images)
-        if spec.is_proportion and np.ptp(column) == 0
-        else _bias_corrected_interval(value, column)
-        for (name, spec), value, column in zip(metrics.specs.items(), values, draws.T, strict=True)
-    }
+    trials = _independent_trials(predictions.labels, groups)
+    intervals = {}
+    for (name, spec), value, column in zip(metrics.specs.items(), values, draws.T, strict=True):
+        interval = _centered_interval(value, column, spec.bounds)
+        if interval.high - interval.low > ROUNDING:
+            intervals[name] = interval
+        elif spec.proportion is not None:
+            intervals[name] = _binomial_interval(value, trials[spec.proportion])
+    return intervals
 
 
-def _resample(
-    function: Callable[[np.ndarray], np.ndarray], num_images: int, groups: np.ndarray | None, seed: int
-) -> np.ndarray:
+def _independent_trials(labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Return the number of independent images behind a proportion of images (micro) and a mean over classes (macro)."""
+    groups_of_class = np.bincount(np.unique(np.stack([labels, groups]), axis=1)[0])
+    groups_of_class = groups_of_class[groups_of_class > 0]
+    return {"micro": float(groups.max() + 1), "macro": len(groups_of_class) ** 2 / np.sum(1 / groups_of_class)}
+
+
+def _resample(function: Callable[[np.ndarray], np.ndarray], groups: np.ndarray, seed: int) -> np.ndarray:
     """Apply a function of weights float64 (R, N) to all resamples of whole groups, in chunks of bounded memory."""
-    group_of_image = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
-    num_groups, rng = int(group_of_image.max()) + 1, np.random.default_rng(seed)
-    chunk = max(1, CHUNK_WEIGHTS // num_images)
+    num_groups, rng = int(groups.max()) + 1, np.random.default_rng(seed)
+    chunk = max(1, CHUNK_WEIGHTS // len(groups))
     return np.concatenate(
         [
-            function(_draw_counts(rng, min(chunk, INTERVAL_RESAMPLES - i), num_groups)[:, group_of_image])
+            function(_draw_counts(rng, min(chunk, INTERVAL_RESAMPLES - i), num_groups)[:, groups])
             for i in range(0, INTERVAL_RESAMPLES, chunk)
         ]
     )
@@ -151,17 +164,19 @@ def _draw_counts(rng: np.random.Generator, resamples: int, count: int) -> np.nda
     return np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count).astype(np.float64)
 
 
-def _bias_corrected_interval(value: float, draws: np.ndarray) -> ConfidenceInterval:
-    below = ((draws < value).mean() + (draws <= value).mean()) / 2
-    shift = norm.ppf(np.clip(below, 1 / len(draws), 1 - 1 / len(draws)))
-    tail = norm.ppf((1 - CONFIDENCE_LEVEL) / 2)
-    low, high = np.quantile(draws, norm.cdf([2 * shift + tail, 2 * shift - tail]))
+def _centered_interval(value: float, draws: np.ndarray, bounds: tuple[float, float]) -> ConfidenceInterval:
+    """Return the percentiles of the draws around their mean, placed around the value, within the bounds."""
+    tail = (1 - CONFIDENCE_LEVEL) / 2
+    low, high = np.clip(value + np.quantile(draws - draws.mean(), [tail, 1 - tail]), *bounds)
     return ConfidenceInterval(float(min(low, value)), float(max(high, value)))
 
 
-def _binomial_interval(value: float, num_images: int) -> ConfidenceInterval:
-    exact = binomtest(round(value * num_images), num_images).proportion_ci(CONFIDENCE_LEVEL, method="exact")
-    return ConfidenceInterval(float(exact.low), float(exact.high))
+def _binomial_interval(value: float, trials: float) -> ConfidenceInterval:
+    """Return the exact binomial interval of a proportion; the number of trials need not be whole."""
+    hits, tail = value * trials, (1 - CONFIDENCE_LEVEL) / 2
+    low = beta.ppf(tail, hits, trials - hits + 1) if value > 0 else 0.0
+    high = beta.ppf(1 - tail, hits + 1, trials - hits) if value < 1 else 1.0
+    return ConfidenceInterval(float(low), float(high))
 
 
 def mcnemar_test(only_a: int, only_b: int) -> float:
@@ -242,7 +257,7 @@ def compare_class_metrics(
         a, b = counts_a(weights), counts_b(weights)
         return np.stack([function(b) - function(a) for function in functions.values()], axis=1)
 
-    draws = _resample(differences, len(labels), groups, PAIRED_SEED)
+    draws = _resample(differences, np.unique(groups, return_inverse=True)[1], PAIRED_SEED)
     bounds = np.quantile(draws, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], axis=0).T
     a, b = (count_classes(labels, each, num_classes) for each in (predicted_a, predicted_b))
     comparisons = {}

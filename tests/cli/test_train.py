@@ -529,6 +529,7 @@ def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(f
     assert any("predictions" in name and before[name] != after[name] for name in before), "the head was trained"
     assert all(before[name] == after[name] for name in before if "predictions" not in name), "and nothing else"
     metrics = json.loads((run_dir / "evaluation/test/metrics.json").read_text())
+    assert metrics["batch_norm"] is None, "the statistics stood still"
     list_test_images(run_dir, tmp_path)
     options = ("--data", "list.csv", "--class-map", "map.yaml", "--out", "figures")
     call(monkeypatch, tmp_path, evaluate, "--run", str(run_dir), *options)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import matthews_corrcoef
 
 from pipeline.evaluation import statistics
@@ -79,12 +81,58 @@ def test_near_duplicates_are_no_evidence_of_their_own():
     assert widths[2] == pytest.approx(widths[0] / 2, rel=0.1)
 
 
+def certain(labels: list[int], classes: int) -> Predictions:
+    """Images that are all classified as what they are."""
+    truth = np.array(labels, np.int32)
+    return Predictions(np.arange(len(truth)), truth, 20 * np.eye(classes, dtype=np.float32)[truth])
+
+
 def test_a_split_without_an_error_does_not_prove_that_there_are_none():
-    labels = np.arange(60, dtype=np.int32) % 3
-    predictions = Predictions(np.arange(60), labels, 20 * np.eye(3, dtype=np.float32)[labels])
-    low, high = bootstrap_intervals(predictions)["accuracy"]
-    assert high == 1
-    assert low == pytest.approx(0.025 ** (1 / 60))  # Clopper and Pearson's bound
+    found = bootstrap_intervals(certain([0, 1, 2] * 20, 3))
+    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
+        assert found[name] == (pytest.approx(0.025 ** (1 / 60)), 1), "Clopper and Pearson's bound"
+    assert "matthews_corrcoef" not in found, "nothing is known of what does not vary"
+
+
+def test_a_class_of_few_images_says_little_of_a_mean_over_classes():
+    found = bootstrap_intervals(certain([0] * 38 + [1] * 2, 2))
+    assert found["accuracy"].low == pytest.approx(0.025 ** (1 / 40))
+    trials = 4 / (1 / 38 + 1 / 2)
+    assert found["balanced_accuracy"].low == found["macro_f1"].low == pytest.approx(0.025 ** (1 / trials))
+    copies = bootstrap_intervals(certain([0] * 38 + [1] * 2, 2), groups=np.repeat(np.arange(10), 4))
+    assert copies["accuracy"].low == pytest.approx(0.025 ** (1 / 10)), "near-duplicates are one image"
+
+
+@given(
+    seed=st.integers(0, 99),
+    images=st.integers(1, 60),
+    classes=st.integers(1, 60),
+    shift=st.sampled_from([0.0, 2.0, 9.0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_interval_holds_its_value_and_lies_in_the_metrics_bounds(seed, images, classes, shift):
+    """However few the images of a class are: none, one, all."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, images).astype(np.int32)
+    logits = rng.normal(0, 1, (images, classes))
+    logits[np.arange(images), labels] += shift
+    predictions = Predictions(np.arange(images), labels, logits.astype(np.float32))
+    values = evaluate_predictions(predictions, [str(i) for i in range(classes)], "test").metrics
+    for name, (low, high) in bootstrap_intervals(predictions).items():
+        least, greatest = METRICS[name].bounds
+        assert least <= low <= values[name] + 1e-12
+        assert values[name] - 1e-12 <= high <= greatest
+        assert low < high, name
+
+
+def test_the_macro_f1_of_classes_of_one_image_lies_inside_its_interval():
+    labels = np.arange(1000, dtype=np.int32)
+    predicted = np.where(np.random.default_rng(7).random(1000) < 0.9, labels, (labels + 1) % 1000)
+    predictions = Predictions(labels, labels, 9 * np.eye(1000, dtype=np.float32)[predicted])
+    value = evaluate_predictions(predictions, [str(i) for i in labels], "test").metrics["macro_f1"]
+    low, high = bootstrap_intervals(predictions)["macro_f1"]
+    assert 0.01 < value - low < 0.05
+    assert 0.01 < high - value < 0.05
 
 
 def test_equal_seeds_give_equal_intervals():

@@ -89,14 +89,15 @@ def metric_rows(results: EvaluationResults) -> list[tuple[str, str, str]]:
     """Format the metrics for reports.
 
     Returns:
-        Title, value and 95 % interval of each metric that the number of classes gives a meaning.
+        Title, value and 95 % interval of each metric that the number of classes gives a meaning; a dash where the
+        images do not tell the interval.
     """
     rows = []
     for name, value in results.evaluation.metrics.items():
         spec = METRICS[name]
         if len(results.class_names) >= spec.min_classes:
-            low, high = results.intervals[name]
-            interval = f"{spec.format.format(low)} to {spec.format.format(high)}"
+            bounds = results.intervals.get(name)
+            interval = " to ".join(spec.format.format(bound) for bound in bounds) if bounds is not None else "-"
             rows.append((spec.title, spec.format.format(value), interval))
     return rows
 
@@ -110,9 +111,10 @@ def summary_sentences(results: EvaluationResults) -> list[str]:
     ]
     if scaled is not None:
         sentences.append(
-            f"With logits divided by the temperature {scaled.temperature:.2f}, fitted on the validation split: "
+            f"With logits divided by the temperature {scaled.temperature:.2f}, fitted on the validation split, "
             f"calibration error {scaled.ece:.2%} (perfectly calibrated: {scaled.ece_by_chance:.2%}), overconfidence "
-            f"{scaled.overconfidence:+.2%}, loss {scaled.loss:.4f}."
+            f"{scaled.overconfidence:+.2%}, loss {scaled.loss:.4f}. Probabilities elsewhere in the results, in "
+            "exports and in predictions are those of the model, not divided."
         )
     if results.batch_norm is not None:
         moving, batch = results.batch_norm
