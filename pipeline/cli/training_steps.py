@@ -28,6 +28,7 @@ from pipeline.files import atomic_write
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.tasks import TASKS
 from pipeline.tracking.mlflow_logger import MLflowLogger
+from pipeline.tracking.mlflow_store import check_store, tracking_uri
 from pipeline.training import checkpoint
 from pipeline.training.callbacks import Callback
 from pipeline.training.class_weights import class_weights
@@ -115,7 +116,7 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    # These report a wrong argument of a transform and a missing server before the scan, which may take an hour.
+    # What is reported here would otherwise end the run after the scan, which may take an hour.
     image_augmentation(config.augment, config.variant.resolution, config.data.resize)
     check_servers(config.runtime.data_service or ())
     variant = config.variant
@@ -123,6 +124,9 @@ def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, 
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"
     )
     source = open_data(config.data, runtime.processes)
+    if runtime.processes.is_chief:
+        recorded, _ = directory.mlflow_run() or (None, None)
+        check_store(tracking_uri(config.tracking.uri, recorded), config.tracking.experiment)
     runtime.processes.assert_same_on_all(
         lambda: {
             "config": config.cross_process_fingerprint(),

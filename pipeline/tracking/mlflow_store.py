@@ -97,6 +97,27 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
     return experiment.experiment_id
 
 
+def check_store(uri: str, experiment: str) -> None:
+    """Check that runs can be tracked, before the time that goes into reading the data is lost.
+
+    A database that does not exist yet is not created.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Name of the experiment; created if missing.
+
+    Raises:
+        ConfigError: The store cannot be reached or used, or the experiment was deleted.
+    """
+    if (database := database_of(uri)) is not None and not database.exists():
+        folder = next(parent for parent in database.parents if parent.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"tracking.uri: {database} cannot be created, because {folder} cannot be written")
+        return
+    with translate_mlflow_error(uri), exclusive_lock(uri):
+        find_experiment(import_mlflow().MlflowClient(uri), uri, experiment)
+
+
 @contextmanager
 def translate_mlflow_error(uri: str) -> Iterator[None]:
     """Translate MLflow's errors into a `ConfigError` that names the URI and the remedy."""

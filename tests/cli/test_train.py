@@ -26,6 +26,7 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.errors import UserError
 from pipeline.evaluation import robustness as corruptions
 from pipeline.runs import run_directory
+from pipeline.training import resolve
 from pipeline.training.resolve import scan_images
 
 PROJECT = Path(__file__).parents[2]
@@ -397,6 +398,18 @@ def test_a_run_that_failed_before_training_does_not_keep_its_directory(folder, m
     for _ in range(2):
         with pytest.raises(UserError, match="absent"):
             call(monkeypatch, folder, train, *arguments, "model.weights=absent.h5")
+
+
+def test_mlflow_is_tried_before_the_data_are_read(folder, tmp_path, monkeypatch):
+    def scan(*arguments, **keywords):
+        raise AssertionError("the data are read")
+
+    monkeypatch.setattr(resolve, "scan", scan)
+    (tmp_path / "notes.txt").write_text("no database")
+    uri = f"tracking.uri=sqlite:///{tmp_path / 'notes.txt'}"
+    with pytest.raises(UserError, match=r"MLflow cannot work with sqlite:///.*notes\.txt"):
+        call(monkeypatch, folder, train, "--config", "config.yaml", "--run-dir", "untracked", uri)
+    assert not (folder / "untracked").exists()
 
 
 def test_weights_that_fit_in_part_are_not_left_beside_random_layers(finished, monkeypatch):
