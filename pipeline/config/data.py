@@ -34,6 +34,17 @@ class CsvColumnsConfig(StrictModel):
     """Column with the splits; it may be missing."""
 
 
+# By source: the keys that it needs, with what they name, and those that it may have. The other keys in these dicts are
+# refused: they would be ignored.
+SOURCE_KEYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "folder": ({"path": "the image folder"}, ()),
+    "csv": ({"path": "the CSV file"}, ("root", "columns")),
+    "pack": ({"path": "the folder that python -m pipeline pack wrote"}, ()),
+    "tfds": ({"name": "a data set of tensorflow-datasets, such as tf_flowers"}, ("path",)),
+    "digits": ({}, ()),
+}
+
+
 class DataConfig(StrictModel):
     """The source of the images, their splits, and the square crop in evaluation."""
 
@@ -63,17 +74,15 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_source_keys(self) -> "DataConfig":
-        needed = {"folder": "image folder", "csv": "CSV file", "pack": "folder that python -m pipeline pack wrote"}.get(
-            self.source
-        )
-        if needed is not None and self.path is None:
-            raise ValueError(f"source {self.source} needs path: the {needed}")
-        if self.source == "tfds" and not self.name:
-            raise ValueError("source tfds needs name: a data set of tensorflow-datasets, such as tf_flowers")
-        if self.source != "tfds" and self.name:
-            raise ValueError(f"name belongs to source tfds; with source {self.source} leave it out or set it to null")
-        if self.source != "csv" and (self.root is not None or self.columns != CsvColumnsConfig()):
-            raise ValueError(f"columns and root belong to source csv; with source {self.source} leave them out")
-        if self.source == "digits" and self.path is not None:
-            raise ValueError("source digits ships with scikit-learn and takes no path; leave it out or set it to null")
+        needed, optional = SOURCE_KEYS[self.source]
+        for key, description in needed.items():
+            if getattr(self, key) in (None, ""):
+                raise ValueError(f"source {self.source} needs {key}: {description}")
+        for key in ("name", "path", "root", "columns"):
+            if key not in needed and key not in optional and getattr(self, key) != type(self).model_fields[key].default:
+                owners = [name for name, keys in SOURCE_KEYS.items() if any(key in part for part in keys)]
+                remedy = "leave it out" if key == "columns" else "leave it out or set it to null"
+                raise ValueError(
+                    f"{key} belongs to source {' or '.join(owners)}; with source {self.source} {remedy}"
+                )
         return self
