@@ -126,6 +126,11 @@ def python_executable() -> str:
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of pyproject.toml into the running Python."""
+    return f"{python_executable()} -m pip install --constraint constraints.txt '.[{extra}]'"
+
+
 def command_line(command: str, *words: str | Path) -> str:
     """Return a command of the program that works when it is pasted into a shell.
 

@@ -19,7 +19,7 @@ from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.cli.loaded_model import choose_split, find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.console import Console, python_executable
+from pipeline.console import Console, install_command
 from pipeline.errors import UserError, suggest
 from pipeline.export.directory import FAILED, FORMATS, ExportDirectory, prepare
 from pipeline.files import sha256_of
@@ -114,7 +114,7 @@ def check_packages(names: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"{', '.join(dict.fromkeys(missing.values()))} needs {', '.join(missing)}, which is not installed: "
-            f"{python_executable()} -m pip install --constraint constraints.txt '.[export]', or choose other --formats"
+            f"{install_command('export')}, or choose other --formats"
         )
 
 

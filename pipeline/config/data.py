@@ -23,15 +23,18 @@ class SplitsConfig(StrictModel):
         return self
 
 
-class CsvColumnsConfig(StrictModel):
-    """Names of the columns of a CSV file."""
+class ColumnsConfig(StrictModel):
+    """Names of the columns of a CSV file or of a data set of Hugging Face."""
 
     path: str = "path"
-    """Column with the paths of the images."""
-    label: str = "label"
-    """Column with the class names."""
+    """CSV: column with the paths of the images."""
+    image: str | None = None
+    """Hugging Face: column with the images; null: the column of images, if there is only one."""
+    label: str | None = None
+    """Column with the labels; null: `label` in a CSV file; in a data set of Hugging Face the column of class labels, if
+    there is only one, else `label`."""
     split: str = "split"
-    """Column with the splits; it may be missing."""
+    """CSV: column with the splits; it may be missing."""
 
 
 # By source: the keys that it needs, with what they name, and those that it may have. The other keys in these dicts are
@@ -41,6 +44,7 @@ SOURCE_KEYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "csv": ({"path": "the CSV file"}, ("root", "columns")),
     "pack": ({"path": "the folder that python -m pipeline pack wrote"}, ()),
     "tfds": ({"name": "a data set of tensorflow-datasets, such as tf_flowers"}, ("path",)),
+    "huggingface": ({}, ("name", "path", "config_name", "revision", "columns")),
     "digits": ({}, ()),
 }
 
@@ -48,19 +52,23 @@ SOURCE_KEYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 class DataConfig(StrictModel):
     """The source of the images, their splits, and the square crop in evaluation."""
 
-    source: Literal["folder", "csv", "pack", "tfds", "digits"]
+    source: Literal["folder", "csv", "pack", "tfds", "huggingface", "digits"]
     """folder: <class>/<image> or {train,val,test}/<class>/<image>; csv: columns path, label and optionally split; pack:
-    the output of `python -m pipeline pack`; tfds: a data set of tensorflow-datasets; digits: the handwritten digits of
-    scikit-learn."""
+    the output of `python -m pipeline pack`; tfds: a data set of tensorflow-datasets; huggingface: a data set of
+    the library datasets, from the Hugging Face Hub or from a folder; digits: the handwritten digits of scikit-learn."""
     path: LocalPath | None = None
-    """The image folder, the CSV file, the folder of the pack, or the data folder of tensorflow-datasets (null:
-    data/tfds)."""
-    columns: CsvColumnsConfig = CsvColumnsConfig()
-    """Names of the columns of the CSV file; other columns are ignored."""
+    """The image folder, the CSV file, the folder of the pack, the data folder of tensorflow-datasets (null: data/tfds),
+    or a folder that the library datasets loads."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of the columns of the CSV file or of the data set of Hugging Face; other columns are ignored."""
     root: LocalPath | None = None
     """Folder that the relative paths of the CSV file start from; null: the folder of the file."""
     name: str | None = None
-    """Name of the data set in tensorflow-datasets."""
+    """Name of the data set in tensorflow-datasets, or its id on the Hugging Face Hub, such as ethz/food101."""
+    config_name: str | None = None
+    """Configuration (subset) of a data set of Hugging Face that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the Hugging Face Hub; null: main."""
     splits: SplitsConfig = SplitsConfig()
     """Fractions of the splits that the data set does not define."""
     group_near_duplicates: bool = True
@@ -78,11 +86,23 @@ class DataConfig(StrictModel):
         for key, description in needed.items():
             if getattr(self, key) in (None, ""):
                 raise ValueError(f"source {self.source} needs {key}: {description}")
-        for key in ("name", "path", "root", "columns"):
+        for key in dict.fromkeys(key for parts in SOURCE_KEYS.values() for part in parts for key in part):
             if key not in needed and key not in optional and getattr(self, key) != type(self).model_fields[key].default:
                 owners = [name for name, keys in SOURCE_KEYS.items() if any(key in part for part in keys)]
                 remedy = "leave it out" if key == "columns" else "leave it out or set it to null"
-                raise ValueError(
-                    f"{key} belongs to source {' or '.join(owners)}; with source {self.source} {remedy}"
-                )
+                raise ValueError(f"{key} belongs to source {' or '.join(owners)}; with source {self.source} {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_huggingface_keys(self) -> "DataConfig":
+        if self.source == "huggingface" and (not self.name) == (self.path is None):
+            raise ValueError(
+                "source huggingface needs either name, an id on the Hugging Face Hub such as ethz/food101, or path, a "
+                f"folder; received {'both' if self.name else 'neither'}"
+            )
+        if self.source == "huggingface" and self.path is not None and self.revision is not None:
+            raise ValueError("revision belongs to data sets on the Hugging Face Hub; with path leave it out")
+        for key in ("path", "split") if self.source == "huggingface" else ("image",):
+            if getattr(self.columns, key) != ColumnsConfig.model_fields[key].default:
+                raise ValueError(f"columns.{key} does not belong to source {self.source}; leave it out")
         return self

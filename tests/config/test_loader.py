@@ -101,6 +101,18 @@ train:
         ("data: {source: folder}\n", "source folder needs path"),
         ("data: {source: tfds}\n", "source tfds needs name"),
         ("data: {source: digits, name: x}\n", "name belongs to source tfds"),
+        (
+            "data: {source: huggingface}\n",
+            "needs either name, an id on the Hugging Face Hub such as ethz/food101, or path",
+        ),
+        ("data: {source: huggingface, name: a/b, path: x}\n", "or path, a folder; received both"),
+        (
+            "data: {source: huggingface, path: x, revision: v1}\n",
+            "revision belongs to data sets on the Hugging Face Hub",
+        ),
+        ("data: {source: tfds, name: x, config_name: y}\n", "config_name belongs to source huggingface"),
+        ("data: {source: csv, path: x, columns: {image: y}}\n", "columns.image does not belong to source csv"),
+        ("data: {source: pack, path: x, root: y}\n", "root belongs to source csv; with source pack leave it out"),
         ("data: {source: digits}\nmodel: {variant: b8}\n", "model.weights: imagenet is available for b0"),
         (
             "data: {source: digits}\nmodel: {variant: {phi: 1}}\n",

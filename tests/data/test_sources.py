@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from pipeline.config.data import DataConfig
 from pipeline.data.sources.base import DataSource, LabeledImage
 from pipeline.data.sources.catalog import open_source
-from pipeline.data.sources.tfds import unreachable
+from pipeline.data.sources.servers import unreachable
 from pipeline.errors import DataError
 
 

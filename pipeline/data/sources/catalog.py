@@ -8,6 +8,7 @@ from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.csv_file import open_csv
 from pipeline.data.sources.digits import DigitsSource
 from pipeline.data.sources.folder import open_folder
+from pipeline.data.sources.huggingface import open_huggingface
 from pipeline.data.sources.pack import open_pack
 from pipeline.data.sources.tfds import open_tfds
 
@@ -17,6 +18,7 @@ SOURCES: dict[str, Callable[[DataConfig, bool], DataSource]] = {
     "csv": lambda config, download: open_csv(_path(config), config.columns, config.root),
     "pack": lambda config, download: open_pack(_path(config)),
     "tfds": lambda config, download: open_tfds(config.name or "", config.path or Path("data/tfds"), download=download),
+    "huggingface": lambda config, download: open_huggingface(config, download=download),
     "digits": lambda config, download: DigitsSource(),
 }
 
@@ -26,7 +28,7 @@ def open_source(config: DataConfig, *, download: bool = True) -> DataSource:
 
     Args:
         config: Section `data` of the config.
-        download: Whether to download and prepare a data set of tensorflow-datasets that is not on this machine yet.
+        download: Whether to download and prepare a data set that is not on this machine yet.
 
     Returns:
         The source.

@@ -2,18 +2,16 @@
 
 import csv
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.config.data import CsvColumnsConfig
-from pipeline.data.sources.base import LabeledImage, format_list, split_of
+from pipeline.config.data import ColumnsConfig
+from pipeline.data.sources.base import LabeledImage, format_list, index_classes, split_of
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError, suggest
 
 DELIMITERS = ",;\t|"
-INTEGER = r"[+-]?(0|[1-9]\d*)(\.0*)?"  # 1 and 1.0, but not 01
+LABEL = "label"  # name of the column, unless the config names another
 
 
 class _Row(NamedTuple):
@@ -25,7 +23,7 @@ class _Row(NamedTuple):
     split: str
 
 
-def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | None = None) -> FileSource:
+def open_csv(path: Path, columns: ColumnsConfig | None = None, root: Path | None = None) -> FileSource:
     """Open a CSV file with columns for path, label and, if the splits are given, split; ignore others.
 
     The delimiter is the comma, semicolon, tab or bar that the header contains most often. If all labels are integers,
@@ -39,7 +37,7 @@ def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | N
     Raises:
         DataError: The file cannot be read; or rows are wrong, all of which are listed with their line numbers.
     """
-    columns = columns or CsvColumnsConfig()
+    columns = columns or ColumnsConfig()
     root = (path.parent if root is None else root).resolve()  # so that a way up from it leads where it seems to
     rows = _read_rows(path, columns)
     has_splits = any(row.split for row in rows)
@@ -64,7 +62,7 @@ def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | N
             f"{path}: {len(problems)} things are wrong:\n{format_list(problems)}\n"
             f"Relative paths start from {root}; data.root changes that."
         )
-    names, labels = _classes([row.label for row in rows])
+    names, labels = index_classes([row.label for row in rows])
     images = [
         LabeledImage(_key(root, row.path), label, split_of(row.split) if has_splits else None)
         for row, label in zip(rows, labels, strict=True)
@@ -72,7 +70,8 @@ def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | N
     return FileSource(root, names, images)
 
 
-def _read_rows(path: Path, columns: CsvColumnsConfig) -> list[_Row]:
+def _read_rows(path: Path, columns: ColumnsConfig) -> list[_Row]:
+    label = columns.label or LABEL
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = max(DELIMITERS, key=file.readline().count)
@@ -83,13 +82,13 @@ def _read_rows(path: Path, columns: CsvColumnsConfig) -> list[_Row]:
             rows = [
                 _Row(
                     reader.line_num,
-                    *((row.get(name) or "").strip() for name in (columns.path, columns.label, columns.split)),
+                    *((row.get(name) or "").strip() for name in (columns.path, label, columns.split)),
                 )
                 for row in reader
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"data.path: {path} cannot be read as a CSV file in UTF-8: {error}") from None
-    for key, name in (("path", columns.path), ("label", columns.label)):
+    for key, name in (("path", columns.path), ("label", label)):
         if name not in header:
             raise DataError(
                 f"{path}: the header has no column {name!r}; it has {', '.join(map(repr, header)) or 'nothing'}. "
@@ -98,18 +97,6 @@ def _read_rows(path: Path, columns: CsvColumnsConfig) -> list[_Row]:
     if not rows:
         raise DataError(f"{path}: has a header and no rows")
     return rows
-
-
-def _classes(labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Return the class names in order, and the class of each label."""
-    if all(re.fullmatch(INTEGER, label) for label in set(labels)):
-        numbers = [int(float(label)) for label in labels]
-        values = sorted(set(numbers))
-        positions = {value: position for position, value in enumerate(values)}
-        return tuple(map(str, values)), [positions[number] for number in numbers]
-    names = sorted(set(labels))
-    index = {name: position for position, name in enumerate(names)}
-    return tuple(names), [index[label] for label in labels]
 
 
 def _key(root: Path, path: str) -> str:

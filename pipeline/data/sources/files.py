@@ -26,9 +26,7 @@ class FileSource:
 
     def stat(self, key: str) -> FileStat:
         """Return the size and version of the file of an image."""
-        status = (self.root / key).stat()
-        identity = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
-        return FileStat(status.st_size, int.from_bytes(blake2b(identity, digest_size=8).digest(), signed=True))
+        return file_stat(self.root / key)
 
     def read(self, key: str) -> bytes:
         """Return the encoded file of an image."""
@@ -37,3 +35,18 @@ class FileSource:
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """Return the encoded file of an image in a tf.data graph."""
         return tf.io.read_file(tf.strings.join([self.root.as_posix(), "/", key]))
+
+
+def file_stat(path: Path) -> FileStat:
+    """Return the size and version of a file.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    status = path.stat()
+    return FileStat(status.st_size, version_of(f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"))
+
+
+def version_of(identity: str) -> int:
+    """Return FileStat.version, an int64, of a text that is another one after each change of a file."""
+    return int.from_bytes(blake2b(identity.encode(), digest_size=8).digest(), signed=True)

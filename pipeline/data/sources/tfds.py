@@ -1,27 +1,17 @@
-"""Images from tensorflow-datasets, by random access to files prepared as ArrayRecord.
-
-The library retries an unreachable server for minutes and waits forever for a server that does not answer. Therefore
-the servers of files that are still to be downloaded are checked first, each in a thread, because name resolution has
-no time limit.
-"""
+"""Images from tensorflow-datasets, by random access to files prepared as ArrayRecord."""
 
 import difflib
 import json
-import textwrap
-import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import tensorflow as tf
 
-from pipeline.data.sources.base import DatasetNotDownloadedError, LabeledImage, split_of
+from pipeline.data.sources.base import DatasetNotDownloadedError, LabeledImage, read_in_python, split_of
+from pipeline.data.sources.servers import REACH_SECONDS, short_message, unreachable
 from pipeline.errors import DataError
-
-REACH_SECONDS = 12.0  # for all servers together
 
 
 @dataclass(frozen=True)
@@ -50,8 +40,7 @@ class TfdsSource:
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """Return the encoded file of an image in a tf.data graph."""
-        file = tf.numpy_function(lambda key: self.read(key.decode()), [key], tf.string, stateful=False)
-        return tf.ensure_shape(file, ())
+        return read_in_python(self.read, key)
 
 
 def open_tfds(name: str, data_dir: Path, *, download: bool) -> TfdsSource:
@@ -73,7 +62,7 @@ def open_tfds(name: str, data_dir: Path, *, download: bool) -> TfdsSource:
     except Exception as error:
         known = tfds.list_builders(with_community_datasets=False)
         if name.partition("/")[0].partition(":")[0] in known:
-            raise DataError(f"data.name: {name}: {_short(error)}") from error
+            raise DataError(f"data.name: {name}: {short_message(error)}") from error
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; {data_dir} does not hold it either"
         raise DataError(f"data.name: tensorflow-datasets has no data set {name!r}{hint}") from None
@@ -131,44 +120,9 @@ def _prepare(builder: Any, name: str, data_dir: Path) -> None:
             file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except Exception as error:  # whatever its downloaders and parsers raise
-        raise DataError(f"tensorflow-datasets could not prepare {name}: {_short(error)}\n{ways_on}") from error
+        raise DataError(f"tensorflow-datasets could not prepare {name}: {short_message(error)}\n{ways_on}") from error
 
 
 def _downloaded_urls(downloads: Path) -> set[str]:
     """Return the URLs of the downloaded files; each file has its URLs in an .INFO file."""
     return {url for info in downloads.rglob("*.INFO") for url in json.loads(info.read_text()).get("urls", ())}
-
-
-def unreachable(urls: Iterable[str], seconds: float) -> dict[str, str]:
-    """Return the URLs that do not answer, and why; one URL is requested per server.
-
-    Args:
-        urls: URLs. Only http and https are checked.
-        seconds: Time limit for all servers together.
-
-    Returns:
-        URL to reason; empty if every server answered.
-    """
-    servers = {urlsplit(url).netloc: url for url in sorted(urls, reverse=True) if url.startswith("http")}
-    reasons = dict.fromkeys(servers.values(), f"no answer within {seconds:g} s")
-    threads = [threading.Thread(target=_request, args=(url, seconds, reasons), daemon=True) for url in servers.values()]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return {url: reason for url, reason in dict(reasons).items() if reason}
-
-
-def _request(url: str, seconds: float, reasons: dict[str, str]) -> None:
-    import requests
-
-    try:
-        with requests.get(url, stream=True, timeout=seconds) as response:
-            reasons[url] = f"the server answers {response.status_code}" if response.status_code >= 500 else ""
-    except requests.RequestException as error:
-        reasons[url] = _short(error.args[0].reason if error.args and hasattr(error.args[0], "reason") else error)
-
-
-def _short(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 500) or type(error).__name__
