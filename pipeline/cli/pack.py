@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, positive_int, quantity
-from pipeline.config.data import DataConfig
+from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, command_line
 from pipeline.errors import DataError
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pipeline.data.pack_inputs import PackInput
     from pipeline.data.sources.pack import PackMetadata
 
-TFRECORD_ONLY = ("classes", "first_label", "image_feature", "label_feature", "class_feature")
+LABEL_OPTIONS = ("classes", "first_label", "image_feature", "label_feature", "class_feature")
+CSV_OPTIONS = ("columns", "root")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,16 +30,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "changed.",
         epilog="Then: data.source=pack data.path=FOLDER data.name=null. Exit code: 0 if the pack is intact, 2 if not.",
     )
-    pack_input = parser.add_mutually_exclusive_group(required=True)
-    pack_input.add_argument(
-        "--config", type=local_path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
-    )
-    pack_input.add_argument(
-        "--tfrecord", nargs="+", metavar="SPLIT=FILES", help="TFRecord files to pack, as in 'train=FOLDER/train-*'"
-    )
-    pack_input.add_argument(
-        "--verify", type=local_path, metavar="FOLDER", help="only read a pack and compare it with its hashes"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--out", type=local_path, metavar="FOLDER", help="folder of the pack, on a disk with room for all of it"
     )
@@ -47,7 +39,62 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shard-size", type=quantity(BYTES, "256MB"), default=256e6, help="size of a shard (default: 256MB)"
     )
     shards.add_argument("--shard-images", type=positive_int, metavar="N", help="images of a shard, in place of a size")
-    records = parser.add_argument_group("TFRecord files")
+    add_label_options(parser)
+    add_overrides(parser, "data.path=IMAGES")
+    arguments = parser.parse_intermixed_args(argv)
+    if (arguments.verify is None) != (arguments.out is not None):
+        parser.error(
+            "--out names the folder of the pack; it is required by --config, --csv, --tfrecord and --webdataset, and "
+            "not used by --verify"
+        )
+    if arguments.config is None and arguments.overrides:
+        parser.error(f"{arguments.overrides[0]}: changes to the config need --config")
+    for name in LABEL_OPTIONS:
+        if arguments.tfrecord is None and arguments.webdataset is None and getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} belongs to --tfrecord and --webdataset")
+    for name in CSV_OPTIONS:
+        if arguments.csv is None and getattr(arguments, name) is not None:
+            parser.error(f"--{name} belongs to --csv")
+    return arguments
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name what is packed, of which one is given."""
+    pack_input = parser.add_mutually_exclusive_group(required=True)
+    pack_input.add_argument(
+        "--config", type=local_path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
+    )
+    pack_input.add_argument(
+        "--csv", metavar="FILE", help="a CSV file to pack; it and its images may lie at addresses, such as s3://..."
+    )
+    pack_input.add_argument(
+        "--tfrecord",
+        nargs="+",
+        metavar="SPLIT=FILES",
+        help="TFRecord files to pack, also at addresses, as in 'train=FOLDER/train-*'",
+    )
+    pack_input.add_argument(
+        "--webdataset",
+        nargs="+",
+        metavar="SPLIT=FILES",
+        help="tar shards to pack, also at addresses, as in 'FOLDER/train-{000000..000012}.tar', or their folder",
+    )
+    pack_input.add_argument(
+        "--verify", type=local_path, metavar="FOLDER", help="only read a pack and compare it with its hashes"
+    )
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where the files of --csv, --tfrecord and --webdataset have images and labels."""
+    table = parser.add_argument_group("CSV files")
+    table.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="COLUMN=NAME",
+        help="names of the columns path, label and split, as in path=file label=species",
+    )
+    table.add_argument("--root", metavar="FOLDER", help="path or address that relative paths start from")
+    records = parser.add_argument_group("TFRecord files and tar shards")
     records.add_argument(
         "--classes", type=local_path, metavar="FILE", help="class names, one per line, in the order of the labels"
     )
@@ -58,26 +105,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="label of the first class; 1 if 0 is the background",
     )
     records.add_argument(
-        "--image-feature", metavar="NAME", help="feature of the encoded image (default: image/encoded or image)"
+        "--image-feature",
+        metavar="NAME",
+        help="feature of the encoded image (default: image/encoded or image), or extension of the images",
     )
     records.add_argument(
-        "--label-feature", metavar="NAME", help="feature of the label (default: image/class/label or label)"
+        "--label-feature",
+        metavar="NAME",
+        help="feature of the label (default: image/class/label or label); of tar shards: extension, or field of json "
+        "(default: cls, the field label, or txt)",
     )
     records.add_argument(
-        "--class-feature", metavar="NAME", help="feature of the class name (default: image/class/text)"
+        "--class-feature",
+        metavar="NAME",
+        help="feature of the class name (default: image/class/text); of tar shards: extension, or field of json",
     )
-    add_overrides(parser, "data.path=IMAGES")
-    arguments = parser.parse_intermixed_args(argv)
-    if (arguments.verify is None) != (arguments.out is not None):
-        parser.error(
-            "--out names the folder of the pack; it is required by --config and --tfrecord, and not used by --verify"
-        )
-    if arguments.config is None and arguments.overrides:
-        parser.error(f"{arguments.overrides[0]}: changes to the config need --config")
-    for name in TFRECORD_ONLY:
-        if arguments.tfrecord is None and getattr(arguments, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} belongs to --tfrecord")
-    return arguments
 
 
 def main(console: Console, argv: Sequence[str] | None = None) -> int:
@@ -101,7 +143,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
     from pipeline.data.packing import ShardLimit, pack
 
-    pack_input = tfrecord_input(arguments) if config is None else source_input(config.data, arguments.out)
+    pack_input = files_input(arguments) if config is None else source_input(config.data, arguments.out)
     limit = (
         ShardLimit(arguments.shard_size)
         if arguments.shard_images is None
@@ -121,9 +163,25 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         console.print(f"written  {packed.written:,} images in {seconds:,.1f} s; the others existed, and all are intact")
     else:
         console.print(f"written  nothing: the pack was complete, and is intact (read in {seconds:,.1f} s)")
-    data = ("data.source=pack", f"data.path={arguments.out}", "data.name=null")
-    console.print(f"train    {command_line('train', '--config', 'CONFIG', *data)}")
+    words = (arguments.config or "CONFIG", *pack_overrides(arguments.out, config.data if config else None))
+    console.print(f"train    {command_line('train', '--config', *words)}")
     return 0
+
+
+def pack_overrides(folder: Path, data: DataConfig | None) -> list[str]:
+    """Return the changes to a config that replace its data set by a pack.
+
+    Args:
+        folder: Folder of the pack.
+        data: Data set of the config; None if the config is not known.
+    """
+    words = ["data.source=pack", f"data.path={folder}"]
+    if data is None:
+        return [*words, "data.name=null"]
+    for key in ("name", "config_name", "revision", "root"):
+        if getattr(data, key) is not None:
+            words.append(f"data.{key}=null")
+    return words if data.columns == ColumnsConfig() else [*words, "data.columns={}"]
 
 
 def source_input(data: DataConfig, folder: Path) -> "PackInput":
@@ -142,22 +200,42 @@ def source_input(data: DataConfig, folder: Path) -> "PackInput":
     return SourceInput(open_source(data))
 
 
-def tfrecord_input(arguments: argparse.Namespace) -> "PackInput":
-    """Open the TFRecord files of the command line.
+def files_input(arguments: argparse.Namespace) -> "PackInput":
+    """Open the files of the command line: a CSV file, TFRecord files or tar shards.
 
     Raises:
-        DataError: The files or the class names are not valid.
+        DataError: The files, the columns or the class names are not valid.
     """
+    if arguments.csv is not None:
+        from pipeline.data.csv_input import csv_input
+
+        address = arguments.csv if "://" in arguments.csv else str(local_path(arguments.csv))
+        return csv_input(address, parse_columns(arguments.columns or ()), arguments.root)
+
     from pipeline.data.tfrecord import TFRecordInput
+    from pipeline.data.webdataset import WebDatasetInput
 
     names = {"image": arguments.image_feature, "label": arguments.label_feature, "class_name": arguments.class_feature}
     features = {field: name for field, name in names.items() if name is not None}
-    return TFRecordInput(
-        arguments.tfrecord,
-        features,
-        class_names(arguments.classes) if arguments.classes else None,
-        arguments.first_label,
-    )
+    classes = class_names(arguments.classes) if arguments.classes else None
+    if arguments.tfrecord is not None:
+        return TFRecordInput(arguments.tfrecord, features, classes, arguments.first_label)
+    return WebDatasetInput(arguments.webdataset, features, classes, arguments.first_label)
+
+
+def parse_columns(words: Sequence[str]) -> ColumnsConfig:
+    """Parse names of columns, such as path=file.
+
+    Raises:
+        DataError: A word has another form, or names another column than path, label and split.
+    """
+    columns = {}
+    for word in words:
+        column, separator, name = word.partition("=")
+        if not (separator and name) or column not in ("path", "label", "split"):
+            raise DataError(f"--columns {word}: write path=NAME, label=NAME or split=NAME")
+        columns[column] = name
+    return ColumnsConfig(**columns)
 
 
 def class_names(path: Path) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """The section `data`: the source of the images, their splits, and the square crop in evaluation."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.base import LocalPath, StrictModel
+from pipeline.console import command_line
 
 
 class SplitsConfig(StrictModel):
@@ -79,6 +80,23 @@ class DataConfig(StrictModel):
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
+
+    @field_validator("path", "root", mode="before")
+    @classmethod
+    def _answer_address(cls, value: Any, info: ValidationInfo) -> Any:
+        """Answer an address with the command that brings its data to this machine."""
+        if not isinstance(value, str) or "://" not in value:
+            return value
+        remedy = "download it first, or, if it is a CSV file, TFRecord files or tar shards, pack it: "
+        words = ["--csv", "FILE"]
+        if info.data.get("source") == "csv":
+            remedy = "pack the images first: "
+            is_root = info.field_name == "root"
+            words = ["--csv", str(info.data.get("path")), "--root", value] if is_root else ["--csv", value]
+        raise ValueError(
+            f"must be a path on this machine; received the address {value}; {remedy}"
+            f"{command_line('pack', *words, '--out', 'PACK')}, then data.source=pack data.path=PACK"
+        )
 
     @model_validator(mode="after")
     def _check_source_keys(self) -> "DataConfig":

@@ -137,8 +137,13 @@ def test_debug_is_an_option_of_every_command_and_sets_what_the_console_reads(
         (["pack", "--config", "configs/lite0_digits.yaml", "--out", "tests"], "tests exists and is no pack"),
         (
             ["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--first-label", "1"],
-            "--first-label belongs to --tfrecord",
+            "--first-label belongs to --tfrecord and --webdataset",
         ),
+        (["pack", "--tfrecord", "x", "--out", "x", "--root", "y"], "--root belongs to --csv"),
+        (["pack", "--csv", "x.csv", "--out", "x", "--columns", "file=path"], "--columns file=path: write path=NAME"),
+        (["pack", "--csv", "none.csv", "--out", "x"], "--csv none.csv cannot be read: No such file"),
+        (["pack", "--webdataset", "none-{0..3}.tar", "--out", "x"], "none-{0..3}.tar: there is no such file"),
+        (["pack", "--csv", "s5://b/a.csv", "--out", "x"], "s5://b/a.csv is no address that fsspec knows"),
         (["pack", "--tfrecord", "train=none-*", "--out", "x"], "--tfrecord train=none-*: there is no such file"),
         (["pack", "--config", "configs/lite0_digits.yaml", "--out", "x", "--shard-size", "5"], "write it like 256MB"),
         (
