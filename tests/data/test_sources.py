@@ -1,5 +1,6 @@
 """Layouts are read as documented, and what is wrong with them is said in one message."""
 
+import csv
 import io
 import os
 import socket
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -286,6 +289,54 @@ def test_csv_of_any_delimiter_and_columns(tmp_path, text):
     source = open_source(config)
     assert source.class_names == ("blue", "red")
     assert source.list_images() == [LabeledImage("a.jpg", 1, "train"), LabeledImage("b.jpg", 0, "test")]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    delimiter=st.sampled_from(",;\t|"),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    labels=st.lists(st.text("äb1,;|\t' \"-", min_size=1).map(str.strip).filter(bool), min_size=4, max_size=4),
+    blank=st.booleans(),
+)
+def test_any_csv_file_that_a_spreadsheet_writes_is_read(
+    csv_images, delimiter, newline, encoding, quoting, labels, blank
+):
+    """Relative and absolute paths, also through a link, and names with delimiters in them."""
+    paths = ["a.jpg", "../images/b, ü;|.jpg", csv_images / "images/c.jpg", csv_images / "link/d.jpg"]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=newline, quoting=quoting)
+    writer.writerows(
+        [("note", "species", "file", "more"), *(("x y", *row, "") for row in zip(labels, paths, strict=True))]
+    )
+    if blank:
+        text.write(f"{delimiter * 3}{newline}{newline}")
+    (csv_images / "list.csv").write_bytes(text.getvalue().encode(encoding))
+    columns = {"path": "file", "label": "species"}
+    config = DataConfig(source="csv", path=csv_images / "list.csv", columns=columns, root=csv_images / "link")
+    source = open_source(config)
+    images = source.list_images()
+    assert [source.class_names[image.label] for image in images] == labels
+    assert [source.read(image.key) for image in images] == [
+        (csv_images / "images" / Path(path).name).read_bytes() for path in paths
+    ]
+
+
+@pytest.fixture(scope="module")
+def csv_images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("csv")
+    for seed, name in enumerate(("a.jpg", "b, ü;|.jpg", "c.jpg", "d.jpg")):
+        write(root / "images" / name, seed)
+    (root / "link").symlink_to(root / "images")
+    return root
+
+
+def test_large_numbers_are_different_classes(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.jpg")
+    source = csv_file(tmp_path / "n.csv", f"path,label\na.jpg,{2**53}\nb.jpg,{2**53 + 1}.0\n")
+    assert source.class_names == (str(2**53), str(2**53 + 1))
 
 
 def test_integers_are_classes_however_they_are_written(tmp_path):

@@ -113,7 +113,7 @@ def index_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     are in alphabetical order.
     """
     if all(re.fullmatch(INTEGER, label) for label in set(labels)):
-        numbers = [int(float(label)) for label in labels]
+        numbers = [int(label.partition(".")[0]) for label in labels]  # a float would join large ones
         values = sorted(set(numbers))
         positions = {value: position for position, value in enumerate(values)}
         return tuple(map(str, values)), [positions[number] for number in numbers]

@@ -1,5 +1,6 @@
 """A CSV file that lists images, their labels and, where given, their splits."""
 
+import codecs
 import csv
 import io
 import os
@@ -75,7 +76,7 @@ def read_images(
     1 and 1.0 are the same class, and the classes are in the order of the numbers.
 
     Args:
-        content: The file, in UTF-8 with or without a byte order mark.
+        content: The file, in UTF-8, with or without a byte order mark, or in UTF-16 with one.
         name: Its path or address, for messages.
         columns: Names of the columns; None for path, label and split.
         key_of: Returns the key of an image by its path as written.
@@ -116,7 +117,8 @@ def read_images(
 def _read_rows(content: bytes, source: str, columns: ColumnsConfig) -> list[_Row]:
     label = columns.label or LABEL
     try:
-        with io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="") as file:
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        with io.TextIOWrapper(io.BytesIO(content), encoding=encoding, newline="") as file:
             delimiter = max(DELIMITERS, key=re.sub(r'"[^"]*"', "", file.readline()).count)  # names may be quoted
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
@@ -128,6 +130,7 @@ def _read_rows(content: bytes, source: str, columns: ColumnsConfig) -> list[_Row
                     *((row.get(name) or "").strip() for name in (columns.path, label, columns.split)),
                 )
                 for row in reader
+                if any(row.values())  # spreadsheets write rows of delimiters alone
             ]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{source} cannot be read as a CSV file in UTF-8: {error}") from None
