@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from PIL import Image
 
 from pipeline.cli.pack import main as pack
 from pipeline.config.data import DataConfig
+from pipeline.config.loader import load_config
 from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
@@ -298,6 +300,7 @@ dataset_info:
 PROGRAM = """
 import json, sys
 from pipeline.config.data import DataConfig
+from pipeline.config.loader import load_config
 from pipeline.data.sources.catalog import open_source
 from pipeline.errors import DataError
 for keys in json.loads(sys.argv[1]):
@@ -363,3 +366,14 @@ def test_a_data_set_of_the_hub_is_downloaded_once_and_then_read_without_the_hub(
     assert f"is of commit {COMMIT}; set data.revision to that" in other
     assert "the Hugging Face Hub cannot be reached" in absent
     assert "data.name=null data.path=FOLDER" in absent
+
+
+def test_the_printed_command_trains_from_the_pack_though_the_config_names_columns(tmp_path: Path, saved: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{source: huggingface, path: {saved}, columns: {{label: label}}}}\n")
+    console = FakeConsole()
+    assert pack(console, ["--config", str(config), "--out", str(tmp_path / "pack")]) == 0
+    line = next(line for line in console.output.splitlines() if line.startswith("train"))
+    words = shlex.split(line.partition("--config ")[2])
+    assert words[0] == str(config)
+    assert len(open_source(load_config(Path(words[0]), words[1:]).data).list_images()) == 9
