@@ -50,13 +50,13 @@ class CsvSource:
 
     def stat(self, key: str) -> FileStat | None:
         """Return the size and version of a file on this machine; None for one at an address."""
-        place = self._place(key)
-        return None if remote.is_address(place) else file_stat(Path(place))
+        location = self._location(key)
+        return None if remote.is_address(location) else file_stat(Path(location))
 
     def read(self, key: str) -> bytes:
         """Return the encoded file of an image."""
-        place = self._place(key)
-        return remote.read(place) if remote.is_address(place) else Path(place).read_bytes()
+        location = self._location(key)
+        return remote.read(location) if remote.is_address(location) else Path(location).read_bytes()
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """Return the encoded file of an image in a tf.data graph."""
@@ -70,7 +70,7 @@ class CsvSource:
             return posixpath.normpath(text)
         return relative_key(Path(self._root), text)
 
-    def _place(self, key: str) -> str:
+    def _location(self, key: str) -> str:
         """Return the address of an image, or its path on this machine."""
         if remote.is_address(key):
             return key
@@ -80,8 +80,8 @@ class CsvSource:
 
     def _problem(self, text: str, key: str) -> str | None:
         """Return why a row cannot be used. A file at an address is not looked for: that takes as long as reading it."""
-        place = self._place(key)
-        return None if remote.is_address(place) or Path(place).is_file() else f"there is no file {text}"
+        location = self._location(key)
+        return None if remote.is_address(location) or Path(location).is_file() else f"there is no file {text}"
 
 
 def csv_input(address: str, columns: ColumnsConfig, root: str | None) -> SourceInput:
