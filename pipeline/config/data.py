@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import LocalPath, StrictModel
 
+Background = Literal["white", "black"]
+
 
 class SplitsConfig(StrictModel):
     """Fractions of the splits that the program creates."""
@@ -60,6 +62,10 @@ class DataConfig(StrictModel):
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
+
+    background: Background = "white"
+    """Color that transparent images are put on. White, because they are mostly made for white pages: see
+    data/README.md."""
 
     @model_validator(mode="after")
     def _check_source_keys(self) -> "DataConfig":

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from pipeline.data.inspection import short_message
+from pipeline.data.inspection import packable, short_message
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.data.sources.base import format_list, split_of
 from pipeline.errors import DataError
@@ -171,7 +171,12 @@ class TFRecordInput:
             raise DataError(f"{where} has the label {labels[0]}; valid are {first} to {first + classes - 1}{hint}")
         class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
         return PackRecord(
-            f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0]
+            f"{file.name}/{number}" + (f"/{own}" if own else ""),
+            labels[0],
+            class_name,
+            file.split,
+            0,
+            packable(image[0]),
         )
 
 
