@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.console import Console
-from pipeline.data.data_service import check_servers, from_data_service
+from pipeline.data.data_service import check_servable, check_servers, from_data_service
 from pipeline.data.input_pipeline import evaluation_stream, feature_stream, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.signals import TrainingInterrupted
-from pipeline.errors import DataError, RunError, TrainingError
+from pipeline.errors import RunError, TrainingError
 from pipeline.evaluation.metrics import Evaluation, evaluate_predictions
 from pipeline.evaluation.predictor import Predictions, Predictor
 from pipeline.tasks import TASKS
@@ -83,7 +83,7 @@ class StageData:
         addresses = self._config.runtime.data_service
         if addresses is None:
             return self.local_stream(step, shard=self._shard)
-        self._check_servable()
+        check_servable(self._manifest)
         check_servers(addresses)
         return from_data_service(
             lambda server, num_servers: self.local_stream(
@@ -91,16 +91,6 @@ class StageData:
             ),
             addresses,
         )
-
-    def _check_servable(self) -> None:
-        """Raise DataError if training images are decoded by a Python function, which stays in this process."""
-        train = self._manifest.indices("train")
-        if number := int(self._manifest.transcoded[train].sum()):
-            key = self._manifest.table["key"].iloc[train[self._manifest.transcoded[train]][0]]
-            raise DataError(
-                f"runtime.data_service: {number:,} training images, such as {key}, are decoded by Pillow, which "
-                "servers cannot run; convert them to opaque PNG or JPEG, or set data_service to null"
-            )
 
     def local_stream(self, step: int, *, first: int | None = None, **stream_kwargs: Any) -> tf.data.Dataset:
         """Return the training stream as the stage of a step sees it, prepared in this process.

@@ -4,6 +4,7 @@ import io
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_inspection import bmp, encode, png, smooth
 
 from pipeline.config.data import Background, DataConfig
 from pipeline.config.schema import Config
+from pipeline.data.data_service import check_servable
 from pipeline.data.input_pipeline import evaluation_stream, training_stream
 from pipeline.data.inspection import ImageFlag, inspect, make_decodable, packable, read_header
 from pipeline.data.pack_inputs import SourceInput
@@ -25,6 +27,7 @@ from pipeline.data.sources.folder import open_folder
 from pipeline.data.sources.pack import open_pack
 from pipeline.data.transcoding import lacks_end_marker
 from pipeline.data.validation import scan
+from pipeline.errors import DataError
 
 H, W = 45, 72
 RGB_IMAGE = Image.fromarray(smooth(H, W))
@@ -369,6 +372,13 @@ def test_a_manifest_keeps_which_files_are_transcoded(folder: Path) -> None:
     assert "4 TIFF" not in "".join(manifest.notes)
     assert any(note.startswith("6 TIFF files are decoded by Pillow") for note in manifest.notes)
     assert any("6 images have transparency and are put on white" in note for note in manifest.notes)
+
+
+def test_data_servers_refuse_images_that_pillow_decodes(folder: Path) -> None:
+    manifest = scan(open_folder(folder), config_of(folder).data, seed=0)
+    with pytest.raises(DataError, match=r"12 training images, such as train/a/00.tif, are decoded by Pillow"):
+        check_servable(manifest)
+    check_servable(replace(manifest, table=manifest.table.drop(columns="transcoded")))
 
 
 def test_two_threads_that_meet_their_first_tiff_together_both_decode_it() -> None:
