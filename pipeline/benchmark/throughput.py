@@ -20,6 +20,7 @@ from pipeline.data.mixup import mixing_group_size, mixup_and_cutmix
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sources.base import DataSource
 from pipeline.data.sources.catalog import open_source
+from pipeline.data.transcoding import file_reader
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime, setup_devices
 from pipeline.distributed.signals import TrainingInterrupted
@@ -193,7 +194,8 @@ class ThroughputBenchmark:
 
     def time_parts(self) -> dict[str, float]:
         """Return the milliseconds per image that each part of the stream adds to the parts before it, on one thread."""
-        config, settings, source = self.config, self.config.augment, self.source
+        config, settings = self.config, self.config.augment
+        read = file_reader(self.source, self.manifest.transcoded, config.data.background)
         rows = self.manifest.table.iloc[self.manifest.indices("train")[:TIMED_IMAGES]]
         seeds = np.stack([np.full(len(rows), config.seed), rows.index], axis=1).astype(np.int64)
         columns = [rows[name].to_numpy(np.int32) for name in ("height", "width", "orientation")]
@@ -203,7 +205,7 @@ class ThroughputBenchmark:
             transform.name == "RandomResizedCrop" for transform in settings.transforms
         )
         parts: dict[str, Callable[..., tf.Tensor]] = {
-            "read": lambda key, *_: source.read_tf(key),
+            "read": lambda key, *rest: read(key, rest[-1][1]),
             "decode and crop" if cropped else "decode": lambda encoded, *rest: augment.decode(encoded, *rest[:-1]),
             "resize and flip" if settings.backend == "native" else "transforms": lambda image, *rest: augment.transform(
                 image, rest[-2]

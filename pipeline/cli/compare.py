@@ -69,7 +69,14 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     print_comparison(pairs, settings, runs, console)
 
     source = open_images(named, console) if any(len(pair.changed_images) for pair in pairs) else None
-    report = render_comparison(runs, pairs, settings=settings, histories=histories(named), source=source)
+    report = render_comparison(
+        runs,
+        pairs,
+        settings=settings,
+        histories=histories(named),
+        source=source,
+        background=last.load_config().data.background,
+    )
     directory = last.comparison([run.path.resolve().name for run in list(named.values())[:-1]])
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / f"{split}.html", report)

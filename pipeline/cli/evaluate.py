@@ -221,7 +221,7 @@ def evaluate_external_data(
     from pipeline.evaluation.report.tables import metrics_table, write_results
     from pipeline.evaluation.results import summarize_with_intervals
 
-    source, data = open_external_data(path, split)
+    source, data = open_external_data(path, split, loaded.config.data.background)
     alignment = align(source.class_names, loaded.class_lists, class_map)
     with console.progress("reading the data") as progress:
         manifest = scan_external_data(source, data, progress)

@@ -158,7 +158,12 @@ def export(
     split = choose_split(run, manifest, split)
     source = open_source(config.data)
     signature = ModelSignature(
-        manifest.class_names, config.variant.resolution, config.model.channels, config.data.resize, TASKS[config.task]
+        manifest.class_names,
+        config.variant.resolution,
+        config.model.channels,
+        config.data.resize,
+        TASKS[config.task],
+        config.data.background,
     )
     batch_size = min(MAX_BATCH_SIZE, config.train.micro_batch_size or MAX_BATCH_SIZE)
     images = evaluation_stream(manifest, source, config, manifest.indices(split), batch_size=batch_size)

@@ -35,7 +35,8 @@ class LoadedModel:
     Attributes:
         model: float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K).
         class_lists: Names of the K outputs, in their order; a list for each naming, such as synsets and readable names.
-        config: Config of the run; of a model with published weights only `variant`, `data.resize` and `runtime` matter.
+        config: Config of the run; of a model with published weights only `variant`, `data.resize`,
+            `data.background` and `runtime` matter.
         runtime: Devices that run the model.
         run: Directory of the run; None for published weights.
     """

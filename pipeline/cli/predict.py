@@ -119,7 +119,7 @@ def predict_images(
 
     names = [" ".join(synonyms) for synonyms in zip(*loaded.class_lists, strict=True)]
     k = min(k, len(names))
-    resolution, resize = loaded.config.variant.resolution, loaded.config.data.resize
+    resolution, data = loaded.config.variant.resolution, loaded.config.data
     done = failed = 0
     with ExitStack() as stack:
         if isinstance(file, Path):
@@ -128,7 +128,14 @@ def predict_images(
         write_row = None if file is None else csv_writer(file, k) if format == "csv" else json_lines_writer(file)
         try:
             predictions = predict_files(
-                loaded.model, names, paths, resolution=resolution, resize=resize, k=k, task=TASKS[loaded.config.task]
+                loaded.model,
+                names,
+                paths,
+                resolution=resolution,
+                resize=data.resize,
+                background=data.background,
+                k=k,
+                task=TASKS[loaded.config.task],
             )
             for prediction in predictions:
                 if write_row is None:

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pipeline.config.base import LocalPath, StrictModel
 from pipeline.console import command_line
 
+Background = Literal["white", "black"]
+
 
 class SplitsConfig(StrictModel):
     """Fractions of the splits that the program creates."""
@@ -75,11 +77,14 @@ class DataConfig(StrictModel):
     group_near_duplicates: bool = True
     """Keep near-duplicate images in one split. false makes the test metrics optimistic."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """fail: list all unusable files and stop; skip: leave them out and list them in a report."""
+    """error: list all unusable files and stop; skip: leave them out and list them in a report."""
     on_leak: Literal["error", "warn", "ignore"] = "error"
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
     """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
+    background: Background = "white"
+    """Color that transparent images are put on. White, because they are mostly made for white pages: see
+    data/README.md."""
 
     @field_validator("path", "root", mode="before")
     @classmethod

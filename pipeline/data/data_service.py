@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow as tf
 
 from pipeline.config.address import parse_address
-from pipeline.errors import RunError, TrainingError
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError, RunError, TrainingError
 
 PREFETCH = 2  # batches prefetched from a server
 PATIENCE = 15.0  # seconds without a batch, after which the servers are checked
@@ -68,6 +69,22 @@ def check_servers(addresses: Sequence[str]) -> None:
                     f"runtime.data_service: nothing answers at {host}:{number} ({error}); "
                     f"start it there by: python -m pipeline data-server --address {address}"
                 ) from None
+
+
+def check_servable(manifest: Manifest) -> None:
+    """Check that no training image is decoded by a Python function, which stays in this process.
+
+    Raises:
+        DataError: An image is.
+    """
+    train = manifest.indices("train")
+    by_pillow = train[manifest.transcoded[train]]
+    if len(by_pillow):
+        raise DataError(
+            f"runtime.data_service: {len(by_pillow):,} training images, such as "
+            f"{manifest.table['key'].iloc[by_pillow[0]]}, are decoded by Pillow, which servers cannot run; convert "
+            "them to opaque PNG or JPEG, or set data_service to null"
+        )
 
 
 def from_data_service(stream: Callable[[int, int], tf.data.Dataset], addresses: Sequence[str]) -> tf.data.Dataset:

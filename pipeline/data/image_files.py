@@ -9,7 +9,8 @@ IMAGE_SUFFIXES = tuple(
     f".{name}"
     for names in (
         "jpg jpeg jpe jfif png gif bmp dib webp",
-        "tif tiff heic heif avif jxl jp2 j2k ppm pgm pbm pnm tga ico psd dng cr2 nef arw raw",
+        "tif tiff heic heif hif avif avifs jxl jp2 j2k j2c jpx jpf ppm pgm pbm pnm tga apng qoi pcx sgi dds ico icns",
+        "psd dng cr2 nef arw raw",
     )
     for name in names.split()
 )

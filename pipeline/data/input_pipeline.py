@@ -7,6 +7,7 @@ steps before it.
 """
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +22,7 @@ from pipeline.data.preprocessing import PreprocessFn, Resize, decode, resize_to_
 from pipeline.data.randaugment import randaugment
 from pipeline.data.sampler import CHUNK_POSITIONS, positions, shuffled
 from pipeline.data.sources.base import DataSource
+from pipeline.data.transcoding import file_reader
 from pipeline.distributed.sharding import FULL_SHARD, Shard
 from pipeline.errors import DataError
 from pipeline.tasks import TASKS
@@ -81,6 +83,7 @@ def training_stream(
     num_workers = num_workers or _num_workers(config.runtime)
     local_batch_size, count = batch_size // shard.count, len(indices)
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
+    read = _file_reader(manifest, source, config, indices)
     settings, resolution, resize = config.augment, config.variant.resolution, config.data.resize
     task = TASKS[config.task]
     augment = (
@@ -100,7 +103,7 @@ def training_stream(
     @tf.autograph.experimental.do_not_convert  # there is nothing to convert, and searching for it takes seconds
     def load(epoch: tf.Tensor, row: IndexBatch) -> tuple[tf.Tensor, ...]:
         seed = tf.stack([tf.constant(config.seed, tf.int64), tf.bitwise.left_shift(epoch, INDEX_BITS) + row.index])
-        image = augment(source.read_tf(row.key), row.height, row.width, row.orientation, seed)
+        image = augment(read(row.key, row.index), row.height, row.width, row.orientation, seed)
         if apply_randaugment is not None:
             image = apply_randaugment(image, seed)
         return image, task.encode(row.label, num_classes), tf.ones(()), row.index
@@ -197,7 +200,7 @@ def evaluation_stream(
     Args:
         manifest: All images.
         source: Source of the image files.
-        config: Its resolution R, `data.resize` and `runtime.num_workers` are used.
+        config: Its resolution R, `data.resize`, `data.background` and `runtime.num_workers` are used.
         indices: Indices of the images in the manifest, int64 (N,), such as `manifest.indices(split)`.
         batch_size: Images per batch, B.
         preprocess_fn: Maps an upright image, uint8 (H, W, 3), and its index to the network's input, uint8 (R, R, 3);
@@ -214,6 +217,7 @@ def evaluation_stream(
     if not len(indices):
         raise DataError("the split holds no images; give it a share in data.splits, or images of its own")
     lookup, num_classes = memory_mapped_table(manifest, indices), len(manifest.class_names)
+    read = _file_reader(manifest, source, config, indices)
     resolution, resize, num_workers = config.variant.resolution, config.data.resize, _num_workers(config.runtime)
     local_batch_size, count, batches = batch_size // shard.count, len(indices), -(-len(indices) // batch_size)
     task, shape = TASKS[config.task], (resolution, resolution, config.model.channels)
@@ -223,7 +227,7 @@ def evaluation_stream(
         return position < count, lookup(tf.minimum(position, count - 1))
 
     def load_image(row: IndexBatch) -> tuple[tf.Tensor, ...]:
-        image = decode(source.read_tf(row.key), row.orientation)
+        image = decode(read(row.key, row.index), row.orientation)
         image = (
             resize_to_square(image, resolution, resize) if preprocess_fn is None else preprocess_fn(image, row.index)
         )
@@ -255,6 +259,15 @@ def evaluation_stream(
         .batch(local_batch_size, drop_remainder=True)
     )
     return _with_options(dataset.apply(tf.data.experimental.assert_cardinality(batches)), num_workers)
+
+
+def _file_reader(
+    manifest: Manifest, source: DataSource, config: Config, indices: np.ndarray
+) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Return the function that reads the files of some images; see `transcoding.file_reader`."""
+    needed = np.zeros(len(manifest.table), bool)
+    needed[indices] = manifest.transcoded[indices]
+    return file_reader(source, needed, config.data.background)
 
 
 def _evaluation_transform(resolution: int, resize: Resize) -> Augmentation:

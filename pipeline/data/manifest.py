@@ -28,6 +28,7 @@ COLUMNS = {
     "width": "int32",
     "orientation": "uint8",
 }
+OPTIONAL_COLUMNS = {"transcoded": "bool"}  # without the column, of no image
 CHUNK_ROWS = 65_536  # rows that are converted to Python objects at a time
 
 
@@ -47,7 +48,9 @@ class Manifest:
         class_names: In the order of the labels.
         table: One row per image; the row's number is the image's index. Columns: key (str), label (int32), split
             (train, val or test), group (int64, equal for near-duplicates), sha256 (of the encoded file, hexadecimal),
-            height, width (int32, pixels as stored), orientation (uint8, EXIF 1 to 8: how to turn what is stored).
+            height, width (int32, pixels as stored), orientation (uint8, EXIF 1 to 8: how to turn what is stored). Only
+            if an image needs it: transcoded (bool), whether its file passes through `transcoding.transcode`; height,
+            width and orientation are then of the result.
         notes: Warnings about the data, a sentence each.
         skipped_images: The images that have no row, because they cannot be used.
     """
@@ -60,6 +63,13 @@ class Manifest:
     def indices(self, split: str) -> np.ndarray:
         """Return the indices of a split's images, int64 (n,), ascending."""
         return np.flatnonzero(self.table["split"].to_numpy() == split).astype(np.int64)
+
+    @property
+    def transcoded(self) -> np.ndarray:
+        """For each image, whether its file passes through `transcoding.transcode`, bool (N,)."""
+        if "transcoded" in self.table:
+            return self.table["transcoded"].to_numpy(bool)
+        return np.zeros(len(self.table), bool)
 
     @property
     def evaluation_split(self) -> str:
@@ -121,7 +131,8 @@ class Manifest:
             name: json.loads(rows.schema.metadata[name.encode()]) for name in ("class_names", "notes", "skipped_images")
         }
         skipped_images = tuple(SkippedImage(*row) for row in lists["skipped_images"])
-        table = rows.to_pandas()[list(COLUMNS)].astype(COLUMNS)
+        columns = COLUMNS | {name: kind for name, kind in OPTIONAL_COLUMNS.items() if name in rows.column_names}
+        table = rows.to_pandas()[list(columns)].astype(columns)
         return cls(tuple(lists["class_names"]), table, tuple(lists["notes"]), skipped_images)
 
     def write_skipped_images(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.inspection import size_problem
+from pipeline.data.inspection import packable, size_problem
 from pipeline.data.sources.base import DataSource, LabeledImage
 from pipeline.errors import DataError
 
@@ -38,7 +38,7 @@ class PackRecord(NamedTuple):
     split: str | None
     modified: int
     data: bytes
-    """The encoded file."""
+    """The encoded file, as `inspection.packable` returns it."""
 
 
 class PackInput(Protocol):
@@ -116,7 +116,7 @@ class SourceInput:
             status = self._source.stat(image.key)
             if status is not None and (reason := size_problem(status.size)):
                 raise DataError(f"{image.key} {reason}; remove it from the data set")
-            data = self._source.read(image.key)
+            data = packable(self._source.read(image.key))
         except OSError as error:
             raise DataError(
                 f"{image.key} cannot be read: {error.strerror}; correct that, or remove it from the data set"
@@ -133,7 +133,7 @@ class SourceInput:
                 changes.append(f"{key}: is gone")
             elif current[key] != (key, label, split):
                 changes.append(f"{key}: has another {'split' if current[key].label == label else 'label'}")
-            elif self._other_status(key, size, modified) and hashlib.sha256(self._source.read(key)).digest() != sha256:
+            elif self._other_status(key, size, modified) and self._digest(key) != sha256:
                 changes.append(f"{key}: has other contents")
         return changes
 
@@ -141,6 +141,10 @@ class SourceInput:
         """Return whether size or version differ; the contents of a copied or touched file have not changed."""
         status = self._source.stat(key)
         return status is not None and status != (size, modified)
+
+    def _digest(self, key: str) -> bytes:
+        """Return the SHA-256 of what a pack holds of an image."""
+        return hashlib.sha256(packable(self._source.read(key))).digest()
 
     def classes(self, rows: pa.Table) -> tuple[tuple[str, ...], np.ndarray]:
         """Return the class names in the order of the labels."""

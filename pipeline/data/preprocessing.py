@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
+from pipeline.config.data import Background
+
 Resize = Literal["crop", "squash", "letterbox"]
 # From an upright image, uint8 (H, W, 3), and its index to the network's uint8 (R, R, 3).
 PreprocessFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -27,7 +29,8 @@ JPEG_METHOD = "INTEGER_ACCURATE"
 def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Decode an image and turn it upright.
 
-    Gray images get three equal channels, transparency is dropped, CMYK becomes RGB, 16 bits become 8, an animated GIF
+    Gray images get three equal channels, transparency is dropped (`inspection.make_decodable` has put such an image on
+    its background before), CMYK becomes RGB, 16 bits become 8, an animated GIF
     gives its first frame.
 
     Args:
@@ -42,6 +45,30 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """
     stored = tf.cond(tf.io.is_jpeg(encoded), lambda: decode_jpeg(encoded), lambda: _decode_other(encoded))
     return apply_exif_orientation(stored, orientation)
+
+
+def decode_on_background(encoded: tf.Tensor, orientation: tf.Tensor, background: Background) -> tf.Tensor:
+    """Decode an image as `decode` does, and put a transparent PNG on a background, to the bit as Pillow does.
+
+    Args:
+        encoded: See `decode`.
+        orientation: Scalar integer, EXIF orientation 1 to 8.
+        background: Color behind transparent pixels.
+
+    Returns:
+        uint8 (H, W, 3) in [0, 255], upright.
+    """
+    behind = {"white": 255, "black": 0}[background]
+
+    def decode_png() -> tf.Tensor:
+        pixels = tf.cast(tf.io.decode_png(encoded, channels=RGB + 1), tf.int32)
+        alpha = pixels[..., RGB:]
+        scaled = pixels[..., :RGB] * alpha + behind * (255 - alpha) + 128
+        # Divided by 255 and rounded, in whole numbers.
+        shown = tf.bitwise.right_shift(tf.bitwise.right_shift(scaled, 8) + scaled, 8)
+        return apply_exif_orientation(tf.cast(shown, tf.uint8), orientation)
+
+    return tf.cond(tf.strings.substr(encoded, 0, 4) == b"\x89PNG", decode_png, lambda: decode(encoded, orientation))
 
 
 def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
@@ -231,8 +258,8 @@ def preprocess(encoded: tf.Tensor, orientation: tf.Tensor, *, resolution: int, r
     return resize_to_square(decode(encoded, orientation), resolution, resize)
 
 
-def describe(resolution: int, resize: Resize) -> list[str]:
-    """Describe `preprocess` in sentences, from which it can be implemented without TensorFlow."""
+def describe(resolution: int, resize: Resize, background: Background = "white") -> list[str]:
+    """Describe the preprocessing in sentences, from which it can be implemented without TensorFlow."""
     r, padded = resolution, resolution + CROP_PADDING
     bicubically = (
         "bicubically (Keys, a = -0.5), with an antialiasing filter where a side shrinks, as Pillow's BICUBIC does"
@@ -252,8 +279,8 @@ def describe(resolution: int, resize: Resize) -> list[str]:
         ],
     }[resize]
     return [
-        "decode to 8 bits a channel, RGB: gray becomes three equal channels, transparency is dropped, an animation "
-        "gives its first frame",
+        "decode to 8 bits a channel, RGB: gray becomes three equal channels, transparent pixels are put on "
+        f"{background}, an animation gives its first frame",
         "turn the image upright by its EXIF orientation; H and W are its height and width from here on",
         *square,
         "the pixels are whole numbers in [0, 255], rounded and clipped; give them as float32; "

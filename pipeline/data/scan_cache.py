@@ -19,14 +19,14 @@ from pipeline.files import atomic_path, cache_folder, sha256_of
 
 CHECKSUM_BYTES = 32  # bytes
 CHUNK_ROWS = 65_536  # records
-SCAN_VERSION = 2  # to be increased when the same file may give another result
+SCAN_VERSION = 3  # to be increased when the same file may give another result
 FACTS = np.dtype(
     [
         ("name", np.uint64),  # of a digest of the key
         ("size", np.int64),  # bytes
         ("modified", np.int64),  # FileStat.version
         ("sha256", "V32"),
-        ("kind", np.uint8),  # position in FORMATS
+        ("kind", "S16"),  # Pillow's name of the format
         ("height", np.int32),  # pixels, as stored
         ("width", np.int32),
         ("orientation", np.uint8),  # EXIF
@@ -43,14 +43,15 @@ FACTS = np.dtype(
 class ScanCache:
     """The cached scan results of a data set's files."""
 
-    def __init__(self, data: Path | None) -> None:
+    def __init__(self, data: Path | None, background: str = "white") -> None:
         """Open the cache of a data set.
 
         Args:
             data: The folder or file that names the data set; None disables the cache.
+            background: Color behind transparent pixels; results for another one do not count.
         """
-        self._path = _cache_path(data) if data is not None else None
-        self._facts = _read(self._path) if self._path is not None else np.empty(0, FACTS)
+        self._path, self._background = _cache_path(data) if data is not None else None, background
+        self._facts = _read(self._path, background) if self._path is not None else np.empty(0, FACTS)
         self._names = np.ascontiguousarray(self._facts["name"])
         self._has_changes = False
 
@@ -95,7 +96,7 @@ class ScanCache:
                     content.update(records)
                     file.write(records)
                 file.seek(0)
-                file.write(_checksum(content.digest()))
+                file.write(_checksum(content.digest(), self._background))
 
 
 def _cache_path(data: Path) -> Path | None:
@@ -105,20 +106,20 @@ def _cache_path(data: Path) -> Path | None:
         return None
 
 
-def _read(path: Path) -> np.ndarray:
+def _read(path: Path, background: str) -> np.ndarray:
     """Return FACTS (N,), sorted by name and mapped from the disk."""
     try:
         with path.open("rb") as file:
-            intact = file.read(CHECKSUM_BYTES) == _checksum(hashlib.file_digest(file, "sha256").digest())
+            intact = file.read(CHECKSUM_BYTES) == _checksum(hashlib.file_digest(file, "sha256").digest(), background)
         return np.memmap(path, FACTS, "r", offset=CHECKSUM_BYTES) if intact else np.empty(0, FACTS)
     except (OSError, ValueError):  # ValueError: no record in it
         return np.empty(0, FACTS)
 
 
-def _checksum(content: bytes) -> bytes:
-    """Return a digest of the records' digest and of the versions that determine them."""
+def _checksum(content: bytes, background: str) -> bytes:
+    """Return a digest of the records' digest and of the versions and settings that determine them."""
     return hashlib.sha256(
-        repr((SCAN_VERSION, FACTS.descr, tf.__version__, PIL.__version__)).encode() + content
+        repr((SCAN_VERSION, FACTS.descr, tf.__version__, PIL.__version__, background)).encode() + content
     ).digest()
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from pipeline.data.input_files import FilesInput, InputFile, find_files
-from pipeline.data.inspection import short_message
+from pipeline.data.inspection import packable, short_message
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.errors import DataError
 
@@ -95,7 +95,12 @@ class TFRecordInput(FilesInput):
         self.check_label(labels[0], where)
         class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
         return PackRecord(
-            f"{file.name}/{number}" + (f"/{own}" if own else ""), labels[0], class_name, file.split, 0, image[0]
+            f"{file.name}/{number}" + (f"/{own}" if own else ""),
+            labels[0],
+            class_name,
+            file.split,
+            0,
+            packable(image[0]),
         )
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.data.image_files import IMAGE_SUFFIXES, is_hidden
 from pipeline.data.input_files import FilesInput, InputFile, find_files
+from pipeline.data.inspection import packable
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.data.sources.base import index_classes
 from pipeline.data.sources.servers import short_message
@@ -149,7 +150,7 @@ class WebDatasetInput(FilesInput):
         if "class_name" in self._features:
             name = self._text(members, self._features["class_name"], where)
         key = f"{file.name}/{sample.number}/{sample.key}.{image}"
-        return PackRecord(key, number, name, file.split, 0, members[image])
+        return PackRecord(key, number, name, file.split, 0, packable(members[image]))
 
     def _text(self, members: Mapping[str, bytes], name: str | None, where: str) -> str | None:
         """Return the text of a member of this extension, or of a field of the JSON file; None if there is none.

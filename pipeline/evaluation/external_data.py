@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import Background, DataConfig
 from pipeline.console import ProgressFn
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
@@ -58,13 +58,16 @@ class SplitSource:
         return self.source.read_tf(key)
 
 
-def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, DataConfig]:
+def open_external_data(
+    path: Path, split: str | None, background: Background = "white"
+) -> tuple[SplitSource, DataConfig]:
     """Open a folder, a CSV file or a pack of images for evaluation, as one set.
 
     Args:
         path: A folder, a CSV file (recognized by its suffix), or the folder of a pack; the layouts are those of the
             training data.
         split: The split of the data to take; None takes all images.
+        background: Color behind transparent pixels.
 
     Returns:
         The images, and the config to scan them with.
@@ -74,7 +77,10 @@ def open_external_data(path: Path, split: str | None) -> tuple[SplitSource, Data
     """
     folder_source = "pack" if (path / METADATA_FILE).is_file() else "folder"
     config = DataConfig(
-        source="csv" if path.suffix.lower() == ".csv" else folder_source, path=path, group_near_duplicates=False
+        source="csv" if path.suffix.lower() == ".csv" else folder_source,
+        path=path,
+        group_near_duplicates=False,
+        background=background,
     )
     source = SplitSource(open_source(config), split)
     if split is not None and not source.list_images():

@@ -1,7 +1,7 @@
 """Predictions for image files, with the preprocessing of validation, and their output as a table."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.inspection import read_header, size_problem
+from pipeline.config.data import Background
+from pipeline.data.inspection import make_decodable, size_problem
 from pipeline.data.preprocessing import Resize, preprocess
 from pipeline.errors import RunError
 from pipeline.tasks import SINGLE_LABEL, Task
@@ -53,6 +54,7 @@ def predict_files(
     *,
     resolution: int,
     resize: Resize,
+    background: Background = "white",
     k: int = 5,
     task: Task = SINGLE_LABEL,
 ) -> Iterator[FilePrediction]:
@@ -64,6 +66,7 @@ def predict_files(
         paths: The image files.
         resolution: Side R of the model's input, in pixels.
         resize: Method of resizing an image to a square, as in the training of the model.
+        background: Color behind transparent pixels, as in the training of the model.
         k: Number of classes per image; all of them where the model has fewer.
         task: What the logits mean.
 
@@ -75,6 +78,7 @@ def predict_files(
     """
     scalar = [tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int32)]
     preprocess_fn = tf.function(partial(preprocess, resolution=resolution, resize=resize), input_signature=scalar)
+    to_square = partial(_to_square, preprocess_fn, background)
 
     @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)])
     def forward(images: tf.Tensor) -> tf.Tensor:
@@ -84,7 +88,7 @@ def predict_files(
     with ThreadPoolExecutor(min(BATCH_SIZE, os.cpu_count() or 1)) as pool:
 
         def submit_batch() -> list[tuple[Path, Future[np.ndarray | str]]]:
-            return [(path, pool.submit(_read, preprocess_fn, path)) for path in islice(remaining, BATCH_SIZE)]
+            return [(path, pool.submit(_read, to_square, path)) for path in islice(remaining, BATCH_SIZE)]
 
         pending = submit_batch()
         while pending:
@@ -98,7 +102,7 @@ def predict_files(
                 )
 
 
-def _read(preprocess_fn: tf.types.experimental.PolymorphicFunction, path: Path) -> np.ndarray | str:
+def _read(to_square: Callable[[bytes], np.ndarray | str], path: Path) -> np.ndarray | str:
     """Return the image as uint8 (R, R, 3), or the reason why the file cannot be read."""
     try:
         if reason := size_problem(path.stat().st_size):
@@ -106,12 +110,20 @@ def _read(preprocess_fn: tf.types.experimental.PolymorphicFunction, path: Path) 
         encoded = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-    header = read_header(encoded)
-    if isinstance(header, str):
-        return header
+    return to_square(encoded)
+
+
+def _to_square(
+    preprocess_fn: tf.types.experimental.PolymorphicFunction, background: Background, encoded: bytes
+) -> np.ndarray | str:
+    """Return the image of a file as uint8 (R, R, 3), or the reason why it cannot be used."""
+    decodable = make_decodable(encoded, background)
+    if isinstance(decodable, str):
+        return decodable
+    file, header = decodable
     try:
         with tf.device("CPU:0"):
-            return preprocess_fn(encoded, header.orientation).numpy()
+            return preprocess_fn(file, header.orientation).numpy()
     except tf.errors.OpError:
         return f"is a damaged {header.kind}"
 

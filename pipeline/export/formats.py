@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.config.data import Background
 from pipeline.data.manifest import Manifest
-from pipeline.data.preprocessing import Resize, describe, preprocess
+from pipeline.data.preprocessing import Resize, decode_on_background, describe, resize_to_square
 from pipeline.tasks import Task
 
 INPUT, OUTPUT = "images", "logits"
@@ -42,6 +42,7 @@ class ModelSignature:
         channels: Channels C of the input.
         resize: How an image becomes a square.
         task: What the logits mean.
+        background: Color behind transparent pixels.
     """
 
     class_names: Sequence[str]
@@ -49,6 +50,7 @@ class ModelSignature:
     channels: int
     resize: Resize
     task: Task
+    background: Background = "white"
 
     @property
     def signature(self) -> tf.TensorSpec:
@@ -67,7 +69,11 @@ class ModelSignature:
                 "range": [0, 255],
                 "color_space": "RGB",
             },
-            "preprocessing": {"resize": self.resize, "resolution": side, "steps": describe(side, self.resize)},
+            "preprocessing": {
+                "resize": self.resize,
+                "resolution": side,
+                "steps": describe(side, self.resize, self.background),
+            },
             "output": {
                 "name": OUTPUT,
                 "shape": [None, len(self.class_names)],
@@ -93,10 +99,15 @@ def write_saved_model(model: keras.Model, model_signature: ModelSignature, path:
     `serving_default` maps `images` to `logits`.
 
     `classify` takes `encoded`, strings (N,), each a file as `pipeline.data.preprocessing.decode` takes it, and
-    `orientation`, int32 (N,), their EXIF orientations, 1 where a file has none. It gives `probabilities`, float32 (N,
+    `orientation`, int32 (N,), their EXIF orientations, 1 where a file has none. A transparent PNG is put on the
+    background. It gives `probabilities`, float32 (N,
     K), and `class_names`, strings (K,).
     """
-    to_square = partial(preprocess, resolution=model_signature.resolution, resize=model_signature.resize)
+    resolution, resize = model_signature.resolution, model_signature.resize
+
+    def to_square(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+        image = decode_on_background(encoded, orientation, model_signature.background)
+        return resize_to_square(image, resolution, resize)
 
     def classify(encoded: tf.Tensor, orientation: tf.Tensor) -> dict[str, tf.Tensor]:
         square = tf.TensorSpec(model_signature.signature.shape[1:], tf.uint8)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.inspection import FORMATS, ImageFlag, ImageHeader, inspect, inspect_all, read_header
+from pipeline.data.inspection import FORMATS, ImageFlag, ImageHeader, inspect, inspect_all, make_decodable, read_header
 from pipeline.data.preprocessing import decode, decode_jpeg
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources.base import LabeledImage
@@ -53,8 +53,18 @@ def bmp(rows: np.ndarray, width: int, bits: int, palette: bytes) -> bytes:
 
 
 def decoded(file: bytes) -> np.ndarray:
-    assert not isinstance(inspect(file), str)
-    return decode(tf.constant(file), tf.constant(1)).numpy()
+    """The image as training sees it."""
+    facts, decodable = inspect(file), make_decodable(file, "white")
+    assert not isinstance(facts, str)
+    assert not isinstance(decodable, str)
+    return decode(tf.constant(decodable[0]), tf.constant(int(facts["orientation"]))).numpy()
+
+
+def on_white(colors: np.ndarray) -> np.ndarray:
+    """Gray or RGB with alpha, uint8 (H, W, 2 or 4), on white: (H, W, 3)."""
+    alpha = colors[..., -1:].astype(int)
+    shown = (colors[..., :-1].astype(int) * alpha + 255 * (255 - alpha)) / 255
+    return np.broadcast_to(np.rint(shown).astype(np.uint8), (*colors.shape[:2], 3))
 
 
 @pytest.mark.parametrize(
@@ -63,8 +73,9 @@ def decoded(file: bytes) -> np.ndarray:
 def test_16_bits_keep_their_upper_8_and_are_not_clipped(color: int, channels: int) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (45, 70, channels)).astype(np.uint16)
     file = png(deep.astype(">u2").reshape(45, -1).view(np.uint8), 70, 16, color)
-    wanted = (deep >> 8).astype(np.uint8)[..., : 3 if channels > 2 else 1]
-    np.testing.assert_array_equal(decoded(file), np.broadcast_to(wanted, (45, 70, 3)))
+    upper = (deep >> 8).astype(np.uint8)
+    wanted = on_white(upper) if channels in (2, 4) else np.broadcast_to(upper, (45, 70, 3))
+    np.testing.assert_array_equal(decoded(file), wanted)
     header = read_header(file)
     assert isinstance(header, ImageHeader)
     assert header.flags == ImageFlag.HIGH_BIT_DEPTH | (ImageFlag.GRAY if channels < 3 else 0) | (
@@ -92,44 +103,62 @@ def test_cmyk_becomes_the_rgb_that_pillow_shows() -> None:
 def test_palettes_are_looked_up(options: dict[str, int]) -> None:
     image = Image.fromarray(smooth(45, 70)).quantize(13 if "bits" in options else 200)
     file = encode(image, **options)
-    np.testing.assert_array_equal(decoded(file), np.asarray(image.convert("RGB")))
+    shown = np.array(image.convert("RGB"))
+    if "transparency" in options:
+        shown[np.asarray(image) == 3] = 255
+    np.testing.assert_array_equal(decoded(file), shown)
     assert inspect(file)["traits"] == ImageFlag.PALETTE | (ImageFlag.TRANSPARENT if "transparency" in options else 0)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_under_transparency_lies_what_the_file_holds_there(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_transparent_image_is_put_on_the_background(mode: str, kind: str) -> None:
     colors = smooth(45, 70, 2 if mode == "LA" else 4)
     colors[:20, :, -1] = 0
-    file = encode(Image.fromarray(colors))
-    np.testing.assert_array_equal(decoded(file), np.broadcast_to(colors[..., :-1], (45, 70, 3)))
+    file = encode(Image.fromarray(colors), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(decoded(file), on_white(colors))
     assert inspect(file)["traits"] & ImageFlag.TRANSPARENT
+    on_black, _ = make_decodable(file, "black")
+    assert (decode(tf.constant(on_black), tf.constant(1)).numpy()[:20] == 0).all()
 
 
-def test_a_bmp_with_a_palette_is_refused_and_a_gray_one_is_not() -> None:
+def test_an_image_whose_alpha_is_opaque_throughout_is_decoded_as_one_without() -> None:
+    colors = smooth(45, 70, 4)
+    colors[..., -1] = 255
+    file = encode(Image.fromarray(colors))
+    assert make_decodable(file, "black")[0] is file
+    assert inspect(file)["traits"] == 0
+    np.testing.assert_array_equal(decoded(file), colors[..., :3])
+
+
+def test_a_bmp_with_a_palette_is_decoded_by_pillow_and_a_gray_one_is_not() -> None:
     rows = np.ascontiguousarray(smooth(45, 72)[..., 0])
     colorful = b"".join(bytes([i, 255 - i, i * 7 % 256, 0]) for i in range(256))
-    assert inspect(bmp(rows, 72, 8, colorful)) == "is a BMP with a palette, which TensorFlow does not look up"
+    values = rows.astype(int)
+    wanted = np.stack([values * 7 % 256, 255 - values, values], -1)
+    np.testing.assert_array_equal(decoded(bmp(rows, 72, 8, colorful)), wanted)
+    assert inspect(bmp(rows, 72, 8, colorful))["traits"] == ImageFlag.PALETTE | ImageFlag.PILLOW
     gray = bmp(rows, 72, 8, b"".join(bytes([i, i, i, 0]) for i in range(256)))
     np.testing.assert_array_equal(decoded(gray), np.repeat(rows[..., None], 3, 2))
+    assert inspect(gray)["traits"] == ImageFlag.GRAY
 
 
-def test_animations_give_their_first_image_but_for_webp_which_would_end_the_process() -> None:
-    frames = [Image.fromarray(smooth(45, 70, seed=seed)).quantize(100) for seed in range(3)]
-    for kind in ("GIF", "PNG"):
-        file = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-        np.testing.assert_array_equal(decoded(file), np.asarray(frames[0].convert("RGB")))
+def test_animations_give_their_first_image() -> None:
+    frames = [Image.fromarray(smooth(45, 70, seed=seed)) for seed in range(3)]
+    for kind in ("GIF", "PNG", "WEBP"):
+        first, *others = [frame.quantize(100) if kind == "GIF" else frame for frame in frames]
+        options = {"lossless": True} if kind == "WEBP" else {}
+        file = encode(first, kind, save_all=True, append_images=others, **options)
+        np.testing.assert_array_equal(decoded(file), np.asarray(first.convert("RGB")))
         assert inspect(file)["traits"] & ImageFlag.ANIMATED
-    moving = encode(
-        frames[0].convert("RGB"), "WEBP", save_all=True, append_images=[frame.convert("RGB") for frame in frames[1:]]
-    )
-    assert str(inspect(moving)).startswith("is an animated WebP")
 
 
-def test_a_gif_whose_first_image_does_not_fill_the_canvas_has_that_image_s_size() -> None:
+def test_a_gif_whose_first_image_does_not_fill_the_canvas_is_the_canvas() -> None:
     file = bytearray(encode(Image.fromarray(smooth(45, 70)).quantize(100), "GIF"))
     file[6:10] = struct.pack("<HH", 100, 80)
     facts = inspect(bytes(file))
-    assert (facts["height"], facts["width"]) == decoded(bytes(file)).shape[:2] == (45, 70)
+    assert (facts["height"], facts["width"]) == decoded(bytes(file)).shape[:2] == (80, 100)
+    assert facts["traits"] & ImageFlag.PILLOW
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -94,7 +94,7 @@ def test_all_bad_files_are_listed_at_once(tmp_path):
             "cat/cut.png": encoded(1, "PNG")[:-40],
             "cat/empty.jpg": b"",
             "dog/page.jpg": b"<html>not found</html>",
-            "dog/scan.tiff": encoded(2, "TIFF"),
+            "dog/scan.tiff": encoded(2, "TIFF")[:-40],
             "dog/phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(50),
         },
     )
@@ -103,11 +103,11 @@ def test_all_bad_files_are_listed_at_once(tmp_path):
     message = str(caught.value)
     assert message.startswith("6 of 12 images cannot be used:")
     for line in (
-        "cat/cut.jpg: is a damaged JPEG: jpeg::Uncompress failed",
+        "cat/cut.jpg: is a damaged JPEG: it is truncated",
         "cat/cut.png: is a damaged PNG: Invalid PNG data",
         "cat/empty.jpg: is empty",
         "dog/page.jpg: is not an image",
-        "dog/scan.tiff: is TIFF, which TensorFlow does not decode",
+        "dog/scan.tiff: ",
         "dog/phone.heic: ",
         "convert (to JPEG or PNG)",
     ):
@@ -310,7 +310,10 @@ def kinds(report: ValidationReport) -> dict[str, list[Finding]]:
 def test_one_examination_finds_everything_at_once(leaking, tmp_path):
     def png(mode: str, seed: int) -> bytes:
         file = io.BytesIO()
-        Image.open(io.BytesIO(encoded(seed))).convert(mode).save(file, "PNG")
+        image = Image.open(io.BytesIO(encoded(seed))).convert(mode)
+        if mode == "RGBA":
+            image.putpixel((0, 0), (0, 0, 0, 0))
+        image.save(file, "PNG")
         return file.getvalue()
 
     write(

@@ -9,8 +9,10 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from pipeline.config.data import Background
 from pipeline.data.preprocessing import decode
 from pipeline.data.sources.base import DataSource
+from pipeline.data.transcoding import transcode
 from pipeline.errors import DataError
 from pipeline.evaluation.compare import DIRECTIONS, RunComparison, RunPredictions, format_percent, format_points
 from pipeline.evaluation.metrics import METRICS
@@ -46,6 +48,7 @@ def render_comparison(
     settings: Sequence[ConfigDiff],
     histories: Mapping[str, History],
     source: DataSource | None,
+    background: Background = "white",
 ) -> str:
     """Render the comparison as HTML.
 
@@ -55,6 +58,7 @@ def render_comparison(
         settings: The settings in which the runs differ.
         histories: By run name, the epoch records, as for `figures.training_figure`; of the runs that have any.
         source: Source of the images, for thumbnails; None where they are not available.
+        background: Color behind transparent pixels of the thumbnails.
 
     Returns:
         A self-contained HTML document.
@@ -68,7 +72,7 @@ def render_comparison(
         settings=settings,
         figures=[(alt, _figure_uri(figure)) for alt, figure in training_curves(histories)],
         class_metrics=[_class_metric_rows(pair) for pair in pairs],
-        changes=[_changes(pair, runs[0], source) for pair in pairs],
+        changes=[_changes(pair, runs[0], source, background) for pair in pairs],
         tones={"better": "good", "worse": "bad", "open": ""},
     )
 
@@ -84,14 +88,16 @@ def _class_metric_rows(pair: RunComparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | None) -> list[dict[str, Any]]:
+def _changes(
+    pair: RunComparison, first: RunPredictions, source: DataSource | None, background: Background
+) -> list[dict[str, Any]]:
     """Return for each direction its name, its rows, and thumbnails of the first rows."""
     stored = first.images.table.set_index("key")
     changes = []
     for direction in DIRECTIONS:
         rows = pair.changed_images[pair.changed_images["turned"] == direction].to_dict("records")
         thumbnails = (
-            [(row, _thumbnail(source, stored.loc[row["key"]])) for row in rows[:MAX_THUMBNAILS]]
+            [(row, _thumbnail(source, stored.loc[row["key"]], background)) for row in rows[:MAX_THUMBNAILS]]
             if source is not None
             else []
         )
@@ -100,7 +106,7 @@ def _changes(pair: RunComparison, first: RunPredictions, source: DataSource | No
     return changes
 
 
-def _thumbnail(source: DataSource, stored: Any) -> str | None:
+def _thumbnail(source: DataSource, stored: Any, background: Background) -> str | None:
     """Return a small JPEG of the image as a data URI; None where the file is missing, damaged or changed."""
     try:
         encoded = source.read(str(stored.name))
@@ -108,6 +114,8 @@ def _thumbnail(source: DataSource, stored: Any) -> str | None:
         return None
     if sha256_of(encoded) != stored["sha256"]:
         return None
+    if stored.get("transcoded", False):
+        encoded = transcode(encoded, background)
     with tf.device("CPU:0"):
         image = decode(tf.constant(encoded), tf.constant(int(stored["orientation"]))).numpy()
     return data_uri(jpeg(image, THUMBNAIL_SIZE, THUMBNAIL_QUALITY), "jpeg")
