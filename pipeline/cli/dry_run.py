@@ -5,34 +5,42 @@ from rich.syntax import Syntax
 from pipeline.cli.check import class_table
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
-from pipeline.data.augmentation import image_augmentation
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
 from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
-from pipeline.models.efficientnet import efficientnet
 from pipeline.models.profile import profile_model
+from pipeline.models.weights.pretrained import WeightsNotDownloadedError
 from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
-from pipeline.training.resolve import ResolvedConfig, print_notes, resolve, resolve_batch
+from pipeline.training.resolve import ResolvedConfig, check_before_scan, print_notes, resolve, resolve_batch
+from pipeline.training.setup import create_model
 
 
 def print_dry_run(config: Config, console: Console) -> None:
     """Print the resolved config, the data, the stages and the cost. Download nothing; write only the scan cache.
 
+    The functions of a training run check the config, the weights, the data and the memory, in the same order.
+
     Raises:
-        UserError: The run itself would raise it. The weights are not checked.
+        UserError: The run itself would raise it, with the same message.
     """
     runtime = setup_devices(config.runtime, config.seed)
-    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
+    check_before_scan(config)
     missing: DatasetNotDownloadedError | None = None
     try:
         source = open_source(config.data, download=False)
         class_names = source.class_names
     except DatasetNotDownloadedError as error:
         missing, class_names = error, error.class_names
-    model = efficientnet(config.variant, num_classes=len(class_names), dtype=runtime.dtype)
+    try:
+        model, uninitialized_layers = create_model(
+            config, runtime, class_names, console, weights=config.model.weights, download=False
+        )
+    except WeightsNotDownloadedError as error:
+        console.print(f"{error}: training will download it")
+        model, uninitialized_layers = create_model(config, runtime, class_names, console, weights=None)
     config, (batch_size, accumulation) = resolve_batch(config, runtime, model)
 
     manifest: Manifest | None = None
@@ -40,7 +48,7 @@ def print_dry_run(config: Config, console: Console) -> None:
     if missing is None:
         with console.progress("reading the data") as progress:
             manifest = scan(source, config.data, seed=config.seed, progress=progress)
-        resolved = resolve(config, runtime, model, manifest)
+        resolved = resolve(config, runtime, model, manifest, uninitialized_layers)
         config, runtime = resolved.config, resolved.runtime
         class_weights(config.train, manifest)
     console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))

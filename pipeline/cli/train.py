@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --resume: continue although KEY differs; may be repeated",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show the config, the data and the cost of the model, and stop"
+        "--dry-run", action="store_true", help="check all that a start checks, show config, data and cost, and stop"
     )
     add_overrides(parser, "train.global_batch_size=64")
     arguments = parser.parse_intermixed_args(argv)
@@ -58,14 +58,15 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
     """
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides).with_absolute_paths()
     if arguments.dry_run:
+        if not arguments.resume:
+            run_directory.check_can_create(arguments.run_dir, config.tracking.experiment, config)
         console.redirect_library_output(None)
         from pipeline.cli.dry_run import print_dry_run
 
         print_dry_run(config, console)
         return 0
-    config = config.with_absolute_paths()
     process_info = cluster_from_tf_config(config.runtime.strategy)
     if process_info is not None and arguments.run_dir is None:
         raise RunError("a run of several processes needs one directory: give each of them the same --run-dir")

@@ -12,8 +12,6 @@ import numpy as np
 from pipeline.cli.final_evaluation import evaluate_final_model, log_results, save_inference_model
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
-from pipeline.data.augmentation import image_augmentation
-from pipeline.data.data_service import check_servers
 from pipeline.data.integrity import name_changed_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.sampler import SHUFFLE_ALGORITHM
@@ -35,7 +33,7 @@ from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
-from pipeline.training.resolve import ResolvedConfig, open_data, resolve_on_chief
+from pipeline.training.resolve import ResolvedConfig, check_before_scan, open_data, resolve_on_chief
 from pipeline.training.resume import restore_latest
 from pipeline.training.setup import create_model, create_train_state
 from pipeline.training.stage_data import StageData
@@ -116,9 +114,7 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    # What is reported here would otherwise end the run after the scan, which may take an hour.
-    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
-    check_servers(config.runtime.data_service or ())
+    check_before_scan(config)
     variant = config.variant
     console.print(
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"
