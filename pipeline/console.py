@@ -195,6 +195,17 @@ def run_cli(program: Callable[[Console], int]) -> int:
         return 1
 
 
+def plural(count: int, one: str, many: str = "") -> str:
+    """Return a number with a noun in the form that it takes: `1 image`, `2,000 images`.
+
+    Args:
+        count: The number.
+        one: The noun for one, with its verb if there is one: `image is`.
+        many: The same for other numbers; by default `one` with an s.
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a text such as `2 min 05 s`."""
     minutes, seconds = divmod(round(seconds), 60)

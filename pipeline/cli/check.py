@@ -52,14 +52,20 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
     import tensorflow as tf
 
+    from pipeline.data.sources.base import LayoutError, LayoutProblem
     from pipeline.data.sources.catalog import open_source
     from pipeline.data.validation import validate
 
     tf.config.set_visible_devices([], "GPU")
-    source = open_source(config.data)
+    layout_problems: tuple[LayoutProblem, ...] = ()
+    try:
+        source = open_source(config.data)
+    except LayoutError as error:
+        source, layout_problems = error.source, error.problems
     start = time.monotonic()
     with console.progress("checking the data") as progress:
-        report = validate(source, config.data, seed=config.seed, progress=progress)
+        report = validate(source, config.data, seed=config.seed, progress=progress, exhaustive=True)
+    report = report.with_layout_problems(layout_problems)
     print_report(report, time.monotonic() - start, console)
     if arguments.json is not None:
         atomic_write(arguments.json, as_json(report))

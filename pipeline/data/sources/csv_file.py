@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.data import CsvColumnsConfig
-from pipeline.data.sources.base import LabeledImage, format_list, split_of
+from pipeline.console import plural
+from pipeline.data.sources.base import LabeledImage, LayoutError, LayoutProblem, split_of
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError, suggest
 
@@ -37,13 +38,15 @@ def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | N
         root: Folder that relative paths start from; None for that of the file.
 
     Raises:
-        DataError: The file cannot be read; or rows are wrong, all of which are listed with their line numbers.
+        DataError: The file cannot be read.
+        LayoutError: Rows are wrong; all are listed with their line numbers.
     """
     columns = columns or CsvColumnsConfig()
     root = (path.parent if root is None else root).resolve()  # so that a way up from it leads where it seems to
     rows = _read_rows(path, columns)
     has_splits = any(row.split for row in rows)
     problems: list[str] = []
+    valid: list[_Row] = []
     first: dict[str, int] = {}
     for row in rows:
         key = _key(root, row.path)
@@ -58,18 +61,20 @@ def open_csv(path: Path, columns: CsvColumnsConfig | None = None, root: Path | N
             faults.append("the label is empty")
         if has_splits and split_of(row.split) is None:
             faults.append(f"the split is {row.split!r}; valid are train, val and test")
+        if not faults:
+            valid.append(row)
         problems += [f"line {row.line}: {fault}" for fault in faults]
-    if problems:
-        raise DataError(
-            f"{path}: {len(problems)} things are wrong:\n{format_list(problems)}\n"
-            f"Relative paths start from {root}; data.root changes that."
-        )
-    names, labels = _classes([row.label for row in rows])
+    names, labels = _classes([row.label for row in valid])
     images = [
         LabeledImage(_key(root, row.path), label, split_of(row.split) if has_splits else None)
-        for row, label in zip(rows, labels, strict=True)
+        for row, label in zip(valid, labels, strict=True)
     ]
-    return FileSource(root, names, images)
+    source = FileSource(root, names, images)
+    if problems:
+        text = f"{path}: {plural(len(problems), 'thing is', 'things are')} wrong"
+        remedy = f"Relative paths start from {root}; data.root changes that."
+        raise LayoutError([LayoutProblem(text, tuple(problems), remedy)], source)
+    return source
 
 
 def _read_rows(path: Path, columns: CsvColumnsConfig) -> list[_Row]:
