@@ -12,6 +12,7 @@ from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.profile import profile_model
 from pipeline.models.weights.pretrained import WeightsNotDownloadedError
+from pipeline.tracking.mlflow_store import check_store, tracking_uri
 from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
 from pipeline.training.resolve import ResolvedConfig, check_before_scan, print_notes, resolve, resolve_batch
@@ -34,6 +35,7 @@ def print_dry_run(config: Config, console: Console) -> None:
         class_names = source.class_names
     except DatasetNotDownloadedError as error:
         missing, class_names = error, error.class_names
+    check_store(tracking_uri(config.tracking.uri), config.tracking.experiment)
     try:
         model, uninitialized_layers = create_model(
             config, runtime, class_names, console, weights=config.model.weights, download=False
