@@ -102,7 +102,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         figures |= {"baseline": arguments.baseline, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
         atomic_write(arguments.json, json.dumps(figures, indent=1) + "\n")
-        console.print(f"results  {arguments.json}")
+        console.print(f"results  {arguments.json}", wrap=False)
     return 0
 
 

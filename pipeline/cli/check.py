@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path
 from pipeline.config.loader import load_config
-from pipeline.console import Console
+from pipeline.console import Console, plural
 from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     print_report(report, time.monotonic() - start, console)
     if arguments.json is not None:
         atomic_write(arguments.json, as_json(report))
-        console.print(f"all findings  {arguments.json}")
+        console.print(f"all findings  {arguments.json}", wrap=False)
     return 2 if report.errors else 0
 
 
@@ -79,7 +79,8 @@ def print_report(report: "ValidationReport", seconds: float, console: Console) -
         console.print(class_table(report.manifest))
         num_images = len(report.manifest.table)
         console.print(
-            f"\n{num_images:,} usable images; checked in {seconds:,.1f} s, {num_images / seconds:,.0f} a second\n"
+            f"\n{plural(num_images, 'usable image')}; checked in {seconds:,.1f} s, "
+            f"{num_images / seconds:,.0f} a second\n"
         )
     for finding in report.findings:
         text = str(finding) if finding.severity == "error" else finding.sentence()
@@ -118,6 +119,6 @@ def class_table(manifest: "Manifest") -> Table:
     for name, row in rows.iterrows():
         table.add_row(str(name), *(f"{count:,}" for count in row))
     if len(rows) < len(counts):
-        table.add_row(f"and {len(counts) - len(rows)} more classes")
+        table.add_row(f"and {plural(len(counts) - len(rows), 'more class', 'more classes')}")
     table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
     return table

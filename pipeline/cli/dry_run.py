@@ -4,7 +4,7 @@ from rich.syntax import Syntax
 
 from pipeline.cli.check import class_table
 from pipeline.config.schema import Config
-from pipeline.console import Console, command_line
+from pipeline.console import Console, command_line, plural
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DatasetNotDownloadedError
 from pipeline.data.sources.catalog import open_source
@@ -56,7 +56,7 @@ def print_dry_run(config: Config, console: Console) -> None:
     console.print(Syntax(config.to_yaml(), "yaml", background_color="default"))
     if manifest is None:
         console.print(
-            f"{missing}: training will download it. It has {len(class_names)} classes; "
+            f"{missing}: training will download it. It has {plural(len(class_names), 'class', 'classes')}; "
             "the number of images is known then."
         )
     else:
@@ -70,7 +70,7 @@ def print_dry_run(config: Config, console: Console) -> None:
     console.print(f"  multiply-adds         {profile.flops / 1e9:.2f} G per image")
     console.print(
         f"  memory for training   about {memory / 2**30:.1f} GiB per device, "
-        f"at {local_batch_size} images per step and device"
+        f"at {plural(local_batch_size, 'image')} per step and device"
     )
     if manifest is not None and resolved is not None:
         print_schedule(resolved, len(manifest.indices("train")), console)
@@ -87,13 +87,13 @@ def print_schedule(resolved: ResolvedConfig, num_images: int, console: Console) 
     if resolved.xla_reason:
         console.print(f"  {resolved.xla_reason}")
     console.print(
-        f"  steps per epoch       {resolved.schedule.steps_per_epoch:,} of {resolved.batch_size.images} images "
-        f"({num_images:,} training images)"
+        f"  steps per epoch       {resolved.schedule.steps_per_epoch:,} "
+        f"of {plural(resolved.batch_size.images, 'image')} ({plural(num_images, 'training image')})"
     )
     for number, stage in enumerate(resolved.schedule.stages, 1):
         rates = [stage.learning_rate(step) for step in range(stage.stop - stage.first)]
         console.print(
-            f"  stage {number}               {stage.config.epochs} epochs, "
+            f"  stage {number}               {plural(stage.config.epochs, 'epoch')}, "
             f"steps {stage.first + 1:,} to {stage.stop:,}, trains {stage.config.trainable}, "
             f"learning rate {max(rates):.2g} to {rates[-1]:.2g}"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, positive_int, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
-from pipeline.console import Console, command_line
+from pipeline.console import Console, command_line, plural
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,11 +118,13 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
             "read back and verified"
         )
     elif packed.written:
-        console.print(f"written  {packed.written:,} images in {seconds:,.1f} s; the others existed, and all are intact")
+        console.print(
+            f"written  {plural(packed.written, 'image')} in {seconds:,.1f} s; the others existed, and all are intact"
+        )
     else:
         console.print(f"written  nothing: the pack was complete, and is intact (read in {seconds:,.1f} s)")
     data = ("data.source=pack", f"data.path={arguments.out}", "data.name=null")
-    console.print(f"train    {command_line('train', '--config', 'CONFIG', *data)}")
+    console.print(f"train    {command_line('train', '--config', 'CONFIG', *data)}", wrap=False)
     return 0
 
 
@@ -196,7 +198,8 @@ def verify(folder: Path, console: Console) -> None:
         metadata, damaged = verify_pack(folder, progress)
     if damaged:
         remedy = "Run python -m pipeline pack with the data set again, which repairs it, or restore it from a copy."
-        raise DataError(f"{folder}: {len(damaged)} files or records are damaged:\n{format_list(damaged)}\n{remedy}")
+        count = plural(len(damaged), "file or record is", "files or records are")
+        raise DataError(f"{folder}: {count} damaged:\n{format_list(damaged)}\n{remedy}")
     print_pack(folder, metadata, console)
     console.print("intact   every shard has the SHA-256 that it was written with")
 
@@ -205,6 +208,7 @@ def print_pack(folder: Path, metadata: "PackMetadata", console: Console) -> None
     """Print the contents of a pack."""
     num_images, size = (sum(getattr(shard, name) for shard in metadata.shards) for name in ("num_images", "size"))
     console.print(
-        f"pack     {folder}: {num_images:,} images of {len(metadata.class_names):,} classes, "
-        f"{size / 1e6:,.1f} MB in {len(metadata.shards):,} shards"
+        f"pack     {folder}: {plural(num_images, 'image')} of "
+        f"{plural(len(metadata.class_names), 'class', 'classes')}, "
+        f"{size / 1e6:,.1f} MB in {plural(len(metadata.shards), 'shard')}"
     )

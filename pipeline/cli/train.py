@@ -79,7 +79,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     with run.exclusive_lock():
         if run.model.exists():
             command = command_line("evaluate", "--run", run.path)
-            console.print(f"{run.path} is finished already; evaluate it with: {command}")
+            console.print(f"{run.path} is finished already; evaluate it with: {command}", wrap=False)
             return 0
         resume = run.has_checkpoints()
         if not run.config.exists():
@@ -125,7 +125,8 @@ def train(
     Returns:
         The exit code.
     """
-    from pipeline.cli import training_steps as steps
+    with console.waiting("loading TensorFlow"):
+        from pipeline.cli import training_steps as steps
 
     runtime = steps.connect_devices(config, process_info, console)
     with runtime.processes.translate_peer_failure(), ExitStack() as stack:

@@ -160,7 +160,8 @@ def prepare_run(
     processes = runtime.processes
     resume = processes.any_process(resume)
     weights = None if resume else config.model.weights
-    model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
+    with console.waiting("building the model"):
+        model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
     resolved, manifest = resolve_on_chief(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume
     )
@@ -289,7 +290,8 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
             processes.barrier()  # until the state is saved
             run.console.print(
                 f"stopped after step {state.step:,}; continue with the same command and "
-                f"--run-dir {shlex.quote(str(run.directory.path))} --resume"
+                f"--run-dir {shlex.quote(str(run.directory.path))} --resume",
+                wrap=False,
             )
             # Without a signal of its own, this process stops because another one was asked to.
             raise SystemExit(128 + (training.stop_signal.signal or signal.SIGTERM)) from None
@@ -309,12 +311,13 @@ def evaluate_final_and_best(run: TrainingRun, training: Training, history: Seque
     config, directory, state = run.config, run.directory, run.state
     evaluator = RunEvaluator(state.model, config, directory, run.manifest, run.source, training.stage_data.predict)
     if run.is_chief:
-        save_training_figures(run, training, history)
+        with run.console.waiting("drawing the training curves"):
+            save_training_figures(run, training, history)
         run.console.print(f"evaluating {evaluator.split} and writing the report ...")
     final_step, results = state.step, None
     restore_best = config.train.restore_best_weights
     if not restore_best or state.best is None:
-        results = evaluate_final_model(evaluator, training.stage_data, state, is_chief=run.is_chief)
+        results = evaluate_final_model(evaluator, training.stage_data, state, run.console, is_chief=run.is_chief)
     if state.best is not None:
         best = checkpoint.checkpoint_path(directory.checkpoints, int(state.best["step"]))
         checkpoint.restore(state, best, run.runtime.processes)
@@ -322,7 +325,7 @@ def evaluate_final_and_best(run: TrainingRun, training: Training, history: Seque
             with state.averaged():
                 save_inference_model(state.model, directory.best_model)
         if restore_best:
-            results = evaluate_final_model(evaluator, training.stage_data, state, is_chief=run.is_chief)
+            results = evaluate_final_model(evaluator, training.stage_data, state, run.console, is_chief=run.is_chief)
     if results is not None:
         assert training.mlflow_logger is not None
         run.console.print()
@@ -351,9 +354,10 @@ def print_summary(run: TrainingRun, training: Training, split: str) -> None:
     if training.mlflow_logger is None:
         console.print(f"finished; the chief has written the results into {directory.path}")
         return
-    best = f" (best epoch on validation: {directory.best_model})" if run.state.best is not None else ""
-    console.print(f"the model        {directory.model}{best}")
-    console.print(f"report           {directory.html_report}")
-    console.print(f"results          {directory.evaluation(split)}")
-    console.print(f"label an image   {command_line('predict', '--run', directory.path)} IMAGE")
-    console.print(f"compare runs     {training.mlflow_logger.ui_command()}")
+    console.print(f"the model        {directory.model}", wrap=False)
+    if run.state.best is not None:
+        console.print(f"best epoch       {directory.best_model}", wrap=False)
+    console.print(f"report           {directory.html_report}", wrap=False)
+    console.print(f"results          {directory.evaluation(split)}", wrap=False)
+    console.print(f"label an image   {command_line('predict', '--run', directory.path)} IMAGE", wrap=False)
+    console.print(f"compare runs     {training.mlflow_logger.ui_command()}", wrap=False)

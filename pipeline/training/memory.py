@@ -17,6 +17,7 @@ from pipeline.config.augment import AugmentConfig
 from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
+from pipeline.console import plural
 from pipeline.data.mixup import mixing_group_size
 from pipeline.distributed.devices import Runtime, gpu_memory_limits
 from pipeline.errors import ConfigError, TrainingError
@@ -172,7 +173,7 @@ def check_memory(config: Config, batch_size: BatchSize, runtime: Runtime, model:
         steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= fitting)
         remedy = f"set train.gradient_accumulation_steps={steps}, or train.global_batch_size=auto"
     raise ConfigError(
-        f"train.global_batch_size: {images:,} images per device and micro-batch of {_describe(model)} take an "
+        f"train.global_batch_size: {plural(images, 'image')} per device and micro-batch of {_describe(model)} take an "
         f"estimated {_gib(need)}, and a device has {_gib(memory)}; {remedy}"
     )
 
@@ -199,7 +200,7 @@ def translate_oom_error(
         size = batch_size.images // batch_size.accumulation // runtime.replicas
         fitting = min(largest_micro_batch(optimizer, model, memory), size - 1)
         raise TrainingError(
-            f"out of memory with {size} images per device and micro-batch of {_describe(model)}; "
+            f"out of memory with {plural(size, 'image')} per device and micro-batch of {_describe(model)}; "
             f"{fitting} are estimated to fit into {_gib(memory)}.\n"
             "Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch "
             "normalization), set train.global_batch_size=auto, or take a smaller variant or resolution. "

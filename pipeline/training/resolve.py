@@ -14,7 +14,7 @@ from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
-from pipeline.console import Console
+from pipeline.console import Console, plural
 from pipeline.data.augmentation import image_augmentation
 from pipeline.data.data_service import check_servers
 from pipeline.data.input_pipeline import steps_per_epoch
@@ -217,7 +217,7 @@ def scan_images(source: DataSource, config: DataConfig, seed: int, run: RunDirec
     if manifest.skipped_images:
         manifest.write_skipped_images(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
-    console.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    console.print(f"data: {plural(len(manifest.class_names), 'class', 'classes')}; images: {sizes}")
     print_notes(manifest, f", listed in {run.skipped_images}", console)
     return manifest
 
@@ -233,4 +233,4 @@ def print_notes(manifest: Manifest, where_listed: str, console: Console) -> None
     for note in manifest.notes:
         console.print(f"note: {note}")
     if manifest.skipped_images:
-        console.print(f"skipped: {len(manifest.skipped_images):,} images that cannot be used{where_listed}")
+        console.print(f"skipped: {plural(len(manifest.skipped_images), 'image')} that cannot be used{where_listed}")
