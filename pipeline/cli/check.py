@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path
+from pipeline.cli.arguments import add_config, add_overrides, check_folder, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.console import Console, plural
 from pipeline.files import atomic_write
@@ -29,9 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "Decode every image of a data set as training does, and report the problems. The data are not changed.",
         epilog="Exit code: 0 if training could start, 2 if not.",
     )
-    parser.add_argument(
-        "--config", type=local_path, required=True, help="a YAML file, such as configs/lite0_folder.yaml"
-    )
+    add_config(parser, "lite0_folder")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write all findings, with all files, as JSON")
     add_overrides(parser, "data.path=IMAGES")
     return parser.parse_intermixed_args(argv)

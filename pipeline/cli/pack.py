@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, positive_int, quantity
+from pipeline.cli.arguments import BYTES, add_config, add_overrides, command_parser, local_path, positive_int, quantity
 from pipeline.config.data import DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, command_line, plural
@@ -30,9 +30,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Then: data.source=pack data.path=FOLDER data.name=null. Exit code: 0 if the pack is intact, 2 if not.",
     )
     pack_input = parser.add_mutually_exclusive_group(required=True)
-    pack_input.add_argument(
-        "--config", type=local_path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
-    )
+    add_config(pack_input, "lite0_folder", required=False)
     pack_input.add_argument(
         "--tfrecord", nargs="+", metavar="SPLIT=FILES", help="TFRecord files to pack, as in 'train=FOLDER/train-*'"
     )

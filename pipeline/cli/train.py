@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from pipeline.cli.arguments import add_overrides, command_parser, local_path
+from pipeline.cli.arguments import add_config, add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "train", "Train or fine-tune an EfficientNet.", epilog="Every key is described in pipeline/config/."
     )
-    parser.add_argument("--config", type=local_path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
+    add_config(parser, "b2_flowers")
     parser.add_argument(
         "--run-dir", type=local_path, help="directory of the run (default: runs/<experiment>/<date-time>)"
     )

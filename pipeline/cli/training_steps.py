@@ -17,7 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sampler import SHUFFLE_ALGORITHM
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.cluster import ProcessInfo
-from pipeline.distributed.devices import Runtime, setup_devices
+from pipeline.distributed.devices import Runtime, setup_devices, unusable_gpu
 from pipeline.distributed.signals import StopSignal, TrainingInterrupted
 from pipeline.evaluation.report.figures import batch_figure, training_figure
 from pipeline.evaluation.report.tables import metrics_table, save_figure
@@ -109,7 +109,10 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
     if process_info is not None:
         console.print(f"{process_info.name()} waits for the others: {process_info.others()}")
     with process_info.connecting() if process_info is not None else nullcontext():
-        return setup_devices(config.runtime, config.seed, process_info)
+        runtime = setup_devices(config.runtime, config.seed, process_info)
+    if problem := unusable_gpu():
+        console.print(f"warning: {problem}", wrap=False)
+    return runtime
 
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:

@@ -45,6 +45,7 @@ OPTIONS = {
     "pack": "--tfrecord",
     "data-server": "--address",
     "bench": "--baseline",
+    "schema": "--out",
     "scale": "--latency",
 }
 
