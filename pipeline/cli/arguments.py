@@ -35,10 +35,15 @@ NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
 class _Parser(argparse.ArgumentParser):
     """A parser that answers an option of another program with the key of the config, and requests for completion."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Complete the line if the shell asks for it, else parse it."""
         complete(self)
-        return super().parse_known_args(args, namespace)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complete the line if the shell asks for it, else parse it."""
+        complete(self)
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
@@ -119,7 +124,7 @@ def add_config(parser: argparse._ActionsContainer, example: str, *, required: bo
 def config_path(text: str) -> Path:
     """Return the path of a config: of the file, or of the shipped config with this name."""
     path = local_path(text)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.exists() or path.suffix or os.sep in text:
         return path
     shipped = shipped_configs()
     if text not in shipped:
