@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
+from pipeline.console import plural
 from pipeline.data.inspection import short_message
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.data.sources.base import format_list, split_of
@@ -83,7 +84,7 @@ class TFRecordInput:
         self._names, self._first = class_names, first_label
         file, record = next(((file, record) for file in self._files for record in self._records(file, 0)), (None, b""))
         if file is None:
-            raise DataError(f"--tfrecord: all of the {len(self._files)} files are empty")
+            raise DataError(f"--tfrecord: {plural(len(self._files), 'file')} without a record")
         example = _parse(record)
         layout = next((layout for layout in LAYOUTS if {layout.image, layout.label} <= set(example)), LAYOUTS[0])
         self._features = layout._replace(**features)
@@ -160,7 +161,9 @@ class TFRecordInput:
                 f"{', '.join(sorted(example)) or 'nothing'}: give their names with --image-feature and --label-feature"
             )
         if len(image) + len(labels) > 2:
-            raise DataError(f"{where} has {len(image)} images and {len(labels)} labels; needed is one of each")
+            raise DataError(
+                f"{where} has {plural(len(image), 'image')} and {plural(len(labels), 'label')}; needed is one of each"
+            )
         first, classes = self._first or 0, len(self._names) if self._names else np.iinfo(np.int32).max
         if not first <= labels[0] < first + classes:
             hint = (
@@ -192,7 +195,7 @@ def _record_files(patterns: Sequence[str]) -> list[RecordFile]:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"--tfrecord: {len(doubled)} files are given twice, or have the same name:\n"
+            f"--tfrecord: {plural(len(doubled), 'file is', 'files are')} given twice, or share a name:\n"
             f"{format_list(doubled)}\nRename them."
         )
     return files
