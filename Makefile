@@ -1,18 +1,21 @@
-# make setup      the environment: .venv with the pinned dependencies
+# make setup      the environment: .venv with the pinned dependencies; with GPU=1 also CUDA's libraries for an NVIDIA GPU
 # make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarize
 # make test       lint, types, and the fast tests
 # make test-slow  the long checks
 
 PYTHON ?= python3
+COMMA := ,
 BIN := .venv/bin
+EXTRAS := dev$(if $(GPU),$(COMMA)gpu)
+READY := .venv/ready$(if $(GPU),-gpu)
 
 .PHONY: setup run test test-slow
-setup: .venv/ready
+setup: $(READY)
 
-.venv/ready: pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; name one by: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 run: setup

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -18,7 +19,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich import console as rich_console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from pipeline.errors import TrainingError, UserError
@@ -73,9 +83,16 @@ class Console:
         self.rich = rich_console.Console(file=self._err, highlight=False, soft_wrap=True, force_terminal=False)
         return self._out
 
-    def print(self, text: Any = "", *, details: str | None = None) -> None:
-        """Print a line of text or a rich renderable. A line is also written to the log, or `details` in its place."""
-        self.rich.print(text, markup=False, emoji=False)
+    def print(self, text: Any = "", *, details: str | None = None, wrap: bool = True) -> None:
+        """Print a line of text or a rich renderable. A line is also written to the log, or `details` in its place.
+
+        Args:
+            text: The line or the renderable.
+            details: The text for the log.
+            wrap: Break a line that is longer than the terminal is wide; False for one with a path or a command, which
+                would no longer work when it is copied.
+        """
+        self.rich.print(text, markup=False, emoji=False, soft_wrap=None if wrap else True)
         if isinstance(text, str) and self.log_path is not None:
             logging.getLogger("pipeline").info("%s", details or text)
 
@@ -90,16 +107,40 @@ class Console:
 
         The block receives a function and calls it with the number done and the total, None if that is not known.
         """
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Count(), TimeRemainingColumn())
-        with Progress(*columns, console=self.rich, transient=True, disable=not self.shows_progress) as progress:
+        columns = (BarColumn(bar_width=20), _Count(), TimeElapsedColumn(), TimeRemainingColumn())
+        with self._live(*columns) as progress:
             task = progress.add_task(description, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        """Show a description with the time elapsed during the block, in a terminal."""
+        with self._live(SpinnerColumn(), TimeElapsedColumn()) as progress:
+            progress.add_task(description, total=None)
+            yield
+
+    def _live(self, *columns: ProgressColumn) -> Progress:
+        """Return the display of a task: its description and columns, removed at the end; nothing without a terminal.
+
+        rich would replace sys.stdout and sys.stderr meanwhile. A library that is imported then would keep the
+        replacement and write to the terminal from there on.
+        """
+        return Progress(
+            TextColumn("{task.description}"),
+            *columns,
+            console=self.rich,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not self.shows_progress,
+        )
 
     def error(self, text: str) -> None:
         """Print an error, and write it to the log."""
         self._out.flush()
         if self.rich.is_terminal and self._err.isatty():
-            self.rich.print(text, markup=False, emoji=False)  # above a progress bar, which standard error would break
+            # Above a progress bar, which standard error would break.
+            self.rich.print(text, markup=False, emoji=False, soft_wrap=True)
         else:
             print(text, file=self._err, flush=True)
         if self.log_path is not None:
@@ -140,7 +181,9 @@ def command_line(command: str, *words: str | Path) -> str:
     """
     program = Path(sys.argv[0])
     if program.name == "efficientnet":
-        start = f"efficientnet {command}"
+        on_path = shutil.which(program.name)
+        is_short = on_path is not None and Path(on_path).resolve() == program.resolve()
+        start = f"{program.name if is_short else shlex.quote(str(program))} {command}"
     elif command in ("train", "evaluate") and program.name in ("train.py", "evaluate.py"):
         start = f"{python_executable()} {shlex.quote(str(program.with_name(f'{command}.py')))}"
     else:
@@ -198,6 +241,17 @@ def run_cli(program: Callable[[Console], int]) -> int:
         if console.log_path is not None:
             logging.getLogger("pipeline").error("%s", details)
         return 1
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """Return a number with a noun in the form that it takes: `1 image`, `2,000 images`.
+
+    Args:
+        count: The number.
+        one: The noun for one, with its verb if there is one: `image is`.
+        many: The same for other numbers; by default `one` with an s.
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def format_duration(seconds: float) -> str:

@@ -16,8 +16,8 @@ class FakeConsole(Console):
     def redirect_library_output(self, log: Path | None) -> None:
         """Do nothing."""
 
-    def print(self, text: object = "", *, details: str | None = None) -> None:
+    def print(self, text: object = "", *, details: str | None = None, wrap: bool = True) -> None:
         """Collect it."""
         with self.rich.capture() as capture:
-            self.rich.print(text, markup=False, emoji=False)
+            self.rich.print(text, markup=False, emoji=False, soft_wrap=None if wrap else True)
         self.output += capture.get()

@@ -1,17 +1,19 @@
 """Command-line parsers and argument types that the commands share."""
 
 import argparse
+import glob
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.config.hints import suggest_key
+from pipeline.config.shipped import shipped_configs
 from pipeline.console import DEBUG
-from pipeline.errors import UserError
+from pipeline.errors import UserError, suggest
 
 COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 BYTES = {
@@ -25,12 +27,23 @@ BYTES = {
     "GiB": 2.0**30,
     "TiB": 2.0**40,
 }
+COMPLETION = "_ARGCOMPLETE"  # set by the shell: the number of the word that names the program
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that answers an option of another program with the key of the config."""
+    """A parser that answers an option of another program with the key of the config, and requests for completion."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complete the line if the shell asks for it, else parse it."""
+        complete(self)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complete the line if the shell asks for it, else parse it."""
+        complete(self)
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
@@ -89,6 +102,56 @@ def program_name(command: str) -> str:
     if program == f"{command}.py":
         return program
     return f"{'efficientnet' if program == 'efficientnet' else 'python -m pipeline'} {command}"
+
+
+def add_config(parser: argparse._ActionsContainer, example: str, *, required: bool = True) -> None:
+    """Add --config: a YAML file or the name of a shipped config.
+
+    Args:
+        parser: The parser or a group of it.
+        example: Name of a shipped config that suits the command.
+        required: The option must be given.
+    """
+    action = parser.add_argument(
+        "--config",
+        type=config_path,
+        required=required,
+        help=f"a YAML file, or the name of a shipped config, such as {example}",
+    )
+    action.completer = complete_config  # type: ignore[attr-defined]  # argcomplete looks for it
+
+
+def config_path(text: str) -> Path:
+    """Return the path of a config: of the file, or of the shipped config with this name."""
+    path = local_path(text)
+    if path.exists() or path.suffix or os.sep in text:
+        return path
+    shipped = shipped_configs()
+    if text not in shipped:
+        raise argparse.ArgumentTypeError(
+            f"there is neither a file nor a shipped config {text!r}{suggest(text, shipped)}"
+        )
+    return shipped[text]
+
+
+def complete_config(prefix: str, **_: object) -> list[str]:
+    """Return the shipped configs and the YAML files that begin with a prefix, for the completion of the shell."""
+    folder, start = os.path.split(prefix)
+    above = prefix.removesuffix(start)
+    files = [
+        f"{above}{path.name}{'/' if path.is_dir() else ''}"
+        for path in Path(folder or ".").expanduser().glob(f"{glob.escape(start)}*")
+        if path.is_dir() or path.suffix in (".yaml", ".yml")
+    ]
+    return [*(name for name in shipped_configs() if name.startswith(prefix)), *sorted(files)]
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell's request for a completion, if there is one, and exit."""
+    if COMPLETION in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str, *, metavar: str = "key=value") -> None:

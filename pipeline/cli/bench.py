@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path, positive_int
+from pipeline.cli.arguments import add_config, add_overrides, check_folder, command_parser, local_path, positive_int
 from pipeline.config.loader import load_config
 from pipeline.console import Console
 from pipeline.files import atomic_write
@@ -25,9 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "bench",
         "Time the training step alone, the input pipeline alone, and both together. The trained weights are discarded.",
     )
-    parser.add_argument(
-        "--config", type=local_path, required=True, help="a YAML file, such as configs/lite0_flowers17.yaml"
-    )
+    add_config(parser, "lite0_flowers17")
     parser.add_argument(
         "--stage", type=int, metavar="N", help="the stage of the config to time, from 1 (default: the last)"
     )
@@ -102,7 +100,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         figures |= {"baseline": arguments.baseline, "pairs": pairs, "median_ratio": statistics.median(ratios)}
     if arguments.json is not None:
         atomic_write(arguments.json, json.dumps(figures, indent=1) + "\n")
-        console.print(f"results  {arguments.json}")
+        console.print(f"results  {arguments.json}", wrap=False)
     return 0
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.arguments import add_overrides, check_folder, command_parser, local_path
+from pipeline.cli.arguments import add_config, add_overrides, check_folder, command_parser, local_path
 from pipeline.config.loader import load_config
-from pipeline.console import Console
+from pipeline.console import Console, plural
 from pipeline.files import atomic_write
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "Decode every image of a data set as training does, and report the problems. The data are not changed.",
         epilog="Exit code: 0 if training could start, 2 if not.",
     )
-    parser.add_argument(
-        "--config", type=local_path, required=True, help="a YAML file, such as configs/lite0_folder.yaml"
-    )
+    add_config(parser, "lite0_folder")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write all findings, with all files, as JSON")
     add_overrides(parser, "data.path=IMAGES")
     return parser.parse_intermixed_args(argv)
@@ -52,18 +50,24 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
     import tensorflow as tf
 
+    from pipeline.data.sources.base import LayoutError, LayoutProblem
     from pipeline.data.sources.catalog import open_source
     from pipeline.data.validation import validate
 
     tf.config.set_visible_devices([], "GPU")
-    source = open_source(config.data)
+    layout_problems: tuple[LayoutProblem, ...] = ()
+    try:
+        source = open_source(config.data)
+    except LayoutError as error:
+        source, layout_problems = error.source, error.problems
     start = time.monotonic()
     with console.progress("checking the data") as progress:
-        report = validate(source, config.data, seed=config.seed, progress=progress)
+        report = validate(source, config.data, seed=config.seed, progress=progress, exhaustive=True)
+    report = report.with_layout_problems(layout_problems)
     print_report(report, time.monotonic() - start, console)
     if arguments.json is not None:
         atomic_write(arguments.json, as_json(report))
-        console.print(f"all findings  {arguments.json}")
+        console.print(f"all findings  {arguments.json}", wrap=False)
     return 2 if report.errors else 0
 
 
@@ -73,7 +77,8 @@ def print_report(report: "ValidationReport", seconds: float, console: Console) -
         console.print(class_table(report.manifest))
         num_images = len(report.manifest.table)
         console.print(
-            f"\n{num_images:,} usable images; checked in {seconds:,.1f} s, {num_images / seconds:,.0f} a second\n"
+            f"\n{plural(num_images, 'usable image')}; checked in {seconds:,.1f} s, "
+            f"{num_images / seconds:,.0f} a second\n"
         )
     for finding in report.findings:
         text = str(finding) if finding.severity == "error" else finding.sentence()
@@ -112,6 +117,6 @@ def class_table(manifest: "Manifest") -> Table:
     for name, row in rows.iterrows():
         table.add_row(str(name), *(f"{count:,}" for count in row))
     if len(rows) < len(counts):
-        table.add_row(f"and {len(counts) - len(rows)} more classes")
+        table.add_row(f"and {plural(len(counts) - len(rows), 'more class', 'more classes')}")
     table.add_row("all", *(f"{count:,}" for count in counts.sum()), style="bold")
     return table

@@ -63,25 +63,27 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     from pipeline.evaluation.report.comparison_report import render_comparison
     from pipeline.tracking.mlflow_logger import log_comparison
 
-    runs = [read_run_predictions(name, split, run.predictions(split), run.manifest) for name, run in named.items()]
-    pairs = compare(runs)
-    settings = config_differences(named)
+    with console.waiting("comparing the runs"):
+        runs = [read_run_predictions(name, split, run.predictions(split), run.manifest) for name, run in named.items()]
+        pairs = compare(runs)
+        settings = config_differences(named)
     print_comparison(pairs, settings, runs, console)
 
     source = open_images(named, console) if any(len(pair.changed_images) for pair in pairs) else None
-    report = render_comparison(
-        runs,
-        pairs,
-        settings=settings,
-        histories=histories(named),
-        source=source,
-        background=last.load_config().data.background,
-    )
+    with console.waiting("writing the report"):
+        report = render_comparison(
+            runs,
+            pairs,
+            settings=settings,
+            histories=histories(named),
+            source=source,
+            background=last.load_config().data.background,
+        )
     directory = last.comparison([run.path.resolve().name for run in list(named.values())[:-1]])
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / f"{split}.html", report)
     atomic_write(directory / f"{split}.json", as_json(pairs, settings))
-    console.print(f"\nreport    {directory / f'{split}.html'}")
+    console.print(f"\nreport    {directory / f'{split}.html'}", wrap=False)
     if (mlflow_run := last.mlflow_run()) is None:
         console.print(f"{last.path} is not tracked in MLflow: nothing is logged there")
     else:

@@ -17,13 +17,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "data-server",
         "Read, decode and augment images for the runs whose runtime.data_service names this address. The images "
         "must have the same path on both machines.",
-        epilog="For trusted networks only: whoever reaches the port can run code and read files on this machine.",
+        epilog="There is no password: whoever reaches the port, every user of this machine included, can run code and "
+        "read files on it as you. Serve in networks that you trust, or bind 127.0.0.1 and use an SSH tunnel.",
     )
     parser.add_argument(
         "--address",
         required=True,
         metavar="HOST:PORT",
         help="the address of this machine as other machines see it, as in the config",
+    )
+    parser.add_argument(
+        "--bind",
+        metavar="HOST",
+        help="the address of this machine to answer at, where it is not that of --address, as in a container; 0.0.0.0 "
+        "for every address (default: the host of --address)",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -45,14 +52,21 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
 
     import tensorflow as tf
 
-    from pipeline.data.data_service import start_server
+    from pipeline.data.data_service import EVERY_ADDRESS, start_server
 
     tf.config.set_visible_devices([], "GPU")
-    server = start_server(arguments.address)
+    server = start_server(arguments.address, arguments.bind)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.set())
+    host, port = parse_address(arguments.address)
+    bind = arguments.bind or host
     console.print(f"serving at {arguments.address} with {os.cpu_count()} processor cores; stop it with Ctrl-C")
+    console.print(
+        f"ports {port} and {port + 1} answer at "
+        + ("every address of this machine" if bind in EVERY_ADDRESS else f"{bind} only")
+        + "; whoever reaches them can run code as you"
+    )
     while not stop.wait(0.5):
         pass
     del server

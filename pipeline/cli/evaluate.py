@@ -21,7 +21,7 @@ from pipeline.cli.loaded_model import (
     load_run,
 )
 from pipeline.cli.predict import IMAGES_HELP, add_output_arguments, check_output_arguments, predict
-from pipeline.console import Console
+from pipeline.console import Console, plural
 from pipeline.runs.run_directory import RunDirectory
 
 MOVED_DATA = ("data.path=", "data.root=")
@@ -164,18 +164,21 @@ def evaluate_run(
     else:
         predictions = evaluator.predict(split)
         evaluation = evaluate_predictions(predictions, manifest.class_names, split)
-        results = evaluator.with_batch_norm_gap(
-            summarize_with_intervals(predictions, evaluation, manifest, evaluator.temperature())
-        )
+        temperature = evaluator.temperature()
+        with console.waiting("bootstrapping the intervals"):
+            results = evaluator.with_batch_norm_gap(
+                summarize_with_intervals(predictions, evaluation, manifest, temperature)
+            )
     if corruptions:
         console.print(f"evaluating {split} on corrupted images: {NUM_CORRUPTIONS} more passes ...")
         results = evaluator.with_corruptions(results)
-    evaluator.write(results)
+    with console.waiting("writing the report"):
+        evaluator.write(results)
     console.print(metrics_table(results))
     results_dir = run.evaluation(results.evaluation.split)
     report = evaluator.report_path(results.evaluation.split)
-    console.print(f"report   {report}")
-    console.print(f"results  {results_dir}")
+    console.print(f"report   {report}", wrap=False)
+    console.print(f"results  {results_dir}", wrap=False)
     if (mlflow_run := run.mlflow_run()) is not None:
         logged = log_evaluation(loaded.config.tracking.uri, mlflow_run, results.scalar_metrics(), results_dir, report)
         console.print(f"{'logged to' if logged else 'not logged: MLflow no longer has'} the run {mlflow_run[1]}")
@@ -228,8 +231,8 @@ def evaluate_external_data(
     known = manifest.table["sha256"]
     if loaded.run is not None and (count := seen_in_training(Manifest.load(loaded.run.manifest), known)):
         console.print(
-            f"warning: {count:,} of the {len(known):,} images are training images of the run; the metrics below are "
-            "better than they would be on images that it has not seen"
+            f"warning: {count:,} of the {plural(len(known), 'image')} are training images of the run; the metrics "
+            "below are better than they would be on images that it has not seen"
         )
     predictions = alignment(loaded.predictor(manifest, source, console)(SPLIT))
     evaluation = evaluate_predictions(predictions, alignment.class_names, path.name)

@@ -19,7 +19,7 @@ from pipeline.cli.arguments import add_overrides, command_parser, local_path
 from pipeline.cli.loaded_model import choose_split, find_finished_run
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.console import Console, install_command
+from pipeline.console import Console, install_command, plural
 from pipeline.errors import UserError, suggest
 from pipeline.export.directory import FAILED, FORMATS, ExportDirectory, prepare
 from pipeline.files import sha256_of
@@ -169,7 +169,8 @@ def export(
     images = evaluation_stream(manifest, source, config, manifest.indices(split), batch_size=batch_size)
     rows = calibration_rows(manifest, config.export.calibration_images, config.seed)
     calibration = evaluation_stream(manifest, source, config, rows, batch_size=1)
-    model = keras.saving.load_model(run.model, compile=False)
+    with console.waiting("loading the model"):
+        model = keras.saving.load_model(run.model, compile=False)
     console.print(
         f"{run.path}: EfficientNet-{config.variant.name} at {config.variant.resolution} px, "
         f"compared on all images of {split}"
@@ -190,6 +191,7 @@ def export(
                     progress=progress,
                 )
                 write = partial(WRITERS[name], model, signature, calibration)
+                console.print(f"{name}: converting and comparing ...")
                 results[name] = export_format(name, staging / spec.file, write, LOADERS[name], compare)
         directory.publish(
             {"model": {"run": str(run.path), "sha256": digest, "variant": config.variant.name}, **signature.describe()},
@@ -292,8 +294,8 @@ def print_results(
         table.add_row(name, "-" if size is None else f"{size / 1e6:.1f}", *figures, verdict)
     console.print(table)
     console.print(
-        f"over {len(reference.predictions.index):,} images of {reference.split}, where the standard deviation of the "
-        f"logits is {reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
+        f"over {plural(len(reference.predictions.index), 'image')} of {reference.split}, where the standard deviation "
+        f"of the logits is {reference.logit_std:.3g}; the time is the median for one image alone on the CPU"
     )
     for name, result in results.items():
         for failure in result.failures:

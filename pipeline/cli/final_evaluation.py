@@ -1,5 +1,6 @@
 """The end of a training run: the trained model is saved and evaluated, and the results are logged to MLflow."""
 
+import shlex
 from pathlib import Path
 
 import keras
@@ -18,7 +19,7 @@ from pipeline.training.state import TrainState
 
 
 def evaluate_final_model(
-    evaluator: RunEvaluator, stage_data: StageData, state: TrainState, *, is_chief: bool
+    evaluator: RunEvaluator, stage_data: StageData, state: TrainState, console: Console, *, is_chief: bool
 ) -> EvaluationResults | None:
     """Save the model as it is now, averaged, as the run's model; evaluate it and write its report.
 
@@ -26,20 +27,23 @@ def evaluate_final_model(
         evaluator: Evaluator of the run.
         stage_data: Data of the run.
         state: State of the run, which holds the model.
+        console: Console for the time elapsed.
         is_chief: False for a process that takes part in the evaluation and writes nothing.
 
     Returns:
         The results; None in a process that is not the chief.
     """
     with state.averaged():
-        predictions, evaluation = stage_data.evaluate(evaluator.split)
-        validation = evaluator.predict_validation()
+        with console.waiting(f"evaluating {evaluator.split}"):
+            predictions, evaluation = stage_data.evaluate(evaluator.split)
+            validation = evaluator.predict_validation()
         if not is_chief:
             return None
-        save_inference_model(state.model, evaluator.run.pending_model)
-        temperature = evaluator.fit_temperature(validation)
-        results = summarize_with_intervals(predictions, evaluation, evaluator.manifest, temperature)
-        evaluator.write(results)
+        with console.waiting("writing the model and the report"):
+            save_inference_model(state.model, evaluator.run.pending_model)
+            temperature = evaluator.fit_temperature(validation)
+            results = summarize_with_intervals(predictions, evaluation, evaluator.manifest, temperature)
+            evaluator.write(results)
     return results
 
 
@@ -67,25 +71,27 @@ def log_results(
         TrainingError: MLflow does not accept them.
     """
     try:
-        for path in (
-            run.config,
-            run.classes,
-            run.manifest,
-            run.calibration,
-            run.report,
-            run.evaluation(split),
-            run.best_model,
-        ):
-            if path.exists():
-                folder = path if path.is_dir() else path.parent
-                logger.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
-        model = logger.log_model(run.pending_model, "model", step=step)
-        if registered_model_name is not None:
-            console.print(register_and_promote(logger.registry(registered_model_name), model, run, split))
-        logger.log_results(results.scalar_metrics(), step)
+        with console.waiting("logging the run to MLflow"):
+            for path in (
+                run.config,
+                run.classes,
+                run.manifest,
+                run.calibration,
+                run.report,
+                run.evaluation(split),
+                run.best_model,
+            ):
+                if path.exists():
+                    folder = path if path.is_dir() else path.parent
+                    logger.log_artifacts(path, folder.relative_to(run.path).as_posix() if folder != run.path else None)
+            model = logger.log_model(run.pending_model, "model", step=step)
+            if registered_model_name is not None:
+                console.print(register_and_promote(logger.registry(registered_model_name), model, run, split))
+            logger.log_results(results.scalar_metrics(), step)
     except UserError as error:
         raise TrainingError(
-            f"{error}\nThe rest of the run is complete: the same command with --run-dir {run.path} --resume finishes it"
+            f"{error}\nThe rest of the run is complete: the same command with --run-dir "
+            f"{shlex.quote(str(run.path))} --resume finishes it"
         ) from None
 
 

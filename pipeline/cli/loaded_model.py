@@ -133,10 +133,12 @@ def load_model(arguments: argparse.Namespace, console: Console) -> LoadedModel:
     """
     if arguments.weights:
         console.redirect_library_output(None)
-        return load_pretrained_model(arguments.weights, arguments.variant, console)
+        with console.waiting("loading the model"):
+            return load_pretrained_model(arguments.weights, arguments.variant, console)
     run = find_finished_run(arguments.run)
     console.redirect_library_output(run.log)
-    return load_run(run, getattr(arguments, "moved_data", ()))
+    with console.waiting("loading the model"):
+        return load_run(run, getattr(arguments, "moved_data", ()))
 
 
 def load_run(run: RunDirectory, moved_data: Sequence[str] = ()) -> LoadedModel:

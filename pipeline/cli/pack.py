@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.arguments import BYTES, add_overrides, command_parser, local_path, positive_int, quantity
+from pipeline.cli.arguments import BYTES, add_config, add_overrides, command_parser, local_path, positive_int, quantity
 from pipeline.config.data import ColumnsConfig, DataConfig
 from pipeline.config.loader import load_config
-from pipeline.console import Console, command_line
+from pipeline.console import Console, command_line, plural
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """Add the options that name what is packed, of which one is given."""
     pack_input = parser.add_mutually_exclusive_group(required=True)
-    pack_input.add_argument(
-        "--config", type=local_path, help="a YAML file whose data set is packed, such as configs/lite0_folder.yaml"
-    )
+    add_config(pack_input, "lite0_folder", required=False)
     pack_input.add_argument(
         "--csv", metavar="FILE", help="a CSV file to pack; it and its images may lie at addresses, such as s3://..."
     )
@@ -160,11 +158,13 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
             "read back and verified"
         )
     elif packed.written:
-        console.print(f"written  {packed.written:,} images in {seconds:,.1f} s; the others existed, and all are intact")
+        console.print(
+            f"written  {plural(packed.written, 'image')} in {seconds:,.1f} s; the others existed, and all are intact"
+        )
     else:
         console.print(f"written  nothing: the pack was complete, and is intact (read in {seconds:,.1f} s)")
     words = (arguments.config or "CONFIG", *pack_overrides(arguments.out, config.data if config else None))
-    console.print(f"train    {command_line('train', '--config', *words)}")
+    console.print(f"train    {command_line('train', '--config', *words)}", wrap=False)
     return 0
 
 
@@ -274,7 +274,8 @@ def verify(folder: Path, console: Console) -> None:
         metadata, damaged = verify_pack(folder, progress)
     if damaged:
         remedy = "Run python -m pipeline pack with the data set again, which repairs it, or restore it from a copy."
-        raise DataError(f"{folder}: {len(damaged)} files or records are damaged:\n{format_list(damaged)}\n{remedy}")
+        count = plural(len(damaged), "file or record is", "files or records are")
+        raise DataError(f"{folder}: {count} damaged:\n{format_list(damaged)}\n{remedy}")
     print_pack(folder, metadata, console)
     console.print("intact   every shard has the SHA-256 that it was written with")
 
@@ -283,6 +284,7 @@ def print_pack(folder: Path, metadata: "PackMetadata", console: Console) -> None
     """Print the contents of a pack."""
     num_images, size = (sum(getattr(shard, name) for shard in metadata.shards) for name in ("num_images", "size"))
     console.print(
-        f"pack     {folder}: {num_images:,} images of {len(metadata.class_names):,} classes, "
-        f"{size / 1e6:,.1f} MB in {len(metadata.shards):,} shards"
+        f"pack     {folder}: {plural(num_images, 'image')} of "
+        f"{plural(len(metadata.class_names), 'class', 'classes')}, "
+        f"{size / 1e6:,.1f} MB in {plural(len(metadata.shards), 'shard')}"
     )

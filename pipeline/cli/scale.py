@@ -18,7 +18,7 @@ from pipeline.cli.arguments import (
     quantity,
     value_range,
 )
-from pipeline.console import Console, command_line
+from pipeline.console import Console, command_line, plural
 from pipeline.errors import UserError
 from pipeline.models.variants import ALPHA, BETA, GAMMA, VARIANTS, phi_of
 
@@ -114,20 +114,22 @@ def family(arguments: argparse.Namespace, console: Console) -> None:
         for done, variant in enumerate(VARIANTS.values(), 1):
             size = profile_variant(variant, num_classes=arguments.classes, batch_size=arguments.batch_size)
             phi = phi_of(variant.resolution)
-            line = "" if variant.family_name != "efficientnet" else f"  {phi:8.2f} {BETA**phi:6.2f} {ALPHA**phi:6.2f}"
+            line = "" if variant.family_name != "efficientnet" else f" {phi:6.2f} {BETA**phi:5.2f} {ALPHA**phi:5.2f}"
             rows.append(
                 f"{variant.name:<7} {variant.width:5.1f} {variant.depth:5.1f} {variant.resolution:6} "
-                f"{variant.dropout:7.1f} {size.blocks:6} {size.parameters:12,} {size.flops / 1e9:8.2f} G{line}"
+                f"{variant.dropout:4.1f} {size.blocks:6} {size.parameters:11,} {size.flops / 1e9:7.2f} G{line}"
             )
             progress(done, len(VARIANTS))
-    console.print(f"{'':66} the formula at this resolution")
-    console.print("variant width depth pixels dropout blocks   parameters  mult-adds       phi  width  depth")
+    console.print(f"{'':61} formula at this")
+    console.print(f"{'':61} resolution")
+    console.print("variant width depth pixels drop blocks  parameters mult-adds    phi width depth")
     for row in rows:
         console.print(row)
     console.print(
         f"\nThe formula: width {BETA}^phi, depth {ALPHA}^phi, 224 * {GAMMA}^phi pixels. The published B1 to B7 "
-        f"were chosen by hand near it.\nTrainable parameters with {arguments.classes:,} classes; multiply-adds per "
-        "image. Both are counted on the model as built."
+        "were chosen by hand near it. drop: dropout before the classifier. Trainable parameters with "
+        f"{plural(arguments.classes, 'class', 'classes')}; multiply-adds per image. Both are counted on the model as "
+        "built."
     )
 
 
@@ -151,10 +153,10 @@ def search(arguments: argparse.Namespace, console: Console) -> None:
             f"{candidate.product:7.3f}  {candidate.flops_ratio:8.3f}"
         )
     console.print(
-        f"\n{min(arguments.top, len(candidates))} of {len(candidates)} triples with alpha * beta^2 * gamma^2 within "
-        f"{arguments.tolerance:g} of 2. measured: the multiply-adds of the\nscaled model over those of B0. It differs "
-        "from the product because repeats are rounded up and channels are rounded\nto multiples of 8. Only training "
-        f"shows which triple is the most accurate: the paper trained them, and chose {ALPHA}, {BETA}, {GAMMA}."
+        f"\n{min(arguments.top, len(candidates))} of {plural(len(candidates), 'triple')} with alpha * beta^2 * gamma^2 "
+        f"within {arguments.tolerance:g} of 2. measured: the multiply-adds of the scaled model over those of B0. It "
+        "differs from the product because repeats are rounded up and channels are rounded to multiples of 8. Only "
+        f"training shows which triple is the most accurate: the paper trained them, and chose {ALPHA}, {BETA}, {GAMMA}."
     )
 
 
@@ -189,8 +191,10 @@ def solve(arguments: argparse.Namespace, console: Console) -> None:
         ("latency", arguments.latency, latency, lambda value: f"{value * 1e3:,.1f} ms"),
     )
     budgets = [Budget(*budget) for budget in all_budgets if budget[1] is not None]
-    console.print("building models of the compound scaling rule" + ("; timing them" if arguments.latency else ""))
-    solution = largest_within(budgets)
+    message = "building models of the compound scaling rule" + ("; timing them" if arguments.latency else "")
+    console.print(f"{message} ...")
+    with console.waiting(message):
+        solution = largest_within(budgets)
     variant, nearest = solution.variant, nearest_published(solution.variant)
     lines = [f"{'budget':<14} {'limit':>14} {'model':>14}   left"]
     for budget in budgets:
@@ -203,7 +207,7 @@ def solve(arguments: argparse.Namespace, console: Console) -> None:
     if solution.binding is None:
         lines.append("no budget binds: this is the largest phi that a config accepts")
     if arguments.memory:
-        lines.append(f"memory: estimated, {arguments.batch_size} images per step in float32")
+        lines.append(f"memory: estimated, {plural(arguments.batch_size, 'image')} per step in float32")
     if arguments.latency:
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         lines.append(
@@ -215,7 +219,7 @@ def solve(arguments: argparse.Namespace, console: Console) -> None:
         f"resolution: {variant.resolution}}}"
     )
     console.print(
-        f"{profile.parameters:,} parameters with {arguments.classes:,} classes, "
+        f"{profile.parameters:,} parameters with {plural(arguments.classes, 'class', 'classes')}, "
         f"{profile.flops / 1e9:.3f} G multiply-adds"
     )
     console.print(
@@ -256,7 +260,9 @@ def write_config(
         raise UserError(
             f"{arguments.write}: cannot be written ({error.strerror}); choose another name for --write"
         ) from None
-    console.print(f"\nwritten: {arguments.write}; train with: {command_line('train', '--config', arguments.write)}")
+    console.print(
+        f"\nwritten: {arguments.write}; train with: {command_line('train', '--config', arguments.write)}", wrap=False
+    )
 
 
 def training_config(

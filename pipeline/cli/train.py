@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from pipeline.cli.arguments import add_overrides, command_parser, local_path
+from pipeline.cli.arguments import add_config, add_overrides, command_parser, local_path
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "train", "Train or fine-tune an EfficientNet.", epilog="Every key is described in pipeline/config/."
     )
-    parser.add_argument("--config", type=local_path, required=True, help="a YAML file, such as configs/b2_flowers.yaml")
+    add_config(parser, "b2_flowers")
     parser.add_argument(
         "--run-dir", type=local_path, help="directory of the run (default: runs/<experiment>/<date-time>)"
     )
@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --resume: continue although KEY differs; may be repeated",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show the config, the data and the cost of the model, and stop"
+        "--dry-run", action="store_true", help="check all that a start checks, show config, data and cost, and stop"
     )
     add_overrides(parser, "train.global_batch_size=64")
     arguments = parser.parse_intermixed_args(argv)
@@ -58,14 +58,15 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
     """
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides).with_absolute_paths()
     if arguments.dry_run:
+        if not arguments.resume:
+            run_directory.check_can_create(arguments.run_dir, config.tracking.experiment, config)
         console.redirect_library_output(None)
         from pipeline.cli.dry_run import print_dry_run
 
         print_dry_run(config, console)
         return 0
-    config = config.with_absolute_paths()
     process_info = cluster_from_tf_config(config.runtime.strategy)
     if process_info is not None and arguments.run_dir is None:
         raise RunError("a run of several processes needs one directory: give each of them the same --run-dir")
@@ -78,7 +79,7 @@ def main(console: Console, argv: Sequence[str] | None = None) -> int:
     with run.exclusive_lock():
         if run.model.exists():
             command = command_line("evaluate", "--run", run.path)
-            console.print(f"{run.path} is finished already; evaluate it with: {command}")
+            console.print(f"{run.path} is finished already; evaluate it with: {command}", wrap=False)
             return 0
         resume = run.has_checkpoints()
         if not run.config.exists():
@@ -124,7 +125,8 @@ def train(
     Returns:
         The exit code.
     """
-    from pipeline.cli import training_steps as steps
+    with console.waiting("loading TensorFlow"):
+        from pipeline.cli import training_steps as steps
 
     runtime = steps.connect_devices(config, process_info, console)
     with runtime.processes.translate_peer_failure(), ExitStack() as stack:

@@ -12,14 +12,12 @@ import numpy as np
 from pipeline.cli.final_evaluation import evaluate_final_model, log_results, save_inference_model
 from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
-from pipeline.data.augmentation import image_augmentation
-from pipeline.data.data_service import check_servers
 from pipeline.data.integrity import name_changed_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.sampler import SHUFFLE_ALGORITHM
 from pipeline.data.sources.base import DataSource
 from pipeline.distributed.cluster import ProcessInfo
-from pipeline.distributed.devices import Runtime, setup_devices
+from pipeline.distributed.devices import Runtime, setup_devices, unusable_gpu
 from pipeline.distributed.signals import StopSignal, TrainingInterrupted
 from pipeline.evaluation.report.figures import batch_figure, training_figure
 from pipeline.evaluation.report.tables import metrics_table, save_figure
@@ -35,7 +33,7 @@ from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
-from pipeline.training.resolve import ResolvedConfig, open_data, resolve_on_chief
+from pipeline.training.resolve import ResolvedConfig, check_before_scan, open_data, resolve_on_chief
 from pipeline.training.resume import restore_latest
 from pipeline.training.setup import create_model, create_train_state
 from pipeline.training.stage_data import StageData
@@ -111,14 +109,15 @@ def connect_devices(config: Config, process_info: ProcessInfo | None, console: C
     if process_info is not None:
         console.print(f"{process_info.name()} waits for the others: {process_info.others()}")
     with process_info.connecting() if process_info is not None else nullcontext():
-        return setup_devices(config.runtime, config.seed, process_info)
+        runtime = setup_devices(config.runtime, config.seed, process_info)
+    if problem := unusable_gpu():
+        console.print(f"warning: {problem}", wrap=False)
+    return runtime
 
 
 def open_data_source(config: Config, directory: RunDirectory, runtime: Runtime, console: Console) -> DataSource:
     """Check what can be checked without the images, open the data set, and compare the inputs of all processes."""
-    # What is reported here would otherwise end the run after the scan, which may take an hour.
-    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
-    check_servers(config.runtime.data_service or ())
+    check_before_scan(config)
     variant = config.variant
     console.print(
         f"run {directory.path}: EfficientNet-{variant.name} at {variant.resolution} px on {runtime.describe()}"
@@ -164,7 +163,8 @@ def prepare_run(
     processes = runtime.processes
     resume = processes.any_process(resume)
     weights = None if resume else config.model.weights
-    model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
+    with console.waiting("building the model"):
+        model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
     resolved, manifest = resolve_on_chief(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume
     )
@@ -293,7 +293,8 @@ def fit(run: TrainingRun, training: Training) -> list[dict[str, float]]:
             processes.barrier()  # until the state is saved
             run.console.print(
                 f"stopped after step {state.step:,}; continue with the same command and "
-                f"--run-dir {shlex.quote(str(run.directory.path))} --resume"
+                f"--run-dir {shlex.quote(str(run.directory.path))} --resume",
+                wrap=False,
             )
             # Without a signal of its own, this process stops because another one was asked to.
             raise SystemExit(128 + (training.stop_signal.signal or signal.SIGTERM)) from None
@@ -313,12 +314,13 @@ def evaluate_final_and_best(run: TrainingRun, training: Training, history: Seque
     config, directory, state = run.config, run.directory, run.state
     evaluator = RunEvaluator(state.model, config, directory, run.manifest, run.source, training.stage_data.predict)
     if run.is_chief:
-        save_training_figures(run, training, history)
+        with run.console.waiting("drawing the training curves"):
+            save_training_figures(run, training, history)
         run.console.print(f"evaluating {evaluator.split} and writing the report ...")
     final_step, results = state.step, None
     restore_best = config.train.restore_best_weights
     if not restore_best or state.best is None:
-        results = evaluate_final_model(evaluator, training.stage_data, state, is_chief=run.is_chief)
+        results = evaluate_final_model(evaluator, training.stage_data, state, run.console, is_chief=run.is_chief)
     if state.best is not None:
         best = checkpoint.checkpoint_path(directory.checkpoints, int(state.best["step"]))
         checkpoint.restore(state, best, run.runtime.processes)
@@ -326,7 +328,7 @@ def evaluate_final_and_best(run: TrainingRun, training: Training, history: Seque
             with state.averaged():
                 save_inference_model(state.model, directory.best_model)
         if restore_best:
-            results = evaluate_final_model(evaluator, training.stage_data, state, is_chief=run.is_chief)
+            results = evaluate_final_model(evaluator, training.stage_data, state, run.console, is_chief=run.is_chief)
     if results is not None:
         assert training.mlflow_logger is not None
         run.console.print()
@@ -355,9 +357,10 @@ def print_summary(run: TrainingRun, training: Training, split: str) -> None:
     if training.mlflow_logger is None:
         console.print(f"finished; the chief has written the results into {directory.path}")
         return
-    best = f" (best epoch on validation: {directory.best_model})" if run.state.best is not None else ""
-    console.print(f"the model        {directory.model}{best}")
-    console.print(f"report           {directory.html_report}")
-    console.print(f"results          {directory.evaluation(split)}")
-    console.print(f"label an image   {command_line('predict', '--run', directory.path)} IMAGE")
-    console.print(f"compare runs     {training.mlflow_logger.ui_command()}")
+    console.print(f"the model        {directory.model}", wrap=False)
+    if run.state.best is not None:
+        console.print(f"best epoch       {directory.best_model}", wrap=False)
+    console.print(f"report           {directory.html_report}", wrap=False)
+    console.print(f"results          {directory.evaluation(split)}", wrap=False)
+    console.print(f"label an image   {command_line('predict', '--run', directory.path)} IMAGE", wrap=False)
+    console.print(f"compare runs     {training.mlflow_logger.ui_command()}", wrap=False)

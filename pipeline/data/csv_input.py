@@ -8,7 +8,7 @@ import tensorflow as tf
 from pipeline.config.data import ColumnsConfig
 from pipeline.data import remote
 from pipeline.data.pack_inputs import SourceInput
-from pipeline.data.sources.base import FileStat, LabeledImage, read_in_python
+from pipeline.data.sources.base import FileStat, LabeledImage, LayoutError, read_in_python
 from pipeline.data.sources.csv_file import read_images, relative_key
 from pipeline.data.sources.files import file_stat
 from pipeline.errors import DataError
@@ -40,9 +40,11 @@ class CsvSource:
         if not remote.is_address(self._root):
             self._root = str(Path(self._root).expanduser().resolve())
         hint = f"Relative paths start from {self._root}; --root changes that."
-        self.class_names, self._images = read_images(
+        self.class_names, self._images, wrong = read_images(
             content, f"--csv {address}", columns, self._key, self._problem, hint
         )
+        if wrong is not None:
+            raise LayoutError([wrong], self)
 
     def list_images(self) -> list[LabeledImage]:
         """List all images, always in the same order."""

@@ -16,14 +16,16 @@ import tensorflow as tf
 
 from pipeline.config.address import parse_address
 from pipeline.data.manifest import Manifest
+from pipeline.distributed.listening import IPAddress, local_addresses, restrict_listeners
 from pipeline.errors import DataError, RunError, TrainingError
 
 PREFETCH = 2  # batches prefetched from a server
+EVERY_ADDRESS = ("0.0.0.0", "::")
 PATIENCE = 15.0  # seconds without a batch, after which the servers are checked
 
 
 def start_server(
-    address: str,
+    address: str, bind: str | None = None
 ) -> tuple[tf.data.experimental.service.DispatchServer, tf.data.experimental.service.WorkerServer]:
     """Start a server in this process; it stops when the returned objects are deleted.
 
@@ -31,11 +33,15 @@ def start_server(
 
     Args:
         address: host:port under which others reach this machine. The worker takes the port above.
+        bind: Host name or address of this machine that the server answers at; None for the host of `address`, and
+            0.0.0.0 or :: for every address.
 
     Raises:
-        RunError: A port is in use or not valid.
+        RunError: A port is in use or not valid, or the server cannot be restricted to the address.
     """
-    (_, port), service = parse_address(address), tf.data.experimental.service
+    (host, port), service = parse_address(address), tf.data.experimental.service
+    bound = None if bind in EVERY_ADDRESS else _addresses_to_bind(address, host, bind)
+    inner = "localhost" if bound is None else f"[{bound[0]}]" if bound[0].version == 6 else str(bound[0])
     own = address.removesuffix(f":{port}") + f":{port + 1}"
     try:
         for number in (port, port + 1):
@@ -43,14 +49,41 @@ def start_server(
                 pass
         dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
         worker = service.WorkerServer(
-            service.WorkerConfig(dispatcher_address=f"localhost:{port}", worker_address=own, port=port + 1)
+            service.WorkerConfig(dispatcher_address=f"{inner}:{port}", worker_address=own, port=port + 1)
         )
     except (OSError, OverflowError, tf.errors.OpError) as error:
         raise RunError(
             f"--address {address}: cannot be served at ({error}); choose another port, which is free and has a free "
             "port above it"
         ) from None
+    if bound is not None:
+        try:
+            restrict_listeners((port, port + 1), bound)
+        except OSError as error:
+            raise RunError(
+                f"--address {address}: this system cannot restrict the ports to one address ({error}); "
+                "--bind 0.0.0.0 serves at every address of this machine"
+            ) from None
     return dispatcher, worker
+
+
+def _addresses_to_bind(address: str, host: str, bind: str | None) -> list[IPAddress]:
+    """Return the addresses of this machine that the server answers at.
+
+    Raises:
+        RunError: The host is not this machine, or others know it by another address.
+    """
+    name, remedy = bind or host, "; --bind ADDRESS names one of this machine, --bind 0.0.0.0 all of them"
+    try:
+        addresses = local_addresses(name)
+    except OSError as error:
+        raise RunError(f"--address {address}: {name} is no address of this machine ({error}){remedy}") from None
+    is_name = bind is None and not host.replace(".", "").isdigit() and ":" not in host
+    if is_name and host != "localhost" and all(each.is_loopback for each in addresses):
+        raise RunError(
+            f"--address {address}: {host} means {addresses[0]} on this machine, which others cannot reach{remedy}"
+        )
+    return addresses
 
 
 def check_servers(addresses: Sequence[str]) -> None:

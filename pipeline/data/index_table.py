@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
+from pipeline.console import plural
 from pipeline.data.manifest import CHUNK_ROWS, Manifest
 from pipeline.errors import DataError
 
@@ -56,8 +57,8 @@ def memory_mapped_table(manifest: Manifest, indices: np.ndarray) -> Callable[[tf
             )
     except OSError as error:
         raise DataError(
-            f"{tempfile.gettempdir()}: the table of {len(indices):,} images cannot be written ({error.strerror}); "
-            "set TMPDIR to a folder on a disk with room"
+            f"{tempfile.gettempdir()}: the table of {plural(len(indices), 'image')} cannot be written "
+            f"({error.strerror}); set TMPDIR to a folder on a disk with room"
         ) from error
 
     @tf.autograph.experimental.do_not_convert  # there is nothing to convert

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.console import plural
 from pipeline.data import remote
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.data.sources.base import format_list, split_of
@@ -203,8 +204,8 @@ def find_files(
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(
-            f"{option}: {len(doubled)} files are given twice, or have the same name:\n{format_list(doubled)}\n"
-            "Rename them."
+            f"{option}: {plural(len(doubled), 'file is', 'files are')} given twice, or have the same name:\n"
+            f"{format_list(doubled)}\nRename them."
         )
     return files
 

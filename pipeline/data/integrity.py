@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import tensorflow as tf
 
+from pipeline.console import plural
 from pipeline.data.inspection import read_header
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, format_list
@@ -42,8 +43,8 @@ def check_images(manifest: Manifest, source: DataSource, split: str) -> None:
     indices = manifest.indices(split)
     if changed := find_changed_images(manifest, source, indices):
         raise DataError(
-            f"{len(changed)} of the {len(indices):,} images of the split {split} are not those that the run was "
-            f"trained with:\n{format_list(changed)}\n{REMEDY}"
+            f"{len(changed):,} of the {plural(len(indices), 'image')} of the split {split} are not those that the run "
+            f"was trained with:\n{format_list(changed)}\n{REMEDY}"
         )
 
 
@@ -60,8 +61,9 @@ def name_changed_images(manifest: Manifest, source: DataSource) -> Iterator[None
         changed = find_changed_images(manifest, source, np.arange(len(manifest.table)))
         if not changed:
             raise
+        count = plural(len(changed), "image changed while it was", "images changed while they were")
         raise DataError(
-            f"{len(changed)} images changed while they were in use:\n{format_list(changed)}\n"
+            f"{count} in use:\n{format_list(changed)}\n"
             f"{REMEDY} Training continues from its last checkpoint with --resume."
         ) from None
 

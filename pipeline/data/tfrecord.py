@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from pipeline.console import plural
 from pipeline.data.input_files import FilesInput, InputFile, find_files
 from pipeline.data.inspection import packable, short_message
 from pipeline.data.pack_inputs import PackRecord
@@ -55,7 +56,7 @@ class TFRecordInput(FilesInput):
         super().__init__(find_files(self.option, patterns), class_names, first_label)
         file, record = next(((file, record) for file in self._files for record in self._records(file, 0)), (None, b""))
         if file is None:
-            raise DataError(f"--tfrecord: all of the {len(self._files)} files are empty")
+            raise DataError(f"--tfrecord: {plural(len(self._files), 'file')} without a record")
         example = _parse(record)
         layout = next((layout for layout in LAYOUTS if {layout.image, layout.label} <= set(example)), LAYOUTS[0])
         self._features = layout._replace(**features)
@@ -91,7 +92,9 @@ class TFRecordInput(FilesInput):
                 f"{', '.join(sorted(example)) or 'nothing'}: give their names with --image-feature and --label-feature"
             )
         if len(image) + len(labels) > 2:
-            raise DataError(f"{where} has {len(image)} images and {len(labels)} labels; needed is one of each")
+            raise DataError(
+                f"{where} has {plural(len(image), 'image')} and {plural(len(labels), 'label')}; needed is one of each"
+            )
         self.check_label(labels[0], where)
         class_name, own = (_text(example.get(name), where) for name in (features.class_name or "", FILE_NAME))
         return PackRecord(

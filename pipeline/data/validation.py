@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.config.data import DataConfig
-from pipeline.console import ProgressFn
+from pipeline.console import ProgressFn, plural
 from pipeline.data.inspection import TRANSCODED, ImageFlag, inspect_all
 from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
-from pipeline.data.sources.base import SPLITS, DataSource, LabeledImage, format_list
+from pipeline.data.sources.base import SPLITS, DataSource, LabeledImage, LayoutProblem, format_list
 from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
@@ -92,6 +92,11 @@ class ValidationReport:
         """Findings that prevent a run from starting."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
+    def with_layout_problems(self, problems: Sequence[LayoutProblem]) -> "ValidationReport":
+        """Return the report with the problems of a `LayoutError` as its first findings."""
+        findings = tuple(Finding("layout", "error", *problem) for problem in problems)
+        return replace(self, findings=(*findings, *self.findings))
+
 
 def scan(
     source: DataSource,
@@ -130,8 +135,12 @@ def validate(
     progress: ProgressFn | None = None,
     min_classes: int = 2,
     full_dataset: bool = True,
+    exhaustive: bool = False,
 ) -> ValidationReport:
     """Decode every image once, find near-duplicates, assign missing splits, and report all problems.
+
+    Data that no classifier can be learned from, whatever the files hold, are reported without opening the files, unless
+    `exhaustive` asks for the problems of the files, too.
 
     Args:
         source: Source of the images.
@@ -140,11 +149,13 @@ def validate(
         progress: See `scan`.
         min_classes: See `scan`.
         full_dataset: See `scan`.
+        exhaustive: Decode the images even if nothing can be learned from them.
     """
     images, classes = source.list_images(), len(source.class_names)
     labeled = [image for image in images if 0 <= image.label < classes]
-    if hopeless := tuple(_unlearnable(source.class_names, labeled, min_classes)):
-        return ValidationReport(None, hopeless)
+    unlearnable = tuple(_unlearnable(source.class_names, labeled, min_classes))
+    if unlearnable and not (exhaustive and labeled):
+        return ValidationReport(None, unlearnable)
     cache = ScanCache(config.path, config.background)
     facts, problems = inspect_all(
         source, images, cache, progress, background=config.background, full_dataset=full_dataset
@@ -157,13 +168,17 @@ def validate(
     if problems:
         facts = np.delete(facts, list(problems))
         images = [image for i, image in enumerate(images) if i not in problems]
-        if emptied := tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
+        emptied = tuple(_classes_without_images(source.class_names, labeled, images)) or tuple(
             _unlearnable(source.class_names, images, min_classes)
-        ):
-            return ValidationReport(None, (*bad, *emptied) if config.on_bad_image == "skip" else bad, skipped_images)
+        )
+        if config.on_bad_image == "skip":
+            unlearnable = unlearnable or emptied
+        if not images or (emptied and not exhaustive):
+            return ValidationReport(None, (*bad, *unlearnable), skipped_images)
     manifest = Manifest(source.class_names, _table(images, facts, config, seed), skipped_images=skipped_images)
     makes_test_split = config.group_near_duplicates and not any(image.split == "test" for image in images)
     findings = [
+        *unlearnable,
         *bad,
         *_duplicates(manifest, config.on_leak),
         *(_undivided_classes(manifest) if makes_test_split else ()),
@@ -174,7 +189,7 @@ def validate(
     ]
     notes = tuple(finding.sentence() for finding in findings if finding.severity == "warning" and finding not in bad)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return ValidationReport(replace(manifest, notes=notes), tuple(findings), skipped_images)
+    return ValidationReport(None if unlearnable else replace(manifest, notes=notes), tuple(findings), skipped_images)
 
 
 def _table(images: Sequence[LabeledImage], facts: np.ndarray, config: DataConfig, seed: int) -> pd.DataFrame:
@@ -209,7 +224,7 @@ def _unlearnable(class_names: Sequence[str], images: Sequence[LabeledImage], min
         yield Finding(
             "class_names",
             "error",
-            f"{len(odd)} class names are empty or have a line break in them",
+            f"{plural(len(odd), 'class name is', 'class names are')} empty or broken by a line end",
             odd,
             "Rename them.",
         )
@@ -233,7 +248,7 @@ def _unlearnable(class_names: Sequence[str], images: Sequence[LabeledImage], min
 def _bad_files(skipped_images: Sequence[SkippedImage], total: int, on_bad_image: str) -> Iterator[Finding]:
     if skipped_images:
         items = tuple(f"{key}: {problem}" for key, problem in skipped_images)
-        text = f"{len(skipped_images)} of {total} images cannot be used"
+        text = f"{len(skipped_images):,} of {plural(total, 'image')} cannot be used"
         if on_bad_image == "error":
             remedy = "Replace, convert (to JPEG or PNG) or delete them; data.on_bad_image=skip trains without them."
             yield Finding("bad_files", "error", text, items, remedy)
@@ -250,7 +265,7 @@ def _classes_without_images(
         yield Finding(
             "classes",
             "error",
-            f"{len(emptied)} classes have no image that can be used",
+            f"{plural(len(emptied), 'class has', 'classes have')} no image that can be used",
             items,
             "Give them some, or take them out.",
         )
@@ -264,19 +279,19 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
     alike = alike.assign(label=np.array(manifest.class_names, object)[alike["label"]])
     members = alike.groupby("group", sort=False)
     if len(alike):
-        text = f"{len(alike)} images are near-duplicates of another, in {members.ngroups} groups"
+        text = f"{len(alike):,} images are near-duplicates of another, in {plural(members.ngroups, 'group')}"
         yield Finding("near_duplicates", "warning", text, _groups(alike, "group"))
     copies = alike[alike["sha256"].duplicated(keep=False)]
     if len(copies):
         yield Finding(
             "identical_files",
             "info",
-            f"{len(copies)} files are the same as another, byte for byte",
+            f"{len(copies):,} files are the same as another, byte for byte",
             _groups(copies, "sha256"),
         )
     leaks = alike[members["split"].transform("nunique") > 1]
     if len(leaks) and on_leak != "ignore":
-        text = f"{len(leaks)} near-duplicate images are in more than one of the data set's own splits"
+        text = f"{len(leaks):,} near-duplicate images are in more than one of the data set's own splits"
         items = _groups(leaks, "group", "split")
         if on_leak == "error":
             remedy = (
@@ -291,7 +306,7 @@ def _duplicates(manifest: Manifest, on_leak: str) -> Iterator[Finding]:
         yield Finding(
             "labels",
             "warning",
-            f"{len(contrary)} near-duplicate images have different labels",
+            f"{len(contrary):,} near-duplicate images have different labels",
             _groups(contrary, "group", "label"),
         )
 
@@ -316,12 +331,12 @@ def _undivided_classes(manifest: Manifest) -> Iterator[Finding]:
     undivided = counts[(counts["test"] == 0) & (totals > 2) & (groups < totals)]
     if len(undivided):
         measurable = (counts["test"] > 0).sum() > 1
-        items = tuple(f"{name} ({total:,} images)" for name, total in undivided.sum(axis="columns").items())
+        items = tuple(f"{name} ({plural(total, 'image')})" for name, total in undivided.sum(axis="columns").items())
         yield Finding(
             "undivided_classes",
             "warning" if measurable else "error",
-            f"{len(items)} classes have no image in test, because their images are near-duplicates of each other, "
-            "which stay in one split",
+            f"{plural(len(items), 'class has', 'classes have')} no image in test, because all images are "
+            "near-duplicates of each other, which stay in one split",
             items,
             "Add other images of these classes, or bring splits of your own; if the images show different objects, set "
             "data.group_near_duplicates=false.",
@@ -342,7 +357,8 @@ def _similar_names(class_names: Sequence[str]) -> Iterator[Finding]:
     groups = tuple(names.groupby(names.map(normalized), sort=False).agg(list))
     alike = tuple(EQUALS.join(map(repr, group)) for group in groups if len(group) > 1)
     if alike:
-        text = f"{len(alike)} groups of class names differ only in case, spacing, Unicode form or number format"
+        groups_differ = plural(len(alike), "group of class names differs", "groups of class names differ")
+        text = f"{groups_differ} only in case, spacing, Unicode form or number format"
         yield Finding("similar_classes", "warning", text, alike, "If they are the same class, rename them alike.")
 
 
@@ -353,10 +369,17 @@ def _classes(manifest: Manifest) -> Iterator[Finding]:
         if not counts[split].any():
             yield Finding("splits", "warning", f"The data have no {split} split")
         elif lacking:
-            yield Finding("classes", "warning", f"{len(lacking)} classes have no image in {split}", lacking)
+            yield Finding(
+                "classes",
+                "warning",
+                f"{plural(len(lacking), 'class has', 'classes have')} no image in {split}",
+                lacking,
+            )
     single = tuple(counts.index[counts.sum(axis="columns") == 1])
     if single:
-        yield Finding("classes", "warning", f"{len(single)} classes have a single image", single)
+        yield Finding(
+            "classes", "warning", f"{plural(len(single), 'class has', 'classes have')} a single image", single
+        )
 
 
 def _decoded_by_pillow(manifest: Manifest, facts: np.ndarray, background: str) -> Iterator[Finding]:
@@ -379,7 +402,8 @@ def _decoded_by_pillow(manifest: Manifest, facts: np.ndarray, background: str) -
         yield Finding(
             "traits",
             "warning",
-            f"{transparent.sum():,} images have transparency and are put on {background} (data.background)",
+            f"{plural(int(transparent.sum()), 'image has', 'images have')} transparency: put on {background} "
+            "(data.background)",
             tuple(keys[transparent]),
         )
 
@@ -391,14 +415,17 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
     if extreme.any():
         items = tuple(f"{keys[i]} ({facts['height'][i]} x {facts['width'][i]})" for i in np.flatnonzero(extreme))
         yield Finding(
-            "aspects", "warning", f"{len(items)} images are more than {EXTREME_ASPECT:g} times as long as wide", items
+            "aspects",
+            "warning",
+            f"{plural(len(items), 'image is', 'images are')} more than {EXTREME_ASPECT:g} times as long as wide",
+            items,
         )
     dark = (facts["traits"] & ImageFlag.HIGH_BIT_DEPTH != 0) & (facts["maximum"] < DARK)
     if dark.any():
         yield Finding(
             "dark",
             "warning",
-            f"{dark.sum():,} images of 16 bits a channel use so few of their bits that they are nearly dark: of the "
+            f"{plural(dark.sum(), 'image')} of 16 bits a channel with few bits in use, so nearly dark: of the "
             f"upper 8 bits, which the model sees, no pixel is above {DARK - 1}",
             tuple(keys[dark]),
             "Scale their values to the full range, or store them with 8 bits.",
@@ -413,4 +440,6 @@ def _image_properties(manifest: Manifest, facts: np.ndarray) -> Iterator[Finding
     }
     for text, which in unusual.items():
         if which.any():
-            yield Finding("traits", "info", f"{which.sum():,} images are {text}", tuple(keys[which]))
+            yield Finding(
+                "traits", "info", f"{plural(which.sum(), 'image is', 'images are')} {text}", tuple(keys[which])
+            )

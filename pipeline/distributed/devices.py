@@ -15,10 +15,12 @@ import tensorflow as tf
 from tensorflow.python.client import device_lib
 
 from pipeline.config.runtime import RuntimeConfig
+from pipeline.console import plural, python_executable
 from pipeline.distributed.cluster import ProcessInfo
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.sharding import Shard, local_replicas, on_replicas
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
@@ -105,6 +107,27 @@ def setup_devices(config: RuntimeConfig, seed: int, process_info: ProcessInfo | 
     )
     # XLA was measured to be slower on CPUs, and it fails on several logical CPU devices.
     return replace(runtime, jit_compile=None) if config.xla == "auto" and runtime.on_one_gpu else runtime
+
+
+def unusable_gpu(driver: Path = NVIDIA_DRIVER) -> str | None:
+    """Return a sentence about an NVIDIA GPU that TensorFlow cannot use, with the remedy; None if there is none.
+
+    Args:
+        driver: Folder of the NVIDIA driver, which has an entry for each GPU in `gpus`.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    folder = driver / "gpus"
+    gpus = len(list(folder.iterdir())) if folder.is_dir() else 0
+    if hidden or not gpus or tf.config.list_physical_devices("GPU"):
+        return None
+    found = f"this machine has {plural(gpus, 'NVIDIA GPU')}, but TensorFlow {tf.__version__} cannot use it"
+    if not tf.test.is_built_with_cuda():
+        return f"{found}: it is built without CUDA; install the package tensorflow in place of tensorflow-cpu"
+    return (
+        f"{found}, so the CPU trains: install CUDA's libraries by `make setup GPU=1` or "
+        f"`{python_executable()} -m pip install --constraint constraints.txt 'tensorflow[and-cuda]'`; if they are "
+        "installed, the driver may be too old for them, see the log and nvidia-smi"
+    )
 
 
 def _single_process_strategy(name: str, gpus: list[tf.config.LogicalDevice]) -> tf.distribute.Strategy:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from pipeline.console import plural
 from pipeline.data.manifest import Manifest, describe_changes
 from pipeline.errors import RunError
 from pipeline.evaluation.statistics import (
@@ -149,12 +150,12 @@ class RunComparison:
         if self.verdict == "open":
             return (
                 f"{accuracy_b} correct against {accuracy_a}. The true difference of {self.b} may lie anywhere from "
-                f"{self._difference(low)} to {self._difference(high)} (95 % interval). {self._chance()}"
+                f"{self._difference(low)} to {self._difference(high)} (95% interval). {self._chance()}"
             )
         nearer, farther = sorted((low, high), key=abs)
         return (
             f"{accuracy_b} of the {self._images} correct against {accuracy_a}, {self._difference(self.accuracy.value)} "
-            f"(95 % interval {self._points(nearer)} to {self._points(farther)}). {self._chance()}"
+            f"(95% interval {self._points(nearer)} to {self._points(farther)}). {self._chance()}"
         )
 
     @property
@@ -164,7 +165,7 @@ class RunComparison:
 
     @property
     def _images(self) -> str:
-        return f"{self.num_images:,} {self.split} images"
+        return plural(self.num_images, f"{self.split} image")
 
     def _chance(self) -> str:
         test = f"McNemar's test, p {_p(self.p_value)}"
@@ -299,7 +300,7 @@ def _changed_images(first: RunPredictions, other: RunPredictions) -> pd.DataFram
 
 def format_percent(share: float, num_images: int) -> str:
     """Format a share of images in percent, with as many digits as their number supports."""
-    return f"{100 * share:.{_digits(num_images)}f} %"
+    return f"{100 * share:.{_digits(num_images)}f}%"
 
 
 def format_points(difference: float, num_images: int) -> str:
@@ -320,4 +321,4 @@ def _how_often(p_value: float) -> str:
         return "in less than one of a million comparisons"
     if p_value < 0.1:
         return f"in 1 of {1 / p_value:,.0f} comparisons"
-    return f"in {100 * p_value:.0f} % of comparisons" if p_value < 0.995 else "every time"
+    return f"in {100 * p_value:.0f}% of comparisons" if p_value < 0.995 else "every time"

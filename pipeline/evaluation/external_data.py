@@ -9,7 +9,7 @@ import pandas as pd
 import tensorflow as tf
 
 from pipeline.config.data import Background, DataConfig
-from pipeline.console import ProgressFn
+from pipeline.console import ProgressFn, plural
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource, FileStat, LabeledImage, format_list
 from pipeline.data.sources.catalog import open_source
@@ -155,7 +155,7 @@ def align(
             for name in match.new
         ]
         raise DataError(
-            f"{len(unmatched)} of the data's {len(data_classes)} classes are not among the model's "
+            f"{len(unmatched)} of the data's {plural(len(data_classes), 'class', 'classes')} are not among the model's "
             f"{len(class_lists[0])}:\n{format_list(unmatched)}\n"
             "Rename them as in the model, or map them with --class-map FILE (YAML, data's class: model's class)."
         )

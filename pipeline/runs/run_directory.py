@@ -221,6 +221,33 @@ def create(path: Path | None, experiment: str) -> RunDirectory:
     return run
 
 
+def check_can_create(path: Path | None, experiment: str, config: Config) -> None:
+    """Check that a run can be created and written, by doing so; leave nothing behind.
+
+    Args:
+        path: As in `create`.
+        experiment: As in `create`.
+        config: The config, which is written into it for a moment.
+
+    Raises:
+        RunError: As in `create`.
+        OSError: The directory cannot be made, or it cannot be written to.
+    """
+    folder = path or RUNS / experiment
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        run = create(path, experiment)
+        if path is None:
+            created.insert(0, run.path)
+        trial = run.path / temporary_name(run.config.name)
+        trial.write_text(config.to_yaml(), encoding="utf-8")
+        trial.unlink()
+    finally:
+        for folder in created:
+            with suppress(OSError):  # another process has a run in it by now
+                folder.rmdir()
+
+
 def find(name: str) -> RunDirectory:
     """Find a run by its directory, its MLflow run id, or `latest`: the newest finished run under runs/.
 

@@ -77,18 +77,25 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 
     database = database_of(uri)
     artifact_location = (database.parent / "mlartifacts").as_uri() if database else None
+    if (known := _known_experiment(client, name)) is not None:
+        return known
+    try:
+        return client.create_experiment(name, artifact_location, {"mlflow.experimentKind": "custom_model_development"})
+    except MlflowException as error:  # on a server another process may have created it
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or (known := _known_experiment(client, name)) is None:
+            raise
+        return known
+
+
+def _known_experiment(client: "MlflowClient", name: str) -> str | None:
+    """Return the id of an experiment; None if there is none.
+
+    Raises:
+        ConfigError: The experiment was deleted.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
-            return client.create_experiment(
-                name, artifact_location, {"mlflow.experimentKind": "custom_model_development"}
-            )
-        except MlflowException as error:  # on a server another process may have created it
-            if (
-                error.error_code != "RESOURCE_ALREADY_EXISTS"
-                or (experiment := client.get_experiment_by_name(name)) is None
-            ):
-                raise
+        return None
     if experiment.lifecycle_stage == "deleted":
         remedy = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
         raise ConfigError(
@@ -100,11 +107,11 @@ def find_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 def check_store(uri: str, experiment: str) -> None:
     """Check that runs can be tracked, before the time that goes into reading the data is lost.
 
-    A database that does not exist yet is not created.
+    Nothing is created: no database, no experiment.
 
     Args:
         uri: Tracking URI.
-        experiment: Name of the experiment; created if missing.
+        experiment: Name of the experiment.
 
     Raises:
         ConfigError: The store cannot be reached or used, or the experiment was deleted.
@@ -115,7 +122,7 @@ def check_store(uri: str, experiment: str) -> None:
             raise ConfigError(f"tracking.uri: {database} cannot be created, because {folder} cannot be written")
         return
     with translate_mlflow_error(uri), exclusive_lock(uri):
-        find_experiment(import_mlflow().MlflowClient(uri), uri, experiment)
+        _known_experiment(import_mlflow().MlflowClient(uri), experiment)
 
 
 @contextmanager

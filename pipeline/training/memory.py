@@ -15,7 +15,9 @@ import tensorflow as tf
 
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.optimizer import OPTIMIZERS, OptimizerConfig
+from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
+from pipeline.console import plural
 from pipeline.data.mixup import mixing_group_size
 from pipeline.distributed.devices import Runtime, gpu_memory_limits
 from pipeline.errors import ConfigError, TrainingError
@@ -103,7 +105,7 @@ def resolve_batch_size(
         previous: The resolved section `train` of the run that is resumed, if any; its values stay, whatever the memory.
 
     Raises:
-        TrainingError: Not even one image is estimated to fit.
+        ConfigError: Not even one image is estimated to fit.
     """
     if train.global_batch_size == "auto" and previous is not None:
         train = previous
@@ -112,9 +114,9 @@ def resolve_batch_size(
     memory = device_memory()
     fitting = min(largest_micro_batch(optimizer, model, memory), max(1, AUTO_BATCH_SIZE // runtime.replicas))
     if not fitting:
-        raise TrainingError(
-            f"{_describe(model)} does not fit into {_gib(memory)} with a single image; "
-            "take a smaller variant or resolution"
+        raise ConfigError(
+            f"model.variant: {_describe(model)} does not fit into {_gib(memory)} with a single image; "
+            "take a smaller variant or model.resolution"
         )
     images_at_once = 2 ** int(math.log2(fitting)) * runtime.replicas
     accumulation = max(1, round(AUTO_BATCH_SIZE / images_at_once))
@@ -143,6 +145,39 @@ def check_batch(batch_size: BatchSize, augment: AugmentConfig, runtime: Runtime)
             )
 
 
+def check_memory(config: Config, batch_size: BatchSize, runtime: Runtime, model: keras.Model) -> None:
+    """Check that a step that trains all layers is estimated to fit into the memory of a device.
+
+    A step that trains fewer layers keeps fewer activations, how many is not estimated; it is not checked.
+
+    Args:
+        config: The config; its stages are numbers already.
+        batch_size: Images of a step.
+        runtime: Its replicas share the batch.
+        model: The network to train.
+
+    Raises:
+        ConfigError: The estimate is above the memory of the smallest device.
+    """
+    if all(stage.trainable != "all" for stage in config.train.stages):
+        return
+    memory, share = device_memory(), batch_size.images // runtime.replicas
+    images = share // batch_size.accumulation
+    need = step_memory(config.optimizer, model, images, accumulation=batch_size.accumulation > 1)
+    if need <= memory:
+        return
+    fitting = largest_micro_batch(config.optimizer, model, memory)
+    if not fitting:
+        remedy = "take a smaller variant or model.resolution"
+    else:
+        steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= fitting)
+        remedy = f"set train.gradient_accumulation_steps={steps}, or train.global_batch_size=auto"
+    raise ConfigError(
+        f"train.global_batch_size: {plural(images, 'image')} per device and micro-batch of {_describe(model)} take an "
+        f"estimated {_gib(need)}, and a device has {_gib(memory)}; {remedy}"
+    )
+
+
 @contextmanager
 def translate_oom_error(
     batch_size: BatchSize, optimizer: OptimizerConfig, runtime: Runtime, model: keras.Model
@@ -165,7 +200,7 @@ def translate_oom_error(
         size = batch_size.images // batch_size.accumulation // runtime.replicas
         fitting = min(largest_micro_batch(optimizer, model, memory), size - 1)
         raise TrainingError(
-            f"out of memory with {size} images per device and micro-batch of {_describe(model)}; "
+            f"out of memory with {plural(size, 'image')} per device and micro-batch of {_describe(model)}; "
             f"{fitting} are estimated to fit into {_gib(memory)}.\n"
             "Raise train.gradient_accumulation_steps (the result stays the same but for rounding and batch "
             "normalization), set train.global_batch_size=auto, or take a smaller variant or resolution. "

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.config.train import SkipNanConfig
+from pipeline.console import plural
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.errors import TrainingError
 from pipeline.training import checkpoint
@@ -100,9 +101,9 @@ class NanPolicy:
             if self._policy == "stop":
                 details = ""
             elif self._policy == "rollback":
-                details = f"\nThe run has already been rolled back {state.rollbacks} times."
+                details = f"\nThe run has already been rolled back {plural(state.rollbacks, 'time')}."
             else:
-                details = f"\n{len(state.skipped)} steps have already been skipped."
+                details = f"\n{plural(len(state.skipped), 'step has', 'steps have')} already been skipped."
             raise_nan_error(
                 state,
                 f"{details}\n{saved} Continue with --resume and --allow-change of the keys that you change, or with "

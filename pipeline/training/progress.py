@@ -3,10 +3,10 @@
 import time
 from collections.abc import Mapping
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.config.train import StageConfig
-from pipeline.console import Console, format_duration
+from pipeline.console import Console, format_duration, plural
 from pipeline.training.callbacks import Callback
 
 
@@ -30,8 +30,9 @@ class ProgressBar(Callback):
         self._epochs = total_steps // steps_per_epoch
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console.rich, transient=True, speed_estimate_period=60)
@@ -39,6 +40,7 @@ class ProgressBar(Callback):
             "preparing the first step", total=total_steps, completed=first_step, metrics=""
         )
         self._throughput = Throughput()
+        self._has_header = False
 
     def __enter__(self) -> "ProgressBar":
         """Show the bar, in a terminal."""
@@ -55,7 +57,7 @@ class ProgressBar(Callback):
         """Update the bar."""
         speed = self._throughput.update(step) * self._batch_size
         epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
-        text = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
+        text = f"loss {metrics['train/loss']:.3f}  {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
         self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, metrics=text)
 
     def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
@@ -63,25 +65,31 @@ class ProgressBar(Callback):
         self._console.print(f"first step {format_duration(seconds)}, including tracing and compilation")
 
     def on_epoch_end(self, record: Mapping[str, float]) -> None:
-        """Print a line for the epoch."""
-        step = int(record["step"])
-        text = (
-            f"epoch {record['epoch']:>3}/{self._epochs}  "
-            f"loss {record['train/loss']:.3f}  accuracy {record['train/accuracy']:.1%}"
-        )
+        """Print a line for the epoch, with a header above the first one. It fits 80 columns."""
+        steps_left = self._total_steps - int(record["step"])
+        speed = self._throughput.mean
+        cells = {
+            "": f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}",
+            "  loss": f"{record['train/loss']:.3f}",
+            "accuracy": f"{record['train/accuracy']:.1%}",
+        }
         if "val/loss" in record:
-            text += f"  |  validation loss {record['val/loss']:.3f}  accuracy {record['val/accuracy']:.1%}"
-        left = self._throughput.seconds_left(self._total_steps - step)
-        if self._throughput.mean:
-            text += f"  |  {self._throughput.mean * self._batch_size:,.0f} images/s" + (
-                f", {format_duration(left)} left" if step < self._total_steps else ""
-            )
-        self._console.print(text)
+            cells |= {"val loss": f"{record['val/loss']:.3f}", "val accuracy": f"{record['val/accuracy']:.1%}"}
+        cells |= {
+            "images/s": f"{speed * self._batch_size:,.0f}" if speed else "",
+            "   time left": format_duration(self._throughput.seconds_left(steps_left)) if speed and steps_left else "",
+        }
+        if not self._has_header:
+            self._has_header = True
+            self._console.print("  ".join(f"{title:>{len(cells[title])}}" for title in cells))
+        self._console.print("  ".join(f"{cell:>{len(title)}}" for title, cell in cells.items()).rstrip())
         self._throughput = Throughput()  # the next epoch may belong to another stage, which has another speed
 
     def on_early_stop(self, epochs: int) -> None:
         """Print that the stage ends."""
-        self._console.print(f"early stopping: no improvement; the last {epochs} epochs of the stage are omitted")
+        self._console.print(
+            f"early stopping: no improvement; the last {plural(epochs, 'epoch')} of the stage are omitted"
+        )
 
 
 class Throughput:

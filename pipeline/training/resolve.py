@@ -14,7 +14,9 @@ from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
-from pipeline.console import Console
+from pipeline.console import Console, plural
+from pipeline.data.augmentation import image_augmentation
+from pipeline.data.data_service import check_servers
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
@@ -23,7 +25,7 @@ from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.run_directory import RunDirectory
-from pipeline.training.memory import BatchSize, check_batch, resolve_batch_size
+from pipeline.training.memory import BatchSize, check_batch, check_memory, resolve_batch_size
 from pipeline.training.recipe import describe_recipe, resolve_recipe
 from pipeline.training.schedule import TrainSchedule, build_schedule
 from pipeline.training.xla import resolve_xla
@@ -51,7 +53,7 @@ class ResolvedConfig:
 def resolve_batch(
     config: Config, runtime: Runtime, model: keras.Model, *, previous: Config | None = None
 ) -> tuple[Config, BatchSize]:
-    """Resolve the batch size and check that the replicas can share it. This needs no data.
+    """Resolve the batch size, and check that the replicas can share it and have the memory. This needs no data.
 
     Args:
         config: The config as written.
@@ -63,7 +65,7 @@ def resolve_batch(
         The config with the batch size as a number, and that number.
 
     Raises:
-        UserError: Not even one image fits into memory, or the batch cannot be shared.
+        UserError: The batch does not fit into memory, or it cannot be shared.
     """
     batch_size = resolve_batch_size(
         config.train, config.optimizer, runtime, model, previous=previous.train if previous else None
@@ -71,7 +73,10 @@ def resolve_batch(
     check_batch(batch_size, config.augment, runtime)
     images, accumulation = batch_size
     train = config.train.model_copy(update={"global_batch_size": images, "gradient_accumulation_steps": accumulation})
-    return config.model_copy(update={"train": train}), batch_size
+    config = config.model_copy(update={"train": train})
+    if config.recipe is None and previous is None:
+        check_memory(config, batch_size, runtime, model)
+    return config, batch_size
 
 
 def resolve(
@@ -98,6 +103,8 @@ def resolve(
     """
     config, batch_size = resolve_batch(config, runtime, model, previous=previous)
     config = resolve_recipe(config, manifest, batch_size.images, uninitialized_layers, previous=previous)
+    if config.recipe is not None and previous is None:
+        check_memory(config, batch_size, runtime, model)  # the recipe has chosen the stages now
     schedule = build_schedule(
         config.train.stages,
         config.optimizer,
@@ -106,6 +113,16 @@ def resolve(
     )
     config, runtime, reason = resolve_xla(config, runtime, model, schedule, previous=previous)
     return ResolvedConfig(config, runtime, batch_size, schedule, reason)
+
+
+def check_before_scan(config: Config) -> None:
+    """Check what can be checked without the images: the scan may take an hour.
+
+    Raises:
+        UserError: An argument of a transform is wrong, or a server of `runtime.data_service` cannot be reached.
+    """
+    image_augmentation(config.augment, config.variant.resolution, config.data.resize)
+    check_servers(config.runtime.data_service or ())
 
 
 def open_data(config: DataConfig, processes: ProcessGroup) -> DataSource:
@@ -200,7 +217,7 @@ def scan_images(source: DataSource, config: DataConfig, seed: int, run: RunDirec
     if manifest.skipped_images:
         manifest.write_skipped_images(run.skipped_images)
     sizes = ", ".join(f"{len(manifest.indices(split)):,} {split}" for split in ("train", "val", "test"))
-    console.print(f"data: {len(manifest.class_names)} classes; images: {sizes}")
+    console.print(f"data: {plural(len(manifest.class_names), 'class', 'classes')}; images: {sizes}")
     print_notes(manifest, f", listed in {run.skipped_images}", console)
     return manifest
 
@@ -216,4 +233,4 @@ def print_notes(manifest: Manifest, where_listed: str, console: Console) -> None
     for note in manifest.notes:
         console.print(f"note: {note}")
     if manifest.skipped_images:
-        console.print(f"skipped: {len(manifest.skipped_images):,} images that cannot be used{where_listed}")
+        console.print(f"skipped: {plural(len(manifest.skipped_images), 'image')} that cannot be used{where_listed}")

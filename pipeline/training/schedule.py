@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.config.optimizer import OptimizerConfig
 from pipeline.config.train import StageConfig
+from pipeline.console import plural
 from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import CLASSIFIER_BLOCK, block_of
 
@@ -144,7 +145,7 @@ def check_uninitialized_layers(
     if stuck:
         names = ", ".join(stuck[:8]) + (f" and {len(stuck) - 8} more" if len(stuck) > 8 else "")
         raise ConfigError(
-            f"train.stages: no stage trains {len(stuck)} layers that the weights do not fit and that are random so "
-            f"far: {names}; let a stage train all, and one with freeze_batch_norm: false if some are batch "
+            f"train.stages: no stage trains {plural(len(stuck), 'layer')} that the weights do not fit and that are "
+            f"random so far: {names}; let a stage train all, and one with freeze_batch_norm: false if some are batch "
             "normalization (_bn)"
         )

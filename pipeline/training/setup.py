@@ -18,7 +18,13 @@ from pipeline.training.state import MetricAccumulator, TrainState
 
 
 def create_model(
-    config: Config, runtime: Runtime, class_names: Sequence[str], console: Console, *, weights: str | None
+    config: Config,
+    runtime: Runtime,
+    class_names: Sequence[str],
+    console: Console,
+    *,
+    weights: str | None,
+    download: bool = True,
 ) -> tuple[keras.Model, Collection[str]]:
     """Build the network under the strategy that will run it, and load its initial weights.
 
@@ -28,12 +34,14 @@ def create_model(
         class_names: K names, in the order of the outputs.
         console: Console for the report on the weights.
         weights: As `model.weights`; None leaves random values.
+        download: Download published weights that are not on this machine yet.
 
     Returns:
         The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the names of the layers that
         the weights do not fit.
 
     Raises:
+        WeightsNotDownloadedError: The weights are not on this machine, and `download` is False.
         UserError: The weights cannot be read, or no stage trains a layer that they do not fit.
     """
     uninitialized_layers: Collection[str] = ()
@@ -57,6 +65,7 @@ def create_model(
                 class_names=class_names,
                 class_map=config.model.class_map,
                 task=TASKS[config.task],
+                download=download,
             )
             console.print(f"weights: {report}", details=report.details())
             uninitialized_layers = report.uninitialized

@@ -27,7 +27,7 @@ CROP_FLIP = ({"RandomResizedCrop": {"scale": [0.5, 1.0]}}, {"HorizontalFlip": {}
 class Quiet(Console):
     """Leaves the test's own output alone."""
 
-    def print(self, text: object = "", *, details: str | None = None) -> None:
+    def print(self, text: object = "", *, details: str | None = None, wrap: bool = True) -> None:
         """Nothing."""
 
 

@@ -99,8 +99,55 @@ def test_data_that_cannot_be_learned_from_are_reported_without_a_table(config: P
     (config.parent / "photos/dog/bad.png").touch()
     code, output = run(config, "data.on_bad_image=skip", "--json", str(tmp_path / "found.json"))
     assert code == 2
-    assert "1 classes have no image that can be used:\n           dog\n" in output
+    assert "1 class has no image that can be used:\n           dog\n" in output
     assert json.loads((tmp_path / "found.json").read_text())["classes"] is None
+
+
+def test_mistakes_in_the_layout_do_not_hide_damaged_files(config: Path, tmp_path: Path) -> None:
+    images = config.parent / "photos"
+    (images / "emu").mkdir()
+    (images / "stray.png").write_bytes(image(1))
+    (images / "cat/cut.png").write_bytes(image(7)[:-60])
+    code, output = run(config, "--json", str(tmp_path / "found.json"))
+    assert code == 2
+    for words in (
+        "1 image lies in no class folder",
+        "1 class folder holds no image:\n           emu\n",
+        "1 of 21 images cannot be used",
+        "cat/cut.png: is a damaged PNG",
+        "20 usable images",
+    ):
+        assert words in output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [finding["items"] for finding in found["findings"] if finding["kind"] == "layout"] == [
+        [str(images / "stray.png")],
+        ["emu"],
+    ]
+    assert [file["path"] for file in found["bad_files"]] == ["cat/cut.png"]
+
+
+def test_a_single_class_hides_neither_damaged_files_nor_duplicates(config: Path) -> None:
+    images = config.parent / "photos"
+    for path in (images / "dog").iterdir():
+        path.rename(images / "cat" / f"dog-{path.name}")
+    (images / "dog").rmdir()
+    (images / "cat/empty.png").touch()
+    (images / "cat/again.png").write_bytes(image(3))
+    code, output = run(config)
+    assert code == 2
+    for words in ("All images are of one class, 'cat'", "cat/empty.png: is empty", "in 1 group: ", "21 PNG"):
+        assert words in output
+
+
+def test_wrong_rows_of_a_csv_file_do_not_hide_damaged_files(config: Path) -> None:
+    images = config.parent / "photos"
+    (images / "cat/cut.png").write_bytes(image(7)[:-60])
+    rows = [f"{path.relative_to(images)},{path.parent.name}" for path in sorted(images.rglob("*.png"))]
+    (images / "list.csv").write_text("\n".join(["path,label", "cat/absent.png,cat", *rows]) + "\n")
+    code, output = run(config, "data.source=csv", f"data.path={images / 'list.csv'}")
+    assert code == 2
+    assert "1 thing is wrong:\n           line 2: there is no file cat/absent.png" in output
+    assert "cat/cut.png: is a damaged PNG" in output
 
 
 def test_a_report_without_a_folder_to_go_to_is_refused_before_the_scan(config: Path) -> None:

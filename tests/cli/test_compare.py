@@ -155,11 +155,11 @@ def test_a_clear_difference_is_found_and_called_by_its_direction() -> None:
     better, worse = pair_of(2, 20, both=178), pair_of(20, 2, both=178)
     assert (better.verdict, worse.verdict) == ("better", "worse")
     assert better.sentence.startswith(
-        "B is better than A: 99.0 % of the 200 test images correct against 90.0 %, 9.0 points better (95 % interval "
+        "B is better than A: 99.0% of the 200 test images correct against 90.0%, 9.0 points better (95% interval "
     )
     assert "in 1 of 8,257 comparisons (McNemar's test, p = 0.00012)" in better.sentence
     assert worse.sentence.startswith(
-        "B is worse than A: 90.0 % of the 200 test images correct against 99.0 %, 9.0 points worse"
+        "B is worse than A: 90.0% of the 200 test images correct against 99.0%, 9.0 points worse"
     )
     low, high = re.findall(r"interval ([\d.]+) to ([\d.]+)", worse.sentence)[0]
     assert 0 < float(low) < 9 < float(high)
@@ -169,11 +169,11 @@ def test_what_the_images_cannot_decide_is_reported_with_its_bounds() -> None:
     pair = pair_of(3, 5, both=92)
     assert pair.verdict == "open"
     assert pair.sentence.startswith(
-        "These 100 test images show no significant difference between B and A: 97.0 % correct against 95.0 %. "
+        "These 100 test images show no significant difference between B and A: 97.0% correct against 95.0%. "
         "The true difference of B may lie anywhere from "
     )
     assert "points worse to " in pair.sentence
-    assert "in 73 % of comparisons" in pair.sentence
+    assert "in 73% of comparisons" in pair.sentence
     assert "every time (McNemar's test, p = 1)" in pair_of(0, 0, both=10).sentence
 
 
@@ -315,7 +315,7 @@ def run(*words: str | Path) -> str:
 def test_the_program_says_it_in_words_and_keeps_the_page_with_the_run_that_is_judged(two: tuple[Path, Path]) -> None:
     output = run(*two)
     assert output.startswith(
-        "tuned is better than plain: 100.0 % of the 60 test images correct against 66.7 %, 33.3 points better"
+        "tuned is better than plain: 100.0% of the 60 test images correct against 66.7%, 33.3 points better"
     )
     assert ["seed", "1", "2"] in [line.split() for line in output.splitlines()]
     assert ["version.keras", "3.1", "3.2"] in [line.split() for line in output.splitlines()]

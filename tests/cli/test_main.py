@@ -1,5 +1,6 @@
 """python -m pipeline as a user runs it."""
 
+import os
 import re
 import resource
 import subprocess
@@ -45,6 +46,7 @@ OPTIONS = {
     "pack": "--tfrecord",
     "data-server": "--address",
     "bench": "--baseline",
+    "schema": "--out",
     "scale": "--latency",
 }
 
@@ -183,9 +185,65 @@ def test_the_largest_network_is_written_as_a_config(tmp_path: Path, monkeypatch:
     assert load_config(file).data.path == Path("PHOTOS")
 
 
+def completions(line: str, folder: Path) -> list[str]:
+    """What the shell is offered for a line, as argcomplete's shell function asks for it."""
+    code = "import sys; sys.argv = ['efficientnet']; from pipeline.__main__ import run; sys.exit(run())"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PROJECT),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "answer"),
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+    }
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=False, capture_output=True)
+    return (folder / "answer").read_text().split("\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("efficientnet da", ["data-server"]),
+        ("efficientnet train --res", ["--resume"]),
+        ("efficientnet train --config lite0_di", ["lite0_digits"]),
+        ("efficientnet check --config m", ["mine.yaml"]),
+        ("efficientnet evaluate --split ", ["train", "val", "test"]),
+        ("efficientnet data-server --b", ["--bind"]),
+    ],
+)
+def test_the_shell_completes_commands_options_values_and_configs(line: str, offered: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "map.txt").touch()
+    assert completions(line, tmp_path) == offered
+
+
+@pytest.mark.parametrize("words", [["--config", "lite0_digits"], ["--config", "./lite0_digits"]])
+def test_a_name_is_a_shipped_config_and_a_path_is_a_file(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = train.parse_arguments(words).config
+    assert path == (PROJECT / "configs/lite0_digits.yaml" if words[1] == "lite0_digits" else Path("lite0_digits"))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_shipped_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--config", "lite0_digit"])
+    assert "neither a file nor a shipped config 'lite0_digit'; did you mean 'lite0_digits'?" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_family_has_the_published_rows(run: Run) -> None:
-    rows = {line.split()[0]: line.split() for line in run("scale").stdout.splitlines() if line.strip()}
+    lines = [line for line in run("scale").stdout.splitlines() if line.strip()]
+    table = lines[: [line.split()[0] for line in lines].index("lite4") + 1]
+    assert max(map(len, table)) <= 80
+    rows = {line.split()[0]: line.split() for line in lines}
     assert rows["b0"][1:8] == ["1.0", "1.0", "224", "0.2", "16", "5,288,548", "0.39"]
     assert rows["l2"][1:8] == ["4.3", "5.3", "800", "0.5", "88", "480,309,308", "475.70"]
     assert rows["lite4"][5:7] == ["30", "13,006,568"]

@@ -473,7 +473,8 @@ def test_dry_run_shows_config_classes_steps_and_cost_and_writes_nothing(folder, 
 
 
 def test_the_papers_recipe_passes_its_dry_run_without_its_data(tmp_path, monkeypatch):
-    output = call(monkeypatch, tmp_path, train, "--config", str(PROJECT / "configs/b0_imagenet.yaml"), "--dry-run")
+    words = ["--config", str(PROJECT / "configs/b0_imagenet.yaml"), "train.gradient_accumulation_steps=512"]
+    output = call(monkeypatch, tmp_path, train, *words, "--dry-run")
     assert "imagenet2012 is not in data/tfds yet" in output
     assert "5,288,548 trainable" in output
 

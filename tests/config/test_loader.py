@@ -36,7 +36,9 @@ def mistakes(path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_opens_with_its_command(path):
     load_config(path)
-    assert path.read_text().startswith(f"# python train.py --config configs/{path.name}")
+    first, second, *_ = path.read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=config.schema.json"
+    assert second.startswith(f"# python train.py --config configs/{path.name}")
 
 
 def test_a_resolved_config_loads_back_equal(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
+from pipeline.data import data_service
 from pipeline.data.data_service import check_servers, from_data_service, start_server, with_watchdog
 from pipeline.data.input_pipeline import training_stream
 from pipeline.data.sources.catalog import open_source
@@ -54,6 +56,7 @@ def process() -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     address = f"127.0.0.1:{free_port()}"
     server = serve(address)
     assert first_line(server).startswith(f"serving at {address} with ")
+    assert "answer at 127.0.0.1 only; whoever reaches them can run code as you" in first_line(server)
     yield address, server
     server.kill()
     server.communicate()
@@ -179,6 +182,49 @@ def test_a_server_that_is_not_there_is_named(servers: list[str]) -> None:
 def test_a_port_that_is_taken_is_named(servers: list[str]) -> None:
     with pytest.raises(RunError, match=f"--address {servers[0]}: cannot be served at"):
         start_server(servers[0])
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_server_answers_at_its_address_only(servers: list[str]) -> None:
+    for server in servers:  # a process of its own, and one in this process
+        port = int(server.rpartition(":")[2])
+        for number in (port, port + 1):
+            assert answers("127.0.0.1", number)
+            assert not answers("127.0.0.2", number)
+            assert not answers("::1", number)
+
+
+def test_a_server_that_is_bound_to_every_address_answers_at_each() -> None:
+    port = free_port()
+    server = start_server(f"127.0.0.1:{port}", "0.0.0.0")
+    assert all(answers(host, number) for host in ("127.0.0.1", "127.0.0.2") for number in (port, port + 1))
+    del server
+
+
+@pytest.mark.parametrize(
+    ("address", "bind", "message"),
+    [
+        ("192.0.2.1:5050", None, "192.0.2.1 is no address of this machine .*; --bind ADDRESS names one of"),
+        ("127.0.0.1:5050", "192.0.2.1", "192.0.2.1 is no address of this machine"),
+        ("no-such-host.invalid:5050", None, "no-such-host.invalid is no address of this machine"),
+    ],
+)
+def test_an_address_of_another_machine_is_refused(address: str, bind: str | None, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        start_server(address, bind)
+
+
+def test_a_name_that_only_this_machine_knows_by_its_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_service, "local_addresses", lambda name: [ip_address("127.0.1.1")])
+    with pytest.raises(RunError, match=r"host1 means 127\.0\.1\.1 on this machine, which others cannot reach"):
+        start_server("host1:5050")
 
 
 @pytest.mark.parametrize(

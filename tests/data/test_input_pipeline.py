@@ -433,7 +433,7 @@ def test_the_file_has_no_name_and_goes_with_the_tensors(tmp_path: Path, monkeypa
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     with pytest.raises(
-        DataError, match=r"not there: the table of 1 images cannot be written \(No such file or directory\); set TMPDIR"
+        DataError, match=r"not there: the table of 1 image cannot be written \(No such file or directory\); set TMPDIR"
     ):
         memory_mapped_table(manifest_of(["a"]), np.zeros(1, np.int64))
 

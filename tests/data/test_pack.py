@@ -393,7 +393,7 @@ def test_a_flipped_bit_is_found_by_reading_by_verifying_and_mended(config: Path,
     assert opened.read(source.list_images()[7].key) == source.read(source.list_images()[7].key)
     with pytest.raises(tf.errors.OpError, match=where):
         list(tf.data.Dataset.from_tensors(key).map(opened.read_tf).as_numpy_iterator())
-    with pytest.raises(DataError, match=rf"(?s)1 files or records are damaged:\n  {where}"):
+    with pytest.raises(DataError, match=rf"(?s)1 file or record is damaged:\n  {where}"):
         run("--verify", tmp_path / "pack")
     with pytest.raises(DataError, match=rf"1 of 12 images cannot be used:\n  {key}: is damaged: record 1 of"):
         scan(opened, DataConfig(source="pack", path=tmp_path / "pack"), seed=0)

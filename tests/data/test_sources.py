@@ -100,9 +100,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     ("keys", "message"),
     [
         ([], "holds no image"),
-        (["a.jpg", "cat/b.jpg"], "1 images lie in no class folder:\n  .*a.jpg"),
-        (["train/a.jpg", "test/cat/b.jpg"], "lie in no class folder"),
-        (["cat/a.jpg", "dog/x.txt"], "1 class folders hold no image:\n  dog"),
+        (["a.jpg", "cat/b.jpg"], "1 image lies in no class folder:\n  .*a.jpg"),
+        (["train/a.jpg", "test/cat/b.jpg"], "lies in no class folder"),
+        (["cat/a.jpg", "dog/x.txt"], "1 class folder holds no image:\n  dog"),
         (["train/cat/a.jpg", "test/cat/b.jpg", "extra/c.jpg"], "other folders:\n  extra"),
         (["train/cat/a.jpg", "val/cat/b.jpg", "valid/cat/c.jpg"], "one split under two names: val, valid"),
         (["train/cat/a.jpg", "train/dog/b.jpg", "samples/c.jpg"], "other folders:\n  samples"),

@@ -187,10 +187,10 @@ def test_files_that_have_changed_are_refused(imagenet: Path) -> None:
         ([official(0, 0, "cat"), b"no example"], "record 1 has no bytes image/encoded"),
         (
             [official(0, 0, "cat"), example(image__encoded=encoded(1), image__class__label=[0, 1])],
-            "1 images and 2 labels",
+            "1 image and 2 labels",
         ),
         ([example(image__encoded=b"", image__class__label=[0], image__class__text=b"\xff")], "text that is not UTF-8"),
-        ([], "are empty"),
+        ([], "without a record"),
     ],
 )
 def test_records_that_are_not_clear_are_refused(tmp_path: Path, records: list[bytes], message: str) -> None:
@@ -205,7 +205,7 @@ def test_records_that_are_not_clear_are_refused(tmp_path: Path, records: list[by
         (lambda root: [f"trian={root}/train-*"], "the split is 'trian'; valid are train, val and test"),
         (lambda root: [f"train={root}/none-*"], "there is no such file"),
         (lambda root: [f"train={root}/train-*", f"{root}/val*"], "give the split of all files"),
-        (lambda root: [f"{root}/train-*", f"{root}/train-00000*"], "1 files are given twice"),
+        (lambda root: [f"{root}/train-*", f"{root}/train-00000*"], "1 file is given twice"),
     ],
 )
 def test_files_that_cannot_be_told_are_refused(

@@ -96,18 +96,18 @@ def test_only_a_model_that_proves_to_be_better_takes_the_place_of_the_champion(
 
     message, _ = end(config, home, measured_run(tmp_path / "worse", wrong=40), name)
     assert message.startswith(
-        "registered as ants and bees version 2: version 1 stays the champion. version 2 is worse than version 1: 60.0 %"
+        "registered as ants and bees version 2: version 1 stays the champion. version 2 is worse than version 1: 60.0%"
     )
     message, _ = end(config, home, measured_run(tmp_path / "equal", wrong=17), name)
     assert (
         "version 3: version 1 stays the champion. These 100 test images show no significant difference between "
-        "version 3 and version 1: 83.0 %" in message
+        "version 3 and version 1: 83.0%" in message
     )
     assert champion(client, name) == 1
 
     message, better = end(config, home, measured_run(tmp_path / "better", wrong=2), name)
     assert (
-        "version 4: it replaces version 1 as the champion. version 4 is better than version 1: 98.0 % of the 100 test"
+        "version 4: it replaces version 1 as the champion. version 4 is better than version 1: 98.0% of the 100 test"
         in message
     )
     version = client.get_model_version_by_alias(name, "champion")

@@ -7,7 +7,7 @@ import tensorflow as tf
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.schema import Config
 from pipeline.distributed.devices import Runtime, setup_devices
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.efficientnet import efficientnet
 from pipeline.training import memory
 from pipeline.training.memory import (
@@ -109,7 +109,7 @@ def test_a_number_stays_and_auto_does_not_share_with_accumulation(model, runtime
 def test_a_network_that_fits_in_no_way_is_refused(monkeypatch, model, runtime):
     monkeypatch.setattr(memory, "device_memory", lambda: 1 * MIB)
     with pytest.raises(
-        TrainingError, match=r"efficientnet_.*0\.25.* at 64 px does not fit into 0\.0 GiB with a single image"
+        ConfigError, match=r"efficientnet_.*0\.25.* at 64 px does not fit into 0\.0 GiB with a single image"
     ):
         resolve_batch(config(global_batch_size="auto"), runtime, model)
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from pipeline.config.schema import Config
 from pipeline.config.train import StageConfig
+from pipeline.console import plural
 from pipeline.distributed.devices import setup_devices
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import TrainingInterrupted
@@ -450,7 +451,7 @@ def test_no_layer_stays_random_through_all_stages(stages: list[dict], stuck: lis
     if not stuck:
         check_uninitialized_layers(model, new, configs)
         return
-    with pytest.raises(ConfigError, match=f"no stage trains {len(stuck)} layers") as caught:
+    with pytest.raises(ConfigError, match=f"no stage trains {plural(len(stuck), 'layer')} ") as caught:
         check_uninitialized_layers(model, new, configs)
     assert all(name in str(caught.value) for name in stuck)
     assert "predictions" not in str(caught.value)

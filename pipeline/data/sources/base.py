@@ -93,6 +93,31 @@ class DatasetNotDownloadedError(DataError):
         self.class_names = class_names
 
 
+class LayoutProblem(NamedTuple):
+    """A kind of mistake in the layout of a data set, with all places that have it."""
+
+    text: str
+    """A clause with the number of them."""
+    items: tuple[str, ...]
+    """All of them: a file, a class or a line each."""
+    remedy: str
+    """A sentence."""
+
+
+class LayoutError(DataError):
+    """An error for a layout with mistakes that leaves images to check.
+
+    Attributes:
+        problems: The mistakes; the message lists them.
+        source: Source of the images that the mistakes do not affect.
+    """
+
+    def __init__(self, problems: Sequence[LayoutProblem], source: DataSource) -> None:
+        """Create the error."""
+        super().__init__("\n".join(f"{text}:\n{format_list(items)}\n{remedy}" for text, items, remedy in problems))
+        self.problems, self.source = tuple(problems), source
+
+
 class CorruptImageError(DataError):
     """An error for a packed image that differs from what was packed.
 

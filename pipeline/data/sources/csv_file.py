@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.data import ColumnsConfig
-from pipeline.console import command_line
-from pipeline.data.sources.base import LabeledImage, format_list, index_classes, split_of
+from pipeline.console import command_line, plural
+from pipeline.data.sources.base import LabeledImage, LayoutError, LayoutProblem, index_classes, split_of
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError, suggest
 
@@ -37,7 +37,8 @@ def open_csv(path: Path, columns: ColumnsConfig | None = None, root: Path | None
         root: Folder that relative paths start from; None for that of the file.
 
     Raises:
-        DataError: The file cannot be read; or rows are wrong, all of which are listed with their line numbers.
+        DataError: The file cannot be read.
+        LayoutError: Rows are wrong; all are listed with their line numbers.
     """
     root = (path.parent if root is None else root).resolve()  # so that a way up from it leads where it seems to
     try:
@@ -56,10 +57,13 @@ def open_csv(path: Path, columns: ColumnsConfig | None = None, root: Path | None
             f"\nImages at addresses are packed first: {command_line('pack', '--csv', path, '--out', 'PACK')}; then "
             "data.source=pack data.path=PACK"
         )
-    names, images = read_images(
+    names, images, wrong = read_images(
         content, f"data.path: {path}", columns, lambda text: relative_key(root, text), problem, hint
     )
-    return FileSource(root, names, images)
+    source = FileSource(root, names, images)
+    if wrong is not None:
+        raise LayoutError([wrong], source)
+    return source
 
 
 def read_images(
@@ -69,8 +73,8 @@ def read_images(
     key_of: Callable[[str], str],
     problem: Callable[[str, str], str | None],
     hint: str,
-) -> tuple[tuple[str, ...], list[LabeledImage]]:
-    """Return the class names and the images that a CSV file lists.
+) -> tuple[tuple[str, ...], list[LabeledImage], LayoutProblem | None]:
+    """Return the class names and the images that a CSV file lists, and what is wrong in other rows.
 
     The delimiter is the comma, semicolon, tab or bar that the header contains most often. If all labels are integers,
     1 and 1.0 are the same class, and the classes are in the order of the numbers.
@@ -84,11 +88,12 @@ def read_images(
         hint: Last sentence of the message about rows that are wrong.
 
     Raises:
-        DataError: The file is no such file, or rows are wrong, all of which are listed with their line numbers.
+        DataError: The file is no such file.
     """
     rows = _read_rows(content, name, columns or ColumnsConfig())
     has_splits = any(row.split for row in rows)
     problems: list[str] = []
+    valid: list[_Row] = []
     first: dict[str, int] = {}
     for row in rows:
         key = key_of(row.path)
@@ -103,15 +108,16 @@ def read_images(
             faults.append("the label is empty")
         if has_splits and split_of(row.split) is None:
             faults.append(f"the split is {row.split!r}; valid are train, val and test")
+        if not faults:
+            valid.append(row)
         problems += [f"line {row.line}: {fault}" for fault in faults]
-    if problems:
-        raise DataError(f"{name}: {len(problems)} things are wrong:\n{format_list(problems)}\n{hint}")
-    names, labels = index_classes([row.label for row in rows])
+    names, labels = index_classes([row.label for row in valid])
     images = [
         LabeledImage(key_of(row.path), label, split_of(row.split) if has_splits else None)
-        for row, label in zip(rows, labels, strict=True)
+        for row, label in zip(valid, labels, strict=True)
     ]
-    return names, images
+    text = f"{name}: {plural(len(problems), 'thing is', 'things are')} wrong"
+    return names, images, LayoutProblem(text, tuple(problems), hint) if problems else None
 
 
 def _read_rows(content: bytes, source: str, columns: ColumnsConfig) -> list[_Row]:

@@ -3,8 +3,9 @@
 from itertools import islice
 from pathlib import Path
 
+from pipeline.console import plural
 from pipeline.data.image_files import is_hidden, is_image_file, iter_image_files
-from pipeline.data.sources.base import LabeledImage, format_list, split_of
+from pipeline.data.sources.base import LabeledImage, LayoutError, LayoutProblem, format_list, split_of
 from pipeline.data.sources.files import FileSource
 from pipeline.errors import DataError
 
@@ -15,8 +16,8 @@ def open_folder(root: Path) -> FileSource:
     Images may lie deeper inside a class. Hidden files and files without an image suffix are skipped.
 
     Raises:
-        DataError: There is no such folder, no image, an image outside the classes, an empty class, or a mixture of
-            layouts.
+        DataError: There is no such folder, no image in a class, or a mixture of layouts.
+        LayoutError: Images lie outside the classes, classes are empty, or file names are not UTF-8; all are listed.
     """
     if not root.is_dir():
         raise DataError(
@@ -27,11 +28,11 @@ def open_folder(root: Path) -> FileSource:
     strays = [
         str(path) for parent in {root: None, **parents} for path in sorted(parent.iterdir()) if is_image_file(path)
     ]
+    problems = []
     if strays:
-        raise DataError(
-            f"{len(strays)} images lie in no class folder:\n{format_list(strays)}\n"
-            "Expected <class>/<image> or {train,val,test}/<class>/<image>; move or delete them."
-        )
+        text = f"{plural(len(strays), 'image lies', 'images lie')} in no class folder"
+        remedy = "Expected <class>/<image> or {train,val,test}/<class>/<image>; move or delete them."
+        problems.append(LayoutProblem(text, tuple(strays), remedy))
     folders = [(split, folder) for parent, split in parents.items() for folder in _subfolders(parent)]
     names = sorted({folder.name for _, folder in folders})
     labels = {name: label for label, name in enumerate(names)}
@@ -41,16 +42,21 @@ def open_folder(root: Path) -> FileSource:
         for path in iter_image_files(folder)
     ]
     if not rows:
+        if problems:
+            raise LayoutError(problems, FileSource(root, tuple(names), rows))
         raise DataError(f"{root} holds no image; expected <class>/<image> or {{train,val,test}}/<class>/<image>")
     empty = sorted(set(range(len(names))) - {row.label for row in rows})
     if empty:
-        raise DataError(
-            f"{len(empty)} class folders hold no image:\n{format_list([names[i] for i in empty])}\nFill or delete them."
-        )
+        text = f"{plural(len(empty), 'class folder holds', 'class folders hold')} no image"
+        problems.append(LayoutProblem(text, tuple(names[i] for i in empty), "Fill or delete them."))
     unreadable = [ascii(row.key) for row in rows if not _is_utf8(row.key)]
     if unreadable:
-        raise DataError(f"{len(unreadable)} file names are not UTF-8:\n{format_list(unreadable)}\nRename them.")
-    return FileSource(root, tuple(names), rows)
+        text = f"{plural(len(unreadable), 'file name is', 'file names are')} not UTF-8"
+        problems.append(LayoutProblem(text, tuple(unreadable), "Rename them."))
+    source = FileSource(root, tuple(names), [row for row in rows if _is_utf8(row.key)])
+    if problems:
+        raise LayoutError(problems, source)
+    return source
 
 
 def _class_parents(root: Path) -> dict[Path, str | None]:

@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from pipeline.console import plural
 from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.robustness import SEVERITIES
@@ -77,7 +78,7 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
             )
     unit = "" if n <= MAX_CLASS_NAMES else " (number of the class)"
     axes.set(xlabel=f"predicted class{unit}", ylabel=f"true class{unit}")
-    axes.set_title(f"{evaluation.split}: {evaluation.num_images:,} images, accuracy {evaluation.accuracy:.1%}")
+    axes.set_title(f"{evaluation.split}: {plural(evaluation.num_images, 'image')}, accuracy {evaluation.accuracy:.1%}")
     ticks = [0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1]
     bar = figure.colorbar(
         colors, ax=axes, fraction=0.046, pad=0.02, ticks=ticks, format=PercentFormatter(1, decimals=0)

