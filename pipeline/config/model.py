@@ -53,7 +53,7 @@ class ModelConfig(StrictModel):
     directory of a run."""
     class_map: LocalPath | None = None
     """YAML of `new class: old class` or `new class: [old classes to merge]` for the classifier of the weights; null
-    matches classes by name."""
+    matches classes by name, and keeps rows if all match."""
     dropout: Fraction | None = None
     """Rate before the classifier; null: that of the variant."""
     drop_path_rate: Fraction = 0.2

@@ -1,8 +1,24 @@
 """Transfer of a classifier to other classes: its rows (kernel column and bias) are matched by the class names.
 
 A new class takes the row of an old one that the class map names for it, that has its name, or, of ImageNet's classes,
-its synset. Several old classes are merged into one; a class that nothing matches starts below the others. With z_k(x)
-the logit of old class k on input x:
+its synset. Several old classes are merged into one. Without a class map, rows are taken only if every class has one;
+beside a class map, a class that nothing matches starts below the others.
+
+Partly matched, without a class map. The whole classifier is new, as if no class matched. Taken rows answer with logits
+some nats apart, tuned for other rivals, and training needs epochs to bring the new ones level. Measured with lite0 at
+224 px, the head alone as `recipe: auto` trains it, five seeds, accuracy on the images outside train after the first and
+the last epoch, a new classifier against taken rows beside lower new ones: daisy among four flowers 62.9 and 100 against
+25.0 and 99.6 %, ant beside bees 92.7 and 94.2 against 45.8 and 92.9 %, daisy among 17 flowers 84.3 and 92.4 against
+70.2 and 91.9 %. Where all classes match, taken rows lead to the end: ant and bee 97.4 and 96.3 %.
+
+Starts from the features of the training images were measured, too, and left out for their code. Ridge regression leads
+a new classifier by 2 to 37 points after the first epoch and by 3 to 4 after the 3 or 4 epochs that digits and 17
+flowers get; class means (arXiv 1712.07136) lead by less. After fine-tuning five paired seeds show no lead beyond
+chance: ridge -0.1 +- 0.3 points on digits, 1.0 +- 1.2 on the 17 flowers at 64 px (standard deviation over the seeds),
+and where the head alone is trained, 0.0 +- 0.5 on ant and bees and none on four flowers. Class means beside taken rows
+end 1.4 +- 1.3 points behind on ant and bees.
+
+With z_k(x) the logit of old class k on input x:
 
 Merged, of n old classes. The probability of "one of them" belongs to the logit log(sum_k exp(z_k)), which is no linear
 function of the features (`SingleLabel.merge_logits` computes it). The row is the mean of the n rows, its bias raised by
@@ -13,12 +29,12 @@ logits in 11 groups of 11 to 527 gets all right, the merged rows 57; of the 100 
 all and 86 (41 and 77 without the log(n)); beside unmerged classes, the 118 dogs as one class get 10 of 11 dogs and the
 59 birds 7 of 7. So merge what looks alike, or train afterwards.
 
-New. The row is the mean of all taken rows, its bias lowered by `MARGIN`. Softmax does not change when one vector is
-added to every row: zeros in a row mean nothing by themselves, and the mean is what "no opinion" looks like. And a mean
-never exceeds the highest: whatever the activations, on every input another class wins by at least the margin, and, by
-Jensen again, a new class has a probability of at most exp(-MARGIN) / K beside K taken ones. A constant logit (zeros
-with a low bias) has no such bound: it overtakes the others on inputs that they all answer with low logits. Equal rows
-part at the first step, since each new class has samples of its own.
+New, beside a class map. The row is the mean of all taken rows, its bias lowered by `MARGIN`. Softmax does not change
+when one vector is added to every row: zeros in a row mean nothing by themselves, and the mean is what "no opinion"
+looks like. And a mean never exceeds the highest: whatever the activations, on every input another class wins by at
+least the margin, and, by Jensen again, a new class has a probability of at most exp(-MARGIN) / K beside K taken ones. A
+constant logit (zeros with a low bias) has no such bound: it overtakes the others on inputs that they all answer with
+low logits. Equal rows part at the first step, since each new class has samples of its own.
 
 A kept class has the old row bit for bit. Its logit may differ in the last bits all the same: the order in which a
 processor sums a matrix product depends on the number of columns. Measured with lite0's 1000 classes and 100 photos in
@@ -72,12 +88,15 @@ class ClassMapping:
         """List a line for each class that was matched or is new, and the number of old ones left behind."""
         lines = [f"kept: {new}" + (f": from {old}" if old != new else "") for new, old in self.kept.items()]
         lines += [f"merged: {new}: from {', '.join(old)}" for new, old in self.merged.items()]
-        for name in self.new:
-            meanings = self.ambiguous.get(name)
-            lines.append(
-                f"new: {name}" + (f": the name is ambiguous; it may mean {' or '.join(meanings)}" if meanings else "")
-            )
+        lines += [f"new: {line}" for line in self.unmatched()]
         return [*lines, f"dropped: {self.dropped} of the source's classes"] if self.dropped else lines
+
+    def unmatched(self) -> list[str]:
+        """List the classes that nothing matches, each with the meanings of an ambiguous name."""
+        return [
+            name + (f": the name is ambiguous; it may mean {' or '.join(meanings)}" if meanings else "")
+            for name, meanings in ((name, self.ambiguous.get(name)) for name in self.new)
+        ]
 
 
 def read_class_map(path: Path) -> dict[str, tuple[str, ...]]:

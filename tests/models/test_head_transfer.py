@@ -1,4 +1,4 @@
-"""Rows of a classifier carried over by class name, and what new and merged classes start from."""
+"""Rows of a classifier carried over by class name, when they are, and what new and merged classes start from."""
 
 import json
 from collections.abc import Sequence
@@ -128,7 +128,8 @@ def test_the_number_of_classes_moves_a_kept_logit_by_no_more_than_the_order_of_s
 def test_the_logits_of_kept_classes_are_bit_identical(
     class_names: tuple[str, ...], old: keras.Model, run: Path
 ) -> None:
-    new, report = load(run, class_names)
+    partial = not set(class_names) <= set(CLASSES)
+    new, report = load(run, class_names, "ant: ant\n" if partial else None)
     kept = [name for name in class_names if name in CLASSES]
     assert_kept_logits_identical(
         old, new, {class_names.index(name): CLASSES.index(name) for name in kept}, smooth_images(32)
@@ -139,13 +140,14 @@ def test_the_logits_of_kept_classes_are_bit_identical(
     assert report.head.dropped == len(CLASSES) - len(kept)
 
 
-def test_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below() -> None:
+def test_by_a_class_map_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below(tmp_path: Path) -> None:
     images = smooth_images(64, 3)
     whole = efficientnet(LITE)
     load_pretrained(whole, "imagenet", variant=LITE)
     class_names = ["n02510455", "my cat", "zebra", *SYNSETS[100:200], "my dog"]
     new = efficientnet(LITE, num_classes=len(class_names))
-    load_pretrained(new, "imagenet", variant=LITE, class_names=class_names)
+    (tmp_path / "map.yaml").write_text("zebra: zebra\n")
+    load_pretrained(new, "imagenet", variant=LITE, class_names=class_names, class_map=tmp_path / "map.yaml")
     kept = [i for i, name in enumerate(class_names) if not name.startswith("my")]
     assert_kept_logits_identical(whole, new, dict(zip(kept, [388, 340, *range(100, 200)], strict=True)), images)
     logits = new(images).numpy()
@@ -156,9 +158,9 @@ def test_imagenets_classes_keep_their_logits_beside_new_ones_that_lie_below() ->
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def test_new_classes_lie_below_every_kept_one(run: Path) -> None:
+def test_beside_a_class_map_new_classes_lie_below_every_kept_one(run: Path) -> None:
     class_names = ("gnu", *CLASSES, "owl")
-    logits = load(run, class_names)[0](smooth_images(32)).numpy()
+    logits = load(run, class_names, "ant: ant\n")[0](smooth_images(32)).numpy()
     assert (logits[:, [0, -1]].max(axis=1) < logits[:, 1:-1].min(axis=1)).all()
 
 
@@ -200,6 +202,27 @@ def test_a_head_that_nothing_matches_stays_as_it_was_built(run: Path) -> None:
     assert "predictions" not in report.copied
 
 
+@pytest.mark.parametrize(
+    ("class_names", "count"),
+    [
+        (("ant", "gnu", "owl", "yak"), "1 of 4 classes is"),
+        ((*CLASSES, "gnu"), "6 of 7 classes are"),
+    ],
+)
+def test_without_a_class_map_classes_that_share_a_name_with_the_sources_start_as_under_any_other_name(
+    class_names: tuple[str, ...], count: str, run: Path
+) -> None:
+    model, report = load(run, class_names)
+    other, _ = load(run, [f"{name}s" for name in class_names])
+    for array, wanted in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(array, wanted)
+    reason = f"{count} in the file; name them all or give a class map to keep rows"
+    assert report.uninitialized == {"predictions": reason}
+    assert str(report).endswith(f"backbone layers copied; classifier new ({reason})")
+    lines = [f"  class not in the file: {name}" for name in class_names if name not in CLASSES]
+    assert report.details().splitlines()[-len(lines) :] == lines
+
+
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +240,15 @@ def test_a_name_of_two_classes_matches_neither_and_the_report_says_so(name: str,
     first, second = (SYNSETS[index] for index in indices)
     assert f"new: {name}: the name is ambiguous; it may mean {first} {name} or {second} {name}" in match.details()
     assert match_classes([first, second], [SYNSETS, NAMES]).rows == ((indices[0],), (indices[1],))
+
+
+def test_an_ambiguous_name_that_leaves_the_classifier_new_is_explained() -> None:
+    model = efficientnet(LITE, num_classes=2)
+    report = load_pretrained(model, "imagenet", variant=LITE, class_names=["missile", "zebra"])
+    assert "classifier new (1 of 2 classes is in the file; " in str(report)
+    assert report.details().splitlines()[-1] == (
+        "  class not in the file: missile: the name is ambiguous; it may mean n03773504 missile or n04008634 missile"
+    )
 
 
 def test_a_file_of_a_thousand_unnamed_classes_is_taken_for_imagenets(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ class LoadReport:
         uninitialized: Layers of the model that keep their initial weights, each with the reason.
         skipped: Layers of the source that went nowhere, each with the reason.
         holds: The variant that the source seems to hold, where that is not the model's; else empty.
-        head: Where the classes differ: which rows of the source's classifier went where. The classifier counts as
-            copied when any did.
+        head: Where the classes differ: which of the source's classes match which. Their rows were taken if the
+            classifier counts as copied; else it is new.
     """
 
     source: str
@@ -101,7 +101,10 @@ class LoadReport:
         lines = [str(self)]
         lines += [f"  new: {name}: {reason}" for name, reason in self.uninitialized.items()]
         lines += [f"  skipped: {name}: {reason}" for name, reason in self.skipped.items()]
-        lines += [f"  class {line}" for line in (self.head.details() if self.head else [])]
+        if self.head is not None and CLASSIFIER in self.copied:
+            lines += [f"  class {line}" for line in self.head.details()]
+        elif self.head is not None:
+            lines += [f"  class not in the file: {line}" for line in self.head.unmatched()]
         return "\n".join(lines)
 
 
@@ -118,9 +121,9 @@ def load_pretrained(
     """Copy weights into a model.
 
     A layer is copied when the source has one of its name with arrays of its shapes. The classifier is copied whole for
-    the same classes in the same order; for others, the rows of the classes that match are
-    (`pipeline.models.head_transfer`). ImageNet's go by synset or by name. A source that has no list of its classes and
-    1000 of them is taken for ImageNet's.
+    the same classes in the same order; for others, the rows of the classes that match are, if all classes match or a
+    class map is given (`pipeline.models.head_transfer`). ImageNet's go by synset or by name. A source that has no list
+    of its classes and 1000 of them is taken for ImageNet's.
 
     Args:
         model: Built by `efficientnet`; changed in place, and only when something of its backbone fits.
@@ -235,7 +238,13 @@ def _classifier(
         return arrays, None, ""
     match = match_classes(class_names, known, class_map)
     if not any(match.rows):
-        reason = f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
+        return [], match, f"none of its {len(class_names)} classes is among the {len(known[0])} of the file"
+    if match.new and class_map is None:
+        matched = len(class_names) - len(match.new)
+        reason = (
+            f"{matched} of {len(class_names)} classes {'is' if matched == 1 else 'are'} in the file; "
+            "name them all or give a class map to keep rows"
+        )
         return [], match, reason
     kernel, bias = arrays
     return [*transfer_head(kernel, bias, match.rows, task)], match, ""
