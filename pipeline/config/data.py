@@ -12,8 +12,11 @@ class SplitsConfig(StrictModel):
     """Fractions of the splits that the program creates."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Fraction of the images to train on."""
     val: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the images that select epochs and fit the temperature."""
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of the images for the final evaluation; the three fractions add up to 1."""
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> "SplitsConfig":
@@ -55,7 +58,7 @@ class DataConfig(StrictModel):
     group_near_duplicates: bool = True
     """Keep near-duplicate images in one split. false makes the test metrics optimistic."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """fail: list all unusable files and stop; skip: leave them out and list them in a report."""
+    """error: list all unusable files and stop; skip: leave them out and list them in a report."""
     on_leak: Literal["error", "warn", "ignore"] = "error"
     """Reaction to near-duplicates in more than one of the splits that the data set defines."""
     resize: Literal["crop", "squash", "letterbox"] = "crop"
