@@ -2,11 +2,12 @@
 # make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarize
 # make test       lint, types, and the fast tests
 # make test-slow  the long checks
+# make docs       the documentation as a site: site/index.html
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test test-slow
+.PHONY: setup run test test-slow docs
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -26,3 +27,8 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist worksteal
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo 'the documentation is in site/index.html'
