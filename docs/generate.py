@@ -204,8 +204,6 @@ def _is_help(action: argparse.Action) -> bool:
 def _value(action: argparse.Action) -> str:
     if action.nargs == 0:
         return ""
-    if action.metavar is None and action.choices is not None:
-        return "{" + ",".join(map(str, action.choices)) + "}"
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     return {"*": f"[{value} ...]", "+": f"{value} [{value} ...]", "?": f"[{value}]"}.get(str(action.nargs), value)
 
@@ -222,6 +220,8 @@ def _term(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = _paragraph((action.help or "") % (vars(action) | {"prog": parser.prog})).replace("|", "\\|")
+    if action.choices is not None:
+        text += "; one of " + ", ".join(f"`{choice}`" for choice in action.choices)
     return text + ("; required" if action.option_strings and action.required else "")
 
 
