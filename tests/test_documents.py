@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launching import LauncherProcess
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipeline.__main__ import COMMANDS
 from pipeline.config.loader import load_config
@@ -110,7 +113,31 @@ def test_documented_commands_are_found() -> None:
     assert len([words for page in PAGES for words in commands(page)]) > 40
 
 
+def test_the_readme_is_short() -> None:
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.slow
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path, launcher_process: LauncherProcess) -> None:
+    for name in ("configs", "train.py", "evaluate.py"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if label < 3 and number < 120:
+            folder = tmp_path / "IMAGES" / ("zero", "one", "two")[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 15.9).astype("uint8")).resize((64, 64)).save(folder / f"{number}.png")
+    run = list(commands(PROJECT / "README.md"))
+    assert [command for command, *_ in run] == ["check", "train", "predict", "evaluate"]
+    for words in run:
+        result = launcher_process.run(tmp_path, "-m", "pipeline", *words)
+        assert result.code == 0, (words, result.stdout, result.stderr)
+    labels = (tmp_path / "labels.csv").read_text().splitlines()
+    assert len(labels) == 1 + len(list((tmp_path / "IMAGES").rglob("*.png")))
+    [report] = tmp_path.glob("runs/folder/*/report/index.html")
+    assert "accuracy" in report.read_text()
+
+
 def test_the_site_builds_without_a_warning_and_asks_no_server(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     result = subprocess.run(build, cwd=PROJECT, capture_output=True, text=True, check=False)
