@@ -2,6 +2,7 @@
 # make run        the main job on data that ship with scikit-learn: fine-tune lite0 on handwritten digits, evaluate, summarize
 # make test       lint, types, and the fast tests
 # make test-slow  the long checks
+# make docs       the documentation as a site: site/index.html
 
 PYTHON ?= python3
 COMMA := ,
@@ -9,7 +10,7 @@ BIN := .venv/bin
 EXTRAS := dev$(if $(GPU),$(COMMA)gpu)
 READY := .venv/ready$(if $(GPU),-gpu)
 
-.PHONY: setup run test test-slow
+.PHONY: setup run test test-slow docs
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -29,3 +30,8 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist worksteal
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo 'the documentation is in site/index.html'

@@ -26,7 +26,9 @@ class TransformConfig(StrictModel):
     """A transform by name, with its arguments."""
 
     name: str
+    """Name of the transform. The short form is `- HorizontalFlip: {p: 0.5}`."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the transform."""
 
     @model_validator(mode="before")
     @classmethod

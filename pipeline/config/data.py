@@ -15,8 +15,11 @@ class SplitsConfig(StrictModel):
     """Fractions of the splits that the program creates."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Fraction of the images to train on."""
     val: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the images that select epochs and fit the temperature."""
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of the images for the final evaluation; the three fractions add up to 1."""
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> "SplitsConfig":

@@ -25,6 +25,7 @@ class Config(StrictModel):
     """All settings of a run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Seed of splits, order of the images, augmentation and initial weights."""
     recipe: Literal["auto"] | None = None
     """auto: what optimizer and train.stages leave open follows from the number of training images, for fine-tuning;
     null: as configured."""

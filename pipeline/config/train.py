@@ -16,6 +16,7 @@ class StageConfig(StrictModel):
     """A stage of training with one set of trainable layers. Its schedule starts anew."""
 
     epochs: PositiveInt
+    """Epochs of the stage."""
     trainable: Trainable = "all"
     """head: the classifier; blockN: block N and everything after it; all."""
     base_lr: PositiveFloat | None = None
@@ -67,6 +68,7 @@ class TrainConfig(StrictModel):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of a replica per step, to save memory; their gradients are averaged and applied once."""
     label_smoothing: Fraction = 0.1
+    """Share of the target that is spread evenly over all classes (arXiv 1512.00567)."""
     epochs: PositiveInt | None = None
     """Short form without stages: the epochs of the only stage, or of the last one that recipe: auto chooses."""
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = (StageConfig(epochs=10),)

@@ -233,7 +233,7 @@ def _check_same_images(first: RunPredictions, other: RunPredictions) -> None:
             f"{first.name} ({len(a.table):,} {first.split} images) and {other.name} ({len(b.table):,}) cannot be "
             f"compared: they were not evaluated on the same images\nFrom the first to the second:\n{listing}\n"
             "Where the data have no splits, seed and data.splits choose the images: train both runs with the same "
-            "values, or give the data their own splits (see data/README.md)."
+            "values, or give the data their own splits (see docs/data.md)."
         )
 
 
