@@ -87,7 +87,7 @@ class DataConfig(StrictModel):
     """Conversion to a square in evaluation: crop takes the center, squash distorts, letterbox pads."""
     background: Background = "white"
     """Color that transparent images are put on. White, because they are mostly made for white pages: see
-    data/README.md."""
+    docs/data.md."""
 
     @field_validator("path", "root", mode="before")
     @classmethod
