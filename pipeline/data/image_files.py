@@ -1,6 +1,7 @@
 """Image files in folders. The module loads no library, so that a wrong path is reported at once."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +17,20 @@ IMAGE_SUFFIXES = tuple(
 )
 
 
-def iter_image_files(folder: Path) -> Iterator[Path]:
+def iter_image_files(folder: Path, skipped: Counter[str] | None = None) -> Iterator[Path]:
     """Yield the image files in a folder and its subfolders, in the order of their names. Links are followed.
 
     The names of one folder at a time are in memory. Hidden files, files without an image suffix and links back to a
     parent folder are skipped. A folder that cannot be listed is yielded as if it were an image: reading it reports why.
+
+    Args:
+        folder: The folder.
+        skipped: Counts the visible files without an image suffix, by their suffix.
     """
-    return _walk(folder, (folder.resolve(),))
+    return _walk(folder, (folder.resolve(),), Counter() if skipped is None else skipped)
 
 
-def _walk(folder: Path, trail: tuple[Path, ...]) -> Iterator[Path]:
+def _walk(folder: Path, trail: tuple[Path, ...], skipped: Counter[str]) -> Iterator[Path]:
     try:
         with os.scandir(folder) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
@@ -37,9 +42,11 @@ def _walk(folder: Path, trail: tuple[Path, ...]) -> Iterator[Path]:
         if entry.is_dir():
             real = path.resolve() if entry.is_symlink() else path
             if not is_hidden(entry.name) and real not in trail:
-                yield from _walk(path, (*trail, real))
+                yield from _walk(path, (*trail, real), skipped)
         elif is_image_file(path):
             yield path
+        elif not is_hidden(entry.name):
+            skipped[path.suffix.lower()] += 1
 
 
 def is_image_file(path: Path) -> bool:

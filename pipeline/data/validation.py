@@ -18,6 +18,7 @@ from pipeline.data.inspection import TRANSCODED, ImageFlag, inspect_all
 from pipeline.data.manifest import COLUMNS, Manifest, SkippedImage
 from pipeline.data.scan_cache import ScanCache
 from pipeline.data.sources.base import SPLITS, DataSource, LabeledImage, LayoutProblem, format_list
+from pipeline.data.sources.files import FileSource
 from pipeline.data.splits import assign_splits, near_duplicates
 from pipeline.errors import DataError
 
@@ -45,7 +46,7 @@ class Finding:
 
     Attributes:
         kind: A machine-readable name.
-        severity: An error prevents a run from starting, a warning is shown at every start, a fact only by the check.
+        severity: An error prevents a run from starting, a warning is shown at every start, an info only by the check.
         text: A clause with the number of them.
         items: All of them: an image, a group of images or a class each.
         remedy: A sentence.
@@ -184,6 +185,7 @@ def validate(
         *(_undivided_classes(manifest) if makes_test_split else ()),
         *_classes(manifest),
         *_similar_names(source.class_names),
+        *_skipped_suffixes(source),
         *_decoded_by_pillow(manifest, facts, config.background),
         *_image_properties(manifest, facts),
     ]
@@ -405,6 +407,17 @@ def _decoded_by_pillow(manifest: Manifest, facts: np.ndarray, background: str) -
             f"{plural(int(transparent.sum()), 'image has', 'images have')} transparency: put on {background} "
             "(data.background)",
             tuple(keys[transparent]),
+        )
+
+
+def _skipped_suffixes(source: DataSource) -> Iterator[Finding]:
+    """Yield a finding about files in class folders that have no image suffix."""
+    if isinstance(source, FileSource) and source.skipped_suffixes:
+        counts = sorted(source.skipped_suffixes.items(), key=lambda item: (-item[1], item[0]))
+        total = sum(source.skipped_suffixes.values())
+        text = f"{plural(total, 'file is', 'files are')} no image by the suffix"
+        yield Finding(
+            "skipped_files", "warning", text, tuple(f"{count:,} {name or 'without'}" for name, count in counts)
         )
 
 

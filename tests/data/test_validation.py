@@ -440,3 +440,12 @@ def test_a_large_group_of_duplicates_is_named_by_three_of_them(tmp_path):
     manifest = look(write(tmp_path, files))
     assert max(map(len, manifest.notes)) < 400
     assert any("cat/blank0002.png and 297 more" in note for note in manifest.notes)
+
+
+def test_files_that_are_no_images_by_their_suffix_are_counted(tmp_path):
+    config = write(tmp_path, two_classes())
+    assert not any("suffix" in note for note in look(config).notes)
+    for name in ("cat/notes.txt", "cat/deep/more.txt", "dog/photo", "dog/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    assert "3 files are no image by the suffix: 2 .txt; 1 without." in look(config).notes

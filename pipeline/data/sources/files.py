@@ -1,6 +1,6 @@
 """Image files under one root, as the folder and CSV sources name them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -13,9 +13,23 @@ from pipeline.data.sources.base import FileStat, LabeledImage
 class FileSource:
     """Image files under one root."""
 
-    def __init__(self, root: Path, class_names: tuple[str, ...], images: Sequence[LabeledImage]) -> None:
-        """Create the source."""
+    def __init__(
+        self,
+        root: Path,
+        class_names: tuple[str, ...],
+        images: Sequence[LabeledImage],
+        skipped_suffixes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Create the source.
+
+        Args:
+            root: Folder that the keys are relative to.
+            class_names: K names.
+            images: All images.
+            skipped_suffixes: Number of files in the classes that are no images by their suffix, by suffix.
+        """
         self.root, self.class_names = root, class_names
+        self.skipped_suffixes = dict(skipped_suffixes or {})
         # Millions of Python's strings and tuples would take several times the memory.
         kinds = (pa.string(), pa.int32(), pa.string())
         self._columns = [pa.array([image[number] for image in images], kind) for number, kind in enumerate(kinds)]

@@ -1,5 +1,6 @@
 """An image folder: `<class>/<image>` or `{train,val,test}/<class>/<image>`."""
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -36,10 +37,11 @@ def open_folder(root: Path) -> FileSource:
     folders = [(split, folder) for parent, split in parents.items() for folder in _subfolders(parent)]
     names = sorted({folder.name for _, folder in folders})
     labels = {name: label for label, name in enumerate(names)}
+    skipped: Counter[str] = Counter()
     rows = [
         LabeledImage(path.relative_to(root).as_posix(), labels[folder.name], split)
         for split, folder in folders
-        for path in iter_image_files(folder)
+        for path in iter_image_files(folder, skipped)
     ]
     if not rows:
         if problems:
@@ -53,7 +55,7 @@ def open_folder(root: Path) -> FileSource:
     if unreadable:
         text = f"{plural(len(unreadable), 'file name is', 'file names are')} not UTF-8"
         problems.append(LayoutProblem(text, tuple(unreadable), "Rename them."))
-    source = FileSource(root, tuple(names), [row for row in rows if _is_utf8(row.key)])
+    source = FileSource(root, tuple(names), [row for row in rows if _is_utf8(row.key)], skipped)
     if problems:
         raise LayoutError(problems, source)
     return source
