@@ -13,7 +13,7 @@ the last epoch, a new classifier against taken rows beside lower new ones: daisy
 
 Starts from the features of the training images were measured, too, and left out for their code. Ridge regression leads
 a new classifier by 2 to 37 points after the first epoch and by 3 to 4 after the 3 or 4 epochs that digits and 17
-flowers get; class means (arXiv 1712.07136) lead by less. After fine-tuning five paired seeds show no lead beyond
+flowers get; class means (arXiv 1712.07136) by 1 to 2 there. After fine-tuning five paired seeds show no lead beyond
 chance: ridge -0.1 +- 0.3 points on digits, 1.0 +- 1.2 on the 17 flowers at 64 px (standard deviation over the seeds),
 and where the head alone is trained, 0.0 +- 0.5 on ant and bees and none on four flowers. Class means beside taken rows
 end 1.4 +- 1.3 points behind on ant and bees.
