@@ -1,6 +1,8 @@
 """EfficientNet training and fine-tuning: YAML in, a trained, tracked and honestly evaluated model out."""
 
 import os
+import sys
+from typing import NoReturn
 
 ORIGINAL_ENVIRONMENT = dict(os.environ)  # for processes that must not see the change below, such as the Keras baseline
 
@@ -11,3 +13,13 @@ ORIGINAL_ENVIRONMENT = dict(os.environ)  # for processes that must not see the c
 # `pipeline` in common, which always precedes its modules' import of TensorFlow; a call in `run_cli` would miss the
 # rest.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
+def report_missing_package(error: ModuleNotFoundError) -> NoReturn:
+    """Say how to get an environment with the package that an import did not find, and end with exit code 2."""
+    print(
+        f"error: {sys.executable} has no package {error.name}; run `make setup` in the project's folder, then "
+        ".venv/bin/python in place of python",
+        file=sys.stderr,
+    )
+    sys.exit(2)

@@ -6,8 +6,13 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
-from pipeline.cli.arguments import COMPLETION, complete, program_name
-from pipeline.console import Console, run_cli
+from pipeline import report_missing_package
+
+try:
+    from pipeline.cli.arguments import COMPLETION, complete, program_name
+    from pipeline.console import Console, run_cli
+except ModuleNotFoundError as error:
+    report_missing_package(error)
 
 COMMANDS = {
     "train": "train or fine-tune as a config describes",

@@ -51,6 +51,14 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("program", [["train.py"], ["evaluate.py"], ["-m", "pipeline"]])
+def test_outside_the_environment_the_remedy_is_named(program: list[str]) -> None:
+    command = [sys.executable, "-S", *program, "--help"]  # -S: without the installed packages
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: \S+ has no package \w+; run `make setup` .*\n", result.stderr)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_instant_and_loads_no_tensorflow(command: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
