@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.__main__ import COMMANDS
 from pipeline.config.loader import load_config
+from pipeline.console import DEBUG
 
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
@@ -98,7 +99,10 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(PROJECT)))
-def test_documented_commands_are_accepted_by_their_parsers_and_their_configs_load(page: Path) -> None:
+def test_documented_commands_are_accepted_by_their_parsers_and_their_configs_load(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DEBUG, "0")  # one of them sets it
     for command, *written in commands(page):
         words = [word for word in written if "=" in word or not (word.startswith("[") or word.endswith("]"))]
         parser = generate.parser_of(command)

@@ -113,7 +113,9 @@ def network() -> Any:
     inputs = keras.Input((None, None, 3))
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(0.1)(inputs)))
     config = SimpleNamespace(
-        task="single_label", variant=SimpleNamespace(resolution=32), data=SimpleNamespace(resize="crop")
+        task="single_label",
+        variant=SimpleNamespace(resolution=32),
+        data=SimpleNamespace(resize="crop", background="white"),
     )
     return SimpleNamespace(model=model, class_lists=(("r", "g", "b"), ("red", "green, dark", "blue")), config=config)
 

@@ -371,7 +371,7 @@ def test_a_manifest_keeps_which_files_are_transcoded(folder: Path) -> None:
     np.testing.assert_array_equal(loaded.transcoded, manifest.transcoded)
     assert "4 TIFF" not in "".join(manifest.notes)
     assert any(note.startswith("6 TIFF files are decoded by Pillow") for note in manifest.notes)
-    assert any("6 images have transparency and are put on white" in note for note in manifest.notes)
+    assert any("6 images have transparency: put on white" in note for note in manifest.notes)
 
 
 def test_data_servers_refuse_images_that_pillow_decodes(folder: Path) -> None:

@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 from pipeline.console import plural
 from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.robustness import SEVERITIES
 
 MAX_CLASSES_IN_FULL = 20  # the console then shows every class, the confusion matrix every count
 MAX_BATCH_IMAGES = 16  # images of a batch that are shown
@@ -181,18 +180,19 @@ def corruption_figure(table: pd.DataFrame, clean: float) -> Figure:
     """
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    severities = [int(column) for column in table.columns if column != "mean"]
     styles = ["o-", "s-", "^-", "D-", "o--", "s--", "^--", "D--"]
     for number, (kind, row) in enumerate(table.iterrows()):
-        accuracies = [clean, *row[list(SEVERITIES)]]
+        accuracies = [clean, *row[severities]]
         axes.plot(
-            [0, *SEVERITIES],
+            [0, *severities],
             accuracies,
             styles[number % len(styles)],
             color=colormaps["tab10"](number),
             markersize=4,
             label=kind,
         )
-    axes.set(xlabel="severity", ylabel="proportion of correct images", ylim=(0, 1), xticks=[0, *SEVERITIES])
+    axes.set(xlabel="severity", ylabel="proportion of correct images", ylim=(0, 1), xticks=[0, *severities])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
