@@ -123,6 +123,7 @@ class LoadReport:
             classifier counts as copied; else it is new.
         network: How the weights expect padding, normalization and epsilon.
         notes: What a user should know, a sentence each.
+        differences: What the model does otherwise than the weights expect.
     """
 
     source: str
@@ -133,6 +134,7 @@ class LoadReport:
     head: ClassMapping | None = None
     network: str = ""
     notes: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the summary for the screen."""
@@ -148,7 +150,7 @@ class LoadReport:
             parts.append(f"classifier: {self.head}" if self.head else "classifier copied")
         elif CLASSIFIER in self.uninitialized:
             parts.append(f"classifier new ({self.uninitialized[CLASSIFIER]})")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.differences])
 
     def summary(self) -> str:
         """Return the lines for the console: what was copied, the network that the weights expect, and the notes."""
@@ -244,7 +246,8 @@ def load_pretrained(
         "" if holds == variant.name or source.is_partial else holds,
         head,
         str(source.conventions) + ("; moving average (EMA) of the weights" if source.is_ema else ""),
-        (*source.notes, *_differences(source.conventions, variant)),
+        source.notes,
+        _differences(source.conventions, variant),
     )
 
 
@@ -317,14 +320,14 @@ def _convert_epsilon(arrays: list[np.ndarray], theirs: float, ours: float) -> li
     return [(gamma * factor).astype(np.float32), beta, mean, variance]
 
 
-def _differences(theirs: Conventions, variant: Variant) -> list[str]:
+def _differences(theirs: Conventions, variant: Variant) -> tuple[str, ...]:
     """Return sentences about what the model does otherwise than the weights expect."""
     found = []
     if theirs.padding != variant.padding:
         found.append(f"the model pads its strided convolutions otherwise: {variant.padding}")
     if _rounded(theirs.normalization) != _rounded(variant.normalization):
         found.append(f"the model normalizes its input otherwise: {describe_normalization(variant.normalization)}")
-    return found
+    return tuple(found)
 
 
 def _rounded(normalization: Normalization) -> list[float]:
