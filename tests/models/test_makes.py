@@ -402,6 +402,15 @@ def test_the_second_version_of_the_family_is_named(stem: str, tmp_path: Path) ->
         read_pretrained(str(write_torch(state, tmp_path / "v2.pth")), B)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_stem_for_other_channels_is_named(channels: int, trained: keras.Model, tmp_path: Path) -> None:
+    state = torch_names(trained, "timm")
+    state["conv_stem.weight"] = np.repeat(state["conv_stem.weight"][:, :1], channels, axis=1)
+    path = str(write_torch(state, tmp_path / "tf_efficientnet_b0.pth"))
+    with pytest.raises(WeightsError, match=rf"first layer takes images of {channels} channels, and the model's of 3"):
+        load_pretrained(efficientnet(B, num_classes=3), path, variant=B)
+
+
 def test_a_checkpoint_by_prefix_is_named_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "weights.index").touch()
     with pytest.raises(WeightsError, match=r"is a TensorFlow checkpoint.*\.keras file"):

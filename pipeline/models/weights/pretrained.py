@@ -222,6 +222,7 @@ def load_pretrained(
             plan[name] = arrays
 
     holds = _variant_in(source.layers)
+    _check_channels(source, own)
     if not any(name != CLASSIFIER for name in plan):
         first = next(
             (f"{name}: {reason}" for name, reason in uninitialized.items() if name in source.layers),
@@ -264,6 +265,21 @@ def _check_values(source: PretrainedWeights) -> None:
             )
         if name.endswith("_bn") and len(arrays) == 4 and (arrays[3] < 0).any():
             raise WeightsError(f"{source.name}: layer {name} has negative variances; the file is damaged")
+
+
+def _check_channels(source: PretrainedWeights, own: Mapping[str, keras.Layer]) -> None:
+    """Make sure that both first layers take the same number of channels.
+
+    Raises:
+        WeightsError: They do not.
+    """
+    stem = source.layers.get("stem_conv")
+    ours = own["stem_conv"].kernel.shape[2] if "stem_conv" in own else None
+    if stem and ours and stem[0].ndim == 4 and stem[0].shape[2] != ours:
+        raise WeightsError(
+            f"{source.name}: its first layer takes images of {stem[0].shape[2]} channels, and the model's of {ours}; "
+            "weights of another number of channels cannot be used"
+        )
 
 
 def _check_complete(
