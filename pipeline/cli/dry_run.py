@@ -11,12 +11,12 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.profile import profile_model
-from pipeline.models.weights.pretrained import WeightsNotDownloadedError
+from pipeline.models.weights.pretrained import PretrainedWeights, WeightsNotDownloadedError
 from pipeline.tracking.mlflow_store import check_store, tracking_uri
 from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory
 from pipeline.training.resolve import ResolvedConfig, check_before_scan, print_notes, resolve, resolve_batch
-from pipeline.training.setup import create_model
+from pipeline.training.setup import create_model, read_initial_weights
 
 
 def print_dry_run(config: Config, console: Console) -> None:
@@ -36,13 +36,14 @@ def print_dry_run(config: Config, console: Console) -> None:
     except DatasetNotDownloadedError as error:
         missing, class_names = error, error.class_names
     check_store(tracking_uri(config.tracking.uri), config.tracking.experiment)
+    weights: PretrainedWeights | None = None
     try:
-        model, uninitialized_layers = create_model(
-            config, runtime, class_names, console, weights=config.model.weights, download=False
-        )
+        weights = read_initial_weights(config, class_names, console, download=False)
     except WeightsNotDownloadedError as error:
         console.print(f"{error}: training will download it")
-        model, uninitialized_layers = create_model(config, runtime, class_names, console, weights=None)
+    if weights is not None:
+        config = config.with_network(weights.adapt(config.variant))
+    model, uninitialized_layers = create_model(config, runtime, class_names, console, weights=weights)
     config, (batch_size, accumulation) = resolve_batch(config, runtime, model)
 
     manifest: Manifest | None = None

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.console import Console, command_line
 from pipeline.errors import RunError, UserError, WeightsError
 from pipeline.models.variants import VARIANTS
+from pipeline.models.weights.makes import MAKES
 from pipeline.runs import run_directory
 from pipeline.runs.run_directory import RunDirectory
 
@@ -75,6 +76,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--weights", help="a model of the ImageNet classes: imagenet, or a file of weights; needs --variant"
     )
+    parser.add_argument(
+        "--weights-from", choices=list(MAKES), help="who made the file of --weights, where it does not say"
+    )
     parser.add_argument("--variant", choices=list(VARIANTS), help="the EfficientNet that --weights belong to")
 
 
@@ -82,8 +86,8 @@ def check_model_arguments(parser: argparse.ArgumentParser, arguments: argparse.N
     """Exit with an error if --variant is missing or not wanted."""
     if arguments.weights and not arguments.variant:
         parser.error("--weights needs --variant: the EfficientNet that they belong to")
-    if arguments.run and arguments.variant:
-        parser.error("--variant belongs to --weights; the variant of a run is in its config")
+    if arguments.run and (arguments.variant or arguments.weights_from):
+        parser.error("--variant and --weights-from belong to --weights; a run knows its own")
 
 
 def check_new_output(path: Path) -> None:
@@ -134,7 +138,7 @@ def load_model(arguments: argparse.Namespace, console: Console) -> LoadedModel:
     if arguments.weights:
         console.redirect_library_output(None)
         with console.waiting("loading the model"):
-            return load_pretrained_model(arguments.weights, arguments.variant, console)
+            return load_pretrained_model(arguments.weights, arguments.variant, arguments.weights_from, console)
     run = find_finished_run(arguments.run)
     console.redirect_library_output(run.log)
     with console.waiting("loading the model"):
@@ -160,33 +164,38 @@ def load_run(run: RunDirectory, moved_data: Sequence[str] = ()) -> LoadedModel:
     return LoadedModel(model, (Manifest.load(run.manifest).class_names,), config, runtime, run)
 
 
-def load_pretrained_model(weights: str, variant: str, console: Console) -> LoadedModel:
+def load_pretrained_model(weights: str, variant: str, weights_from: str | None, console: Console) -> LoadedModel:
     """Build a model of the ImageNet classes and load published weights into it.
 
     Args:
         weights: `imagenet`, or a file of weights.
         variant: Name of the published variant.
+        weights_from: The make of the file; None for what it says.
         console: Console for the summary of the weights.
 
     Raises:
-        WeightsError: The weights cannot be read, or do not fit the whole model.
+        WeightsError: The weights cannot be read, do not fit the whole model, or may be of several makes.
     """
     from pipeline.distributed.devices import setup_devices
     from pipeline.models.efficientnet import efficientnet
-    from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained
+    from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained, read_pretrained
 
     config = Config(  # a config needs data; any source will do, as none is opened
         model=ModelConfig(variant=variant, weights=None), data=DataConfig(source="digits")
     )
+    source = read_pretrained(weights, config.variant, weights_from=weights_from)
+    if source.conventions.candidates:
+        raise WeightsError(f"{source.describe_choice()}; name one of them by --weights-from")
+    adapted = source.adapt(config.variant)
     runtime = setup_devices(config.runtime, config.seed)
     synsets, names = imagenet_classes()
     with runtime.strategy.scope():
-        model = efficientnet(config.variant, num_classes=len(names))
-        report = load_pretrained(model, weights, variant=config.variant, class_names=names)
+        model = efficientnet(adapted, num_classes=len(names))
+        report = load_pretrained(model, source, variant=adapted, class_names=names)
     if report.uninitialized:
         raise WeightsError(
             f"{report}. These are not the weights of a complete {variant} with the ImageNet classes; "
             "to evaluate a run, use --run"
         )
-    console.print(f"weights: {report}")
+    console.print(f"weights: {report.summary()}")
     return LoadedModel(model, (synsets, names), config, runtime)

@@ -33,9 +33,15 @@ from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import translate_oom_error
 from pipeline.training.nan_policy import NanPolicy
 from pipeline.training.progress import ProgressBar
-from pipeline.training.resolve import ResolvedConfig, check_before_scan, open_data, resolve_on_chief
+from pipeline.training.resolve import (
+    ResolvedConfig,
+    check_before_scan,
+    open_data,
+    resolve_network,
+    resolve_on_chief,
+)
 from pipeline.training.resume import restore_latest
-from pipeline.training.setup import create_model, create_train_state
+from pipeline.training.setup import create_model, create_train_state, read_initial_weights
 from pipeline.training.stage_data import StageData
 from pipeline.training.state import TrainState
 from pipeline.training.trainer import Trainer
@@ -162,8 +168,9 @@ def prepare_run(
     """
     processes = runtime.processes
     resume = processes.any_process(resume)
-    weights = None if resume else config.model.weights
     with console.waiting("building the model"):
+        weights = None if resume else read_initial_weights(config, source.class_names, console)
+        config = resolve_network(config, weights, directory, runtime, resume=resume)
         model, uninitialized_layers = create_model(config, runtime, source.class_names, console, weights=weights)
     resolved, manifest = resolve_on_chief(
         config, directory, runtime, source, model, uninitialized_layers, console, resume=resume

@@ -98,7 +98,10 @@ class Config(StrictModel):
 
     @property
     def variant(self) -> Variant:
-        """The variant with `model.resolution` and `model.dropout` applied."""
+        """The variant with `model.resolution`, `dropout`, `padding` and `normalization` applied.
+
+        An unresolved auto stands for the family's own.
+        """
         chosen = self.model.variant
         if isinstance(chosen, PhiConfig):
             base = from_phi(chosen.phi)
@@ -113,7 +116,14 @@ class Config(StrictModel):
             self.model.resolution or base.resolution,
             base.dropout if self.model.dropout is None else self.model.dropout,
             base.family_name,
+            base.padding if self.model.padding == "auto" else self.model.padding,
+            self.model.input_normalization,
         )
+
+    def with_network(self, variant: Variant) -> "Config":
+        """Return the config with the padding and the normalization of a variant in the place of auto."""
+        model = self.model.with_network(variant.padding, variant.normalization)
+        return self.model_copy(update={"model": model})
 
     def with_absolute_paths(self) -> "Config":
         """Return the config with absolute paths of the data, so that it means the same in every folder."""
@@ -125,10 +135,8 @@ class Config(StrictModel):
 
         Paths, tracking and the settings of one machine are left out.
         """
-        runtime = {"num_workers", "data_service"}
-        return self.model_dump_json(
-            exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": {"weights", "class_map"}}
-        )
+        runtime, model = {"num_workers", "data_service"}, {"weights", "weights_classes", "class_map"}
+        return self.model_dump_json(exclude={"tracking": True, "runtime": runtime, "data": {"path"}, "model": model})
 
     def to_yaml(self) -> str:
         """Return the whole config, defaults included, as YAML that loads back equal.

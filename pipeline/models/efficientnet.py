@@ -66,6 +66,7 @@ class LayerBuilder:
 
     Attributes:
         family: The family, whose activation, squeeze-and-excitation and epsilon are used.
+        padding: `same` or `symmetric`: that of the strided convolutions.
         layer_types: The classes of the layers.
         batch_norm_momentum: Momentum of the moving statistics.
         synchronized: Whether batch normalization takes its statistics over all replicas.
@@ -74,6 +75,7 @@ class LayerBuilder:
     """
 
     family: Family
+    padding: str
     layer_types: LayerTypes
     batch_norm_momentum: float
     synchronized: bool
@@ -90,13 +92,23 @@ class LayerBuilder:
             2.0, mode="fan_out", distribution="untruncated_normal", seed=self.seed_of(name)
         )
 
+    def pad(self, x: keras.KerasTensor, name: str, size: int, stride: int) -> tuple[keras.KerasTensor, str]:
+        """Return a convolution's input, padded in a layer of its own where Keras cannot, and its `padding`.
+
+        Without a stride, Keras's `same` is symmetric itself.
+        """
+        if stride == 1 or self.padding == "same":
+            return x, "same"
+        return layers.ZeroPadding2D(size // 2, dtype=self.dtype, name=f"{name}_pad")(x), "valid"
+
     def conv(self, x: keras.KerasTensor, name: str, filters: int, size: int = 1, stride: int = 1) -> keras.KerasTensor:
         """Convolve."""
+        x, padding = self.pad(x, name, size, stride)
         return layers.Conv2D(
             filters,
             size,
             stride,
-            padding="same",
+            padding=padding,
             use_bias=False,
             kernel_initializer=self.kernel(name),
             dtype=self.dtype,
@@ -105,10 +117,11 @@ class LayerBuilder:
 
     def dwconv(self, x: keras.KerasTensor, name: str, size: int, stride: int) -> keras.KerasTensor:
         """Convolve every channel by itself."""
+        x, padding = self.pad(x, name, size, stride)
         return self.layer_types.dwconv(
             size,
             stride,
-            padding="same",
+            padding=padding,
             use_bias=False,
             depthwise_initializer=self.kernel(name),
             dtype=self.dtype,
@@ -213,7 +226,8 @@ def efficientnet(
     """Build an EfficientNet.
 
     Its input is float32 (B, R, R, 3), RGB in [0, 255], with R the variant's resolution. The first layer normalizes it
-    in float32: `(x / 255 - mean) / std` with ImageNet's figures, `(x - 127) / 128` for the lite variants.
+    in float32: `(x / 255 - mean) / std` with ImageNet's figures, `(x - 127) / 128` for the lite variants, or as the
+    variant says.
 
     Args:
         variant: The member of the family.
@@ -236,10 +250,10 @@ def efficientnet(
         it is the feature map of `top_activation`, (B, ceil(R / 32), ceil(R / 32), C), in the dtype of the computation.
     """
     family = variant.family
-    build = LayerBuilder(family, layer_types, batch_norm_momentum, synchronized, dtype, seed)
+    build = LayerBuilder(family, variant.padding, layer_types, batch_norm_momentum, synchronized, dtype, seed)
     stem_filters, top_filters = end_filters(variant)
     images = keras.Input((variant.resolution, variant.resolution, channels), dtype="float32", name="images")
-    x = layers.Rescaling(family.scale, family.offset, dtype="float32", name="rescaling")(images)
+    x = layers.Rescaling(*variant.normalization, dtype="float32", name="rescaling")(images)
     x = build.norm_activate(build.conv(x, "stem_conv", stem_filters, 3, 2), "stem")
 
     repeats = stage_repeats(variant)

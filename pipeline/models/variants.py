@@ -22,6 +22,28 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 LITE_MEAN, LITE_STD = 127.0, 128.0  # of the pixel
 
 
+class Normalization(NamedTuple):
+    """What the first layer of a network does to pixels in [0, 255]: `pixel * scale + offset`.
+
+    Each is a number, or one for each channel.
+    """
+
+    scale: float | tuple[float, ...]
+    offset: float | tuple[float, ...]
+
+
+NORMALIZATIONS = {  # by the name in a config
+    "imagenet": Normalization(  # (pixel / 255 - mean) / std
+        tuple(1 / (255 * std) for std in IMAGENET_STD),
+        tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)),
+    ),
+    "lite": Normalization(1 / LITE_STD, -LITE_MEAN / LITE_STD),
+    "inception": Normalization(1 / 127.5, -1.0),
+    "unit": Normalization(1 / 255, 0.0),
+    "none": Normalization(1.0, 0.0),
+}
+
+
 class BlockArgs(NamedTuple):
     """A row of a family's table: blocks that differ only in that the first has the stride and changes the channels."""
 
@@ -46,8 +68,7 @@ class Family:
         se_ratio: Squeezed channels as a share of the channels that enter the block (before its expansion); None for no
             squeeze-and-excitation.
         scale_ends: Whether width scales stem and top, and depth the first and the last stage.
-        scale: What the input layer multiplies pixels in [0, 255] by; a number, or one for each channel.
-        offset: What it adds then.
+        normalization: How its published weights expect their input; a key of `NORMALIZATIONS`.
         batch_norm_epsilon: Of every batch normalization.
     """
 
@@ -57,8 +78,7 @@ class Family:
     activation: str
     se_ratio: float | None
     scale_ends: bool
-    scale: float | tuple[float, ...]
-    offset: float | tuple[float, ...]
+    normalization: str
     batch_norm_epsilon: float = 1e-3
 
 
@@ -80,8 +100,7 @@ FAMILIES = {
         activation="swish",
         se_ratio=0.25,
         scale_ends=True,
-        scale=tuple(1 / (255 * std) for std in IMAGENET_STD),
-        offset=tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)),
+        normalization="imagenet",
     ),
     "efficientnet_lite": Family(
         EFFICIENTNET_BLOCKS,
@@ -90,8 +109,7 @@ FAMILIES = {
         activation="relu6",
         se_ratio=None,
         scale_ends=False,
-        scale=1 / LITE_STD,
-        offset=-LITE_MEAN / LITE_STD,
+        normalization="lite",
     ),
 }
 
@@ -107,6 +125,9 @@ class Variant:
         resolution: Side of the square input, in pixels.
         dropout: Rate in front of the classifier.
         family_name: Key of `FAMILIES`.
+        padding: Of the strided convolutions. `same` is TensorFlow's: as many zeros as the output needs, the odd one
+            below and to the right. `symmetric` is PyTorch's: kernel // 2 zeros on every side.
+        input_normalization: What the first layer does; None for that of the family.
     """
 
     name: str
@@ -115,11 +136,18 @@ class Variant:
     resolution: int
     dropout: float
     family_name: str = "efficientnet"
+    padding: str = "same"
+    input_normalization: Normalization | None = None
 
     @property
     def family(self) -> Family:
         """Tables that the variant scales."""
         return FAMILIES[self.family_name]
+
+    @property
+    def normalization(self) -> Normalization:
+        """What the first layer of the network does to pixels in [0, 255]."""
+        return self.input_normalization or NORMALIZATIONS[self.family.normalization]
 
 
 VARIANTS = {

@@ -5,7 +5,7 @@ In a run of several processes, the chief resolves and sends the result to the ot
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 
@@ -24,6 +24,8 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.models.variants import Normalization
+from pipeline.models.weights.pretrained import PretrainedWeights
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training.memory import BatchSize, check_batch, check_memory, resolve_batch_size
 from pipeline.training.recipe import describe_recipe, resolve_recipe
@@ -48,6 +50,31 @@ class ResolvedConfig:
     batch_size: BatchSize
     schedule: TrainSchedule
     xla_reason: str = ""
+
+
+def resolve_network(
+    config: Config, weights: PretrainedWeights | None, run: RunDirectory, runtime: Runtime, *, resume: bool
+) -> Config:
+    """Resolve padding and normalization of the network, which the initial weights decide, on every process.
+
+    Args:
+        config: The config as written.
+        weights: The initial weights; None for random ones, and for a resume.
+        run: Directory of the run; the chief reads its config on a resume.
+        runtime: Its processes receive what the chief resolves.
+        resume: Keep the values that the run was started with.
+    """
+
+    def on_the_chief() -> dict[str, bytes]:
+        if resume:
+            variant = run.load_config().variant
+        else:
+            variant = weights.adapt(config.variant) if weights is not None else config.variant
+        return {"network": json.dumps([variant.padding, variant.normalization]).encode()}
+
+    padding, normalization = json.loads(runtime.processes.broadcast_from_chief(on_the_chief)["network"])
+    network = {"padding": padding, "input_normalization": Normalization(*normalization)}
+    return config.with_network(replace(config.variant, **network))
 
 
 def resolve_batch(

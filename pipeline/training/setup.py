@@ -10,11 +10,53 @@ from pipeline.console import Console
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
-from pipeline.models.weights.pretrained import load_pretrained
+from pipeline.models.weights.pretrained import (
+    PretrainedWeights,
+    check_class_map,
+    load_pretrained,
+    read_pretrained,
+)
 from pipeline.tasks import TASKS
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.training.schedule import check_uninitialized_layers
 from pipeline.training.state import MetricAccumulator, TrainState
+
+
+def read_initial_weights(
+    config: Config, class_names: Sequence[str], console: Console, *, download: bool = True
+) -> PretrainedWeights | None:
+    """Read the weights that a config names, and warn where their make cannot be told.
+
+    Args:
+        config: `model` is used.
+        class_names: K names, in the order of the outputs.
+        console: Console for the warning.
+        download: Download published weights that are not on this machine yet.
+
+    Returns:
+        The weights; None if the config starts from random values.
+
+    Raises:
+        WeightsError: The weights cannot be read, or the class map does not suit them.
+        WeightsNotDownloadedError: The weights are not on this machine, and `download` is False.
+    """
+    model = config.model
+    if model.weights is None:
+        return None
+    check_class_map(model.weights, class_names, model.class_map)
+    weights = read_pretrained(
+        model.weights,
+        config.variant,
+        weights_from=model.weights_from,
+        classes=model.weights_classes,
+        download=download,
+    )
+    if weights.conventions.candidates:
+        console.print(
+            f"warning: {weights.describe_choice()}; taken for {weights.conventions.make}. If that is wrong, the "
+            "accuracy suffers without another message: set model.weights_from"
+        )
+    return weights
 
 
 def create_model(
@@ -23,8 +65,7 @@ def create_model(
     class_names: Sequence[str],
     console: Console,
     *,
-    weights: str | None,
-    download: bool = True,
+    weights: PretrainedWeights | None,
 ) -> tuple[keras.Model, Collection[str]]:
     """Build the network under the strategy that will run it, and load its initial weights.
 
@@ -33,16 +74,14 @@ def create_model(
         runtime: Strategy, precision and compilation.
         class_names: K names, in the order of the outputs.
         console: Console for the report on the weights.
-        weights: As `model.weights`; None leaves random values.
-        download: Download published weights that are not on this machine yet.
+        weights: The initial weights, from `read_initial_weights`; None leaves random values.
 
     Returns:
         The network, float32 images (B, R, R, 3) in [0, 255] to float32 logits (B, K), and the names of the layers that
         the weights do not fit.
 
     Raises:
-        WeightsNotDownloadedError: The weights are not on this machine, and `download` is False.
-        UserError: The weights cannot be read, or no stage trains a layer that they do not fit.
+        UserError: The weights do not fit, or no stage trains a layer that they do not fit.
     """
     uninitialized_layers: Collection[str] = ()
     with runtime.strategy.scope():
@@ -65,9 +104,9 @@ def create_model(
                 class_names=class_names,
                 class_map=config.model.class_map,
                 task=TASKS[config.task],
-                download=download,
+                partial=config.model.partial_weights,
             )
-            console.print(f"weights: {report}", details=report.details())
+            console.print(f"weights: {report.summary()}", details=report.details())
             uninitialized_layers = report.uninitialized
             # A recipe chooses stages that train these layers.
             if config.recipe is None or "stages" in config.train.model_fields_set:

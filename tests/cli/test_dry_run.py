@@ -44,7 +44,7 @@ def refusal(arguments: Sequence[str]) -> str:
     ("arguments", "reason"),
     [
         (["model.weights=absent.h5"], "absent.h5: there is no such file"),
-        (["model.weights=text.h5"], "text.h5: is not a Keras weights file"),
+        (["model.weights=text.h5"], "text.h5: is no weight file"),
         (["model.weights=full"], "full: has no model.keras"),
         (["model.variant=lite0", "model.weights=imagenet", "model.class_map=map.yaml"], "'eleven' is none of the data"),
         (["model.variant=b0", "model.weights=imagenet", "model.class_map=map.yaml"], "'eleven' is none of the data"),

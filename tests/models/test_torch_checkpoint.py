@@ -136,7 +136,7 @@ def saved_arrays() -> OrderedDict[str, Any]:
 def read_bytes(data: bytes, folder: Path) -> dict[str, np.ndarray]:
     path = folder / "weights.pth"
     path.write_bytes(data)
-    return read_torch(path)
+    return read_torch(path).tensors
 
 
 @FORMATS
@@ -211,12 +211,81 @@ def test_parameters_and_the_metadata_of_a_state_dict_are_understood(write: Any, 
         ("numpy", "fromfile"),
     ],
 )
-def test_a_call_of_anything_else_is_refused_and_not_made(write: Any, function: tuple[str, str], tmp_path: Path) -> None:
+def test_a_call_of_anything_else_is_not_made_and_no_obstacle(
+    write: Any, function: tuple[str, str], tmp_path: Path
+) -> None:
     witness = tmp_path / "executed"
     saved = {"w": tensor(np.ones(2, "f4"), "0"), "x": _Call(_Global(*function), f"touch {witness}")}
-    with pytest.raises(WeightsError, match=rf"weights\.pth: refers to {function[0]}\.{function[1]}.*state_dict"):
-        read_bytes(write(saved), tmp_path)
+    assert list(read_bytes(write(saved), tmp_path)) == ["w"]
     assert not witness.exists()
+
+
+@FORMATS
+def test_what_a_training_script_saves_beside_the_weights_is_no_obstacle(write: Any, tmp_path: Path) -> None:
+    """Objects of unknown classes, containers of any kind, and keys that are no names."""
+    arguments = _Call(_Global("argparse", "Namespace"), state={"model": "tf_efficientnet_b0", "lr": 0.1})
+    path = tmp_path / "checkpoint.pth"
+    beside = {
+        "args": arguments,
+        "best": _Call(_Global("numpy.core.multiarray", "scalar"), _Call(_Global("numpy", "dtype"), "f8"), b"abc"),
+        "when": _Call(_Global("datetime", "datetime"), b"1234567890"),
+        "history": _Call(_Global("collections", "defaultdict"), _Global("builtins", "list")),
+        "tuples": {(1, 2): 3, 0.5: 4, None: 5},
+        "large": 2**70,
+        "set": _Call(_Global("builtins", "set"), [1, 2]),
+        "optimizer": {"state": {0: {"exp_avg": tensor(np.ones((64, 64), "f4"), "moment")}}},
+    }
+    path.write_bytes(write({**beside, "state_dict": saved_arrays()}))
+    state = read_torch(path)
+    assert list(state.tensors) == list(ARRAYS)
+    assert state.hints == ("tf_efficientnet_b0",)
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "keys", [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema", "model")], ids=lambda keys: keys[0]
+)
+def test_a_moving_average_is_taken_before_the_last_weights(write: Any, keys: tuple[str, str], tmp_path: Path) -> None:
+    last, average = ({"w": tensor(np.full(2, value, "f4"), str(value))} for value in (1, 2))
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(write({keys[1]: last, keys[0]: average}))
+    state = read_torch(path)
+    assert state.is_ema
+    np.testing.assert_array_equal(state.tensors["w"], [2, 2])
+
+
+@FORMATS
+@pytest.mark.parametrize("key", ["model_state_dict", "net", "params", "weights", "checkpoint"])
+def test_weights_are_found_under_every_usual_key(write: Any, key: str, tmp_path: Path) -> None:
+    saved: Any = saved_arrays()
+    assert list(read_bytes(write({"epoch": 1, key: {"model": saved} if key == "checkpoint" else saved}), tmp_path)) == [
+        *ARRAYS
+    ]
+
+
+def test_the_keys_of_a_checkpoint_without_weights_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no tensors by name \(its keys: epoch, history\)"):
+        read_bytes(torch_zip({"epoch": 3, "history": [1.0]}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [{"class_to_idx": {"bee": 1, "ant": 0}}, {"classes": ["ant", "bee"]}, {"idx_to_class": {1: "bee", 0: "ant"}}],
+)
+def test_the_classes_of_a_checkpoint_come_in_the_order_of_its_outputs(listed: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(torch_zip({"state_dict": saved_arrays(), **listed}))
+    assert read_torch(path).class_names == ("ant", "bee")
+
+
+def test_a_model_that_was_saved_whole_gives_its_state_dict(tmp_path: Path) -> None:
+    def module(parameters: dict[str, Any], **children: Any) -> _Call:
+        state = {"_parameters": parameters, "_buffers": {}, "_modules": children, "training": False}
+        return _Call(_Global("timm.models.efficientnet", "EfficientNet"), state=state)
+
+    inner = module({"weight": tensor(np.ones(3, "f4"), "0")})
+    tensors = read_bytes(torch_zip(module({"scale": tensor(np.zeros(2, "f4"), "1")}, conv_stem=inner)), tmp_path)
+    assert {name: array.shape for name, array in tensors.items()} == {"scale": (2,), "conv_stem.weight": (3,)}
 
 
 class _Exploit:
