@@ -35,7 +35,7 @@ LABELING = [
     ([*LITE0, "photos", "--out", "none/x.csv"], "there is no folder none; create it first"),
     ([*LITE0, "photos", "--out", "old.csv"], "old.csv: exists already"),
     (["--weights", "imagenet", "photos"], "--weights needs --variant"),
-    (["--run", "latest", "--variant", "b0", "photos"], "--variant belongs to --weights"),
+    (["--run", "latest", "--variant", "b0", "photos"], "--variant and --weights-from belong to --weights"),
     (["--run", "photos", "photos"], "photos: is not the directory of a run"),
     (["photos"], "one of the arguments --run --weights is required"),
 ]

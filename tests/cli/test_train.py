@@ -414,7 +414,11 @@ def test_mlflow_is_tried_before_the_data_are_read(folder, tmp_path, monkeypatch)
 
 def test_weights_that_fit_in_part_are_not_left_beside_random_layers(finished, monkeypatch):
     directory, _, _ = finished
-    deeper = ("model.variant={width: 0.25, depth: 1.1, resolution: 32}", "model.weights=whole/model.keras")
+    deeper = (
+        "model.variant={width: 0.25, depth: 1.1, resolution: 32}",
+        "model.weights=whole/model.keras",
+        "model.partial_weights=true",
+    )
     stages = "train.stages=[{epochs: 1, trainable: block2}]"
     with pytest.raises(
         UserError,
