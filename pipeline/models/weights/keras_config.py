@@ -28,7 +28,6 @@ class NetworkConfig:
     """What a model's config says.
 
     Attributes:
-        layers: Class and name of every layer in order, with those of a model within the model in its place.
         padding: `same` or `symmetric`, that of the strided convolutions; None if the config does not tell.
         batch_norm_epsilon: None if there is no batch normalization, or not one epsilon everywhere.
         input_steps: What happens to pixels in [0, 255] before the first convolution, each a `Normalization`, or the
@@ -36,7 +35,6 @@ class NetworkConfig:
         notes: What cannot be taken over, a sentence each.
     """
 
-    layers: tuple[tuple[str, str], ...]
     padding: str | None
     batch_norm_epsilon: float | None
     input_steps: tuple[Normalization | str, ...]
@@ -50,7 +48,6 @@ def read_network_config(config: Any) -> NetworkConfig:
     first = next((i for i, layer in enumerate(layers) if _kind(layer) in CONVOLUTIONS), 0)
     steps, notes = _input_steps(layers[:first])
     return NetworkConfig(
-        tuple((_kind(layer), _name(layer)) for layer in layers),
         _padding(layers),
         epsilons.pop() if len(epsilons) == 1 else None,
         tuple(steps),
