@@ -141,7 +141,7 @@ class WebDatasetInput(FilesInput):
                 f"{where} has no label; it has {', '.join(members)}, and needs {wanted}: --label-feature names another "
                 "extension, or field of json"
             )
-        number = int(float(text)) if _is_number(text) else NO_NUMBER
+        number = int(text.partition(".")[0]) if _is_number(text) else NO_NUMBER
         name: str | None = text
         if self._names or "class_name" in self._features:
             if number == NO_NUMBER:
