@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train import TrainConfig
 from pipeline.console import Console, plural
 from pipeline.data.augmentation import image_augmentation
-from pipeline.data.data_service import check_servers
+from pipeline.data.data_service import check_servable, check_servers
 from pipeline.data.input_pipeline import steps_per_epoch
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
@@ -128,6 +128,8 @@ def resolve(
     Raises:
         UserError: The batch does not suit the devices, or the data do not suit the config.
     """
+    if config.runtime.data_service is not None:
+        check_servable(manifest)
     config, batch_size = resolve_batch(config, runtime, model, previous=previous)
     config = resolve_recipe(config, manifest, batch_size.images, uninitialized_layers, previous=previous)
     if config.recipe is not None and previous is None:

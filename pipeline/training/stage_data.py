@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.console import Console
-from pipeline.data.data_service import check_servable, check_servers, from_data_service
+from pipeline.data.data_service import check_servers, from_data_service
 from pipeline.data.input_pipeline import evaluation_stream, feature_stream, training_stream
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import DataSource
@@ -83,7 +83,6 @@ class StageData:
         addresses = self._config.runtime.data_service
         if addresses is None:
             return self.local_stream(step, shard=self._shard)
-        check_servable(self._manifest)
         check_servers(addresses)
         return from_data_service(
             lambda server, num_servers: self.local_stream(
