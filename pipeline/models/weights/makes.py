@@ -123,11 +123,13 @@ def conventions(make: str, variant: Variant, candidates: tuple[str, ...] = ()) -
 
 def name_normalization(normalization: Normalization) -> str | None:
     """Return the name of a normalization that agrees with one of `NORMALIZATIONS` to rounding; None for others."""
-    for name, known in NORMALIZATIONS.items():
-        pairs = zip(_channels(normalization), _channels(known), strict=True)
-        if all(abs(here - there) <= 1e-5 * max(abs(there), 1e-3) for here, there in pairs):
-            return name
-    return None
+    return next((name for name, known in NORMALIZATIONS.items() if is_same_normalization(normalization, known)), None)
+
+
+def is_same_normalization(one: Normalization, other: Normalization) -> bool:
+    """Return whether two normalizations agree to rounding."""
+    pairs = zip(_channels(one), _channels(other), strict=True)
+    return all(abs(here - there) <= 1e-5 * max(abs(there), 1e-3) for here, there in pairs)
 
 
 def mean_and_std(normalization: Normalization) -> tuple[list[float], list[float]]:

@@ -46,6 +46,7 @@ from pipeline.models.weights.makes import (
     Conventions,
     conventions,
     describe_normalization,
+    is_same_normalization,
     name_normalization,
     recognize,
 )
@@ -341,13 +342,9 @@ def _differences(theirs: Conventions, variant: Variant) -> tuple[str, ...]:
     found = []
     if theirs.padding != variant.padding:
         found.append(f"the model pads its strided convolutions otherwise: {variant.padding}")
-    if _rounded(theirs.normalization) != _rounded(variant.normalization):
+    if not is_same_normalization(theirs.normalization, variant.normalization):
         found.append(f"the model normalizes its input otherwise: {describe_normalization(variant.normalization)}")
     return tuple(found)
-
-
-def _rounded(normalization: Normalization) -> list[float]:
-    return [round(float(number), 6) for part in normalization for number in np.broadcast_to(part, 3)]
 
 
 def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
