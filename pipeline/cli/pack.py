@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.arguments import BYTES, add_config, add_overrides, command_parser, local_path, positive_int, quantity
-from pipeline.config.data import ColumnsConfig, DataConfig
+from pipeline.config.address import is_address
+from pipeline.config.data import SOURCE_KEYS, ColumnsConfig, DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, command_line, plural
 from pipeline.errors import DataError
@@ -178,10 +179,10 @@ def pack_overrides(folder: Path, data: DataConfig | None) -> list[str]:
     words = ["data.source=pack", f"data.path={folder}"]
     if data is None:
         return [*words, "data.name=null"]
-    for key in ("name", "config_name", "revision", "root"):
-        if getattr(data, key) is not None:
-            words.append(f"data.{key}=null")
-    return words if data.columns == ColumnsConfig() else [*words, "data.columns={}"]
+    for key in SOURCE_KEYS[data.source][0] | dict.fromkeys(SOURCE_KEYS[data.source][1]):
+        if key not in SOURCE_KEYS["pack"][0] and getattr(data, key) != DataConfig.model_fields[key].default:
+            words.append(f"data.{key}=" + ("{}" if key == "columns" else "null"))
+    return words
 
 
 def source_input(data: DataConfig, folder: Path) -> "PackInput":
@@ -207,10 +208,11 @@ def files_input(arguments: argparse.Namespace) -> "PackInput":
         DataError: The files, the columns or the class names are not valid.
     """
     if arguments.csv is not None:
-        from pipeline.data.csv_input import csv_input
+        from pipeline.data.csv_input import CsvSource
+        from pipeline.data.pack_inputs import SourceInput
 
-        address = arguments.csv if "://" in arguments.csv else str(local_path(arguments.csv))
-        return csv_input(address, parse_columns(arguments.columns or ()), arguments.root)
+        address = arguments.csv if is_address(arguments.csv) else str(local_path(arguments.csv))
+        return SourceInput(CsvSource(address, parse_columns(arguments.columns or ()), arguments.root))
 
     from pipeline.data.tfrecord import TFRecordInput
     from pipeline.data.webdataset import WebDatasetInput

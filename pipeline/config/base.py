@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline.config.address import is_address
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -12,7 +14,7 @@ Schedule = Literal["exponential", "cosine", "constant"]
 
 
 def _refuse_address(value: Any) -> Any:
-    if isinstance(value, str) and "://" in value:
+    if isinstance(value, str) and is_address(value):
         raise ValueError(f"must be a path on this machine; received the address {value}; download it first")
     return value
 

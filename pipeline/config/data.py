@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from pipeline.config.address import is_address
 from pipeline.config.base import LocalPath, StrictModel
 from pipeline.console import command_line
 
@@ -93,7 +94,7 @@ class DataConfig(StrictModel):
     @classmethod
     def _answer_address(cls, value: Any, info: ValidationInfo) -> Any:
         """Answer an address with the command that brings its data to this machine."""
-        if not isinstance(value, str) or "://" not in value:
+        if not isinstance(value, str) or not is_address(value):
             return value
         remedy = "download it first, or, if it is a CSV file, TFRecord files or tar shards, pack it: "
         words = ["--csv", "FILE"]

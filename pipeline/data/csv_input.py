@@ -5,9 +5,9 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from pipeline.config.address import is_address
 from pipeline.config.data import ColumnsConfig
 from pipeline.data import remote
-from pipeline.data.pack_inputs import SourceInput
 from pipeline.data.sources.base import FileStat, LabeledImage, LayoutError, read_in_python
 from pipeline.data.sources.csv_file import read_images, relative_key
 from pipeline.data.sources.files import file_stat
@@ -28,16 +28,16 @@ class CsvSource:
         Raises:
             DataError: The file cannot be read, or rows are wrong, all of which are listed with their line numbers.
         """
-        if remote.is_address(address):
+        if is_address(address):
             content = remote.read(address)
         else:
             try:
                 content = Path(address).read_bytes()
             except OSError as error:
                 raise DataError(f"--csv {address} cannot be read: {error.strerror}") from None
-        folder = remote.parent(address) if remote.is_address(address) else str(Path(address).parent)
+        folder = remote.parent(address) if is_address(address) else str(Path(address).parent)
         self._root = folder if root is None else root
-        if not remote.is_address(self._root):
+        if not is_address(self._root):
             self._root = str(Path(self._root).expanduser().resolve())
         hint = f"Relative paths start from {self._root}; --root changes that."
         self.class_names, self._images, wrong = read_images(
@@ -53,12 +53,12 @@ class CsvSource:
     def stat(self, key: str) -> FileStat | None:
         """Return the size and version of a file on this machine; None for one at an address."""
         location = self._location(key)
-        return None if remote.is_address(location) else file_stat(Path(location))
+        return None if is_address(location) else file_stat(Path(location))
 
     def read(self, key: str) -> bytes:
         """Return the encoded file of an image."""
         location = self._location(key)
-        return remote.read(location) if remote.is_address(location) else Path(location).read_bytes()
+        return remote.read(location) if is_address(location) else Path(location).read_bytes()
 
     def read_tf(self, key: tf.Tensor) -> tf.Tensor:
         """Return the encoded file of an image in a tf.data graph."""
@@ -66,26 +66,21 @@ class CsvSource:
 
     def _key(self, text: str) -> str:
         """Return the key of an image by its path as written: relative to the root where it can be."""
-        if remote.is_address(text):
+        if is_address(text):
             return text
-        if remote.is_address(self._root):
+        if is_address(self._root):
             return posixpath.normpath(text)
         return relative_key(Path(self._root), text)
 
     def _location(self, key: str) -> str:
         """Return the address of an image, or its path on this machine."""
-        if remote.is_address(key):
+        if is_address(key):
             return key
-        if remote.is_address(self._root) and not key.startswith("/"):
+        if is_address(self._root) and not key.startswith("/"):
             return remote.join(self._root, key)
         return str(Path(self._root) / key)
 
     def _problem(self, text: str, key: str) -> str | None:
         """Return why a row cannot be used. A file at an address is not looked for: that takes as long as reading it."""
         location = self._location(key)
-        return None if remote.is_address(location) or Path(location).is_file() else f"there is no file {text}"
-
-
-def csv_input(address: str, columns: ColumnsConfig, root: str | None) -> SourceInput:
-    """Open a CSV file as an input of packing; see `CsvSource`."""
-    return SourceInput(CsvSource(address, columns, root))
+        return None if is_address(location) or Path(location).is_file() else f"there is no file {text}"

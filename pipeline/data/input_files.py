@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.address import is_address
 from pipeline.console import plural
 from pipeline.data import remote
 from pipeline.data.pack_inputs import PackRecord
@@ -51,7 +52,7 @@ class InputFile:
         Raises:
             DataError: The file is at an address that cannot be reached.
         """
-        if remote.is_address(self.address):
+        if is_address(self.address):
             return remote.state(self.address)
         status = Path(self.address).stat()
         return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
@@ -156,7 +157,7 @@ class FilesInput:
         Raises:
             DataError: The file cannot be read from its address.
         """
-        if not remote.is_address(file.address):
+        if not is_address(file.address):
             return Path(file.address)
         path = Path(self._copies.name) / "copy"
         if self._copied != file:
@@ -189,7 +190,7 @@ def find_files(
     files: list[InputFile] = []
     for word in words:
         name, given, pattern = word.partition("=")
-        if remote.is_address(name):  # the sign is part of an address
+        if is_address(name):  # the sign is part of an address
             given = ""
         if given and split_of(name) is None:
             raise DataError(f"{option} {word}: the split is {name!r}; valid are train, val and test")
@@ -228,7 +229,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _matches(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the paths or addresses that a pattern stands for, sorted."""
-    if remote.is_address(pattern):
+    if is_address(pattern):
         if suffixes and not pattern.endswith(suffixes) and "*" not in pattern:
             return [name for name in remote.glob(pattern.rstrip("/") + "/*") if name.endswith(suffixes)]
         return remote.glob(pattern) if "*" in pattern else [pattern]

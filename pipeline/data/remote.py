@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+from pipeline.config.address import is_address
 from pipeline.console import install_command, python_executable
 from pipeline.data.sources.servers import short_message
 from pipeline.errors import DataError
@@ -19,11 +20,6 @@ ATTEMPTS, PAUSE_SECONDS = 3, 1.0  # of a transfer; the pause doubles
 CONNECT_SECONDS, SILENCE_SECONDS = 30, 60  # of a web server; the library's own limit is five minutes for a whole file
 VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "updated", "mtime", "created")
 T = TypeVar("T")
-
-
-def is_address(text: str) -> bool:
-    """Return whether a text is an address, not a path on this machine."""
-    return "://" in text
 
 
 def file_name(address: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.config.address import is_address
 from pipeline.config.data import ColumnsConfig
 from pipeline.console import command_line, plural
 from pipeline.data.sources.base import LabeledImage, LayoutError, LayoutProblem, index_classes, split_of
@@ -47,7 +48,7 @@ def open_csv(path: Path, columns: ColumnsConfig | None = None, root: Path | None
         raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from None
 
     def problem(text: str, key: str) -> str | None:
-        if "://" in text:
+        if is_address(text):
             return f"{text} is an address, and training reads files of this machine"
         return None if (root / key).is_file() else f"there is no file {text}"
 
