@@ -238,7 +238,7 @@ def _terminated(data: bytes, header: ImageHeader) -> tuple[bytes, ImageHeader] |
                 decode_jpeg(with_end_marker(data.rstrip(b"\xff") + more)).numpy() for more in (b"", *MORE_DATA)
             )
     except tf.errors.OpError as error:
-        return f"is a damaged {header.kind}: {short_message(error)}"
+        return f"is a damaged {header.kind}: {tensorflow_reason(error)}"
     if all(np.array_equal(image, other) for other in others):
         return terminated, header
     return f"is a damaged {header.kind}: it is truncated"
@@ -287,7 +287,7 @@ def inspect(data: bytes, background: Background = "white") -> np.ndarray | str:
         if not result.perceptual and image.shape[:2] != (header.height, header.width):
             result = signature(_decode(file, header, 1), header.orientation)  # compared by all of its pixels
     except (tf.errors.OpError, ValueError) as error:
-        return f"is a damaged {header.kind}: {short_message(error)}"
+        return f"is a damaged {header.kind}: {tensorflow_reason(error)}"
     facts = np.zeros((), FACTS)
     facts["sha256"] = np.void(hashlib.sha256(data).digest())
     facts["kind"] = header.kind.encode()
@@ -312,7 +312,7 @@ def _decode(file: bytes, header: ImageHeader, ratio: int) -> np.ndarray:
         return (decode_webp if header.kind == "WEBP" else decode_plain)(file).numpy()
 
 
-def short_message(error: Exception) -> str:
+def tensorflow_reason(error: Exception) -> str:
     """Return the message of an error, of TensorFlow's without the names of its operations."""
     message = getattr(error, "message", str(error))
     return message.rpartition("}} ")[2].partition(" [Op:")[0].strip()

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from pipeline.console import plural
 from pipeline.data.input_files import FilesInput, InputFile, find_files
-from pipeline.data.inspection import packable, short_message
+from pipeline.data.inspection import packable, tensorflow_reason
 from pipeline.data.pack_inputs import PackRecord
 from pipeline.errors import DataError
 
@@ -80,7 +80,7 @@ class TFRecordInput(FilesInput):
             yield from tf.data.TFRecordDataset(str(self.local_path(file))).skip(skip).as_numpy_iterator()
         except tf.errors.OpError as error:
             raise DataError(
-                f"{file.address} is damaged, or no uncompressed TFRecord file: {short_message(error)}"
+                f"{file.address} is damaged, or no uncompressed TFRecord file: {tensorflow_reason(error)}"
             ) from None
 
     def _to_record(self, file: InputFile, number: int, example: Mapping[str, Any]) -> PackRecord:

@@ -15,7 +15,8 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from pipeline.config.data import Background
-from pipeline.data.sources.base import DataSource
+from pipeline.data.sources.base import DataSource, call_in_graph
+from pipeline.errors import DataError
 
 JPEG_KINDS = ("JPEG", "MPO")  # Pillow's names of a JPEG alone, and of several in one file
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
@@ -162,20 +163,14 @@ def file_reader(
     with tf.device("cpu"):
         flags = tf.constant(transcoded)
 
-    def transcode_or_message(data: bytes) -> tuple[bytes, bytes]:
-        # An exception would leave the graph with a traceback in its message.
+    def through_pillow(data: bytes) -> bytes:
         try:
-            return transcode(data, background), b""
+            return transcode(data, background)
         except Exception as error:
-            return b"", f"Pillow cannot decode the image: {error}".encode()
-
-    def through_pillow(encoded: tf.Tensor) -> tf.Tensor:
-        file, damage = tf.numpy_function(transcode_or_message, [encoded], (tf.string, tf.string), stateful=False)
-        with tf.control_dependencies([tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])]):
-            return tf.ensure_shape(tf.identity(file), ())
+            raise DataError(f"Pillow cannot decode the image: {error}") from None
 
     def read(key: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         encoded = source.read_tf(key)
-        return tf.cond(tf.gather(flags, index), lambda: through_pillow(encoded), lambda: encoded)
+        return tf.cond(tf.gather(flags, index), lambda: call_in_graph(through_pillow, encoded), lambda: encoded)
 
     return read

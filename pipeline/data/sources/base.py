@@ -147,30 +147,48 @@ def index_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     return tuple(names), [index[label] for label in labels]
 
 
+def call_in_graph(function: Callable[[bytes], bytes], argument: tf.Tensor) -> tf.Tensor:
+    """Call a Python function in a tf.data graph.
+
+    Args:
+        function: Its DataError becomes an error of the graph with the same message; raised in the graph, an exception
+            would put its traceback into the message.
+        argument: Scalar string.
+
+    Returns:
+        Scalar string: what the function returns.
+    """
+
+    def result_or_message(content: bytes) -> tuple[bytes, bytes]:
+        try:
+            return function(content), b""
+        except DataError as error:
+            return b"", str(error).encode()
+
+    result, message = tf.numpy_function(result_or_message, [argument], (tf.string, tf.string), stateful=False)
+    succeeded = tf.raw_ops.Assert(condition=tf.equal(message, ""), data=[message])  # tf.debugging's takes 60 us
+    with tf.control_dependencies([succeeded]):
+        return tf.ensure_shape(tf.identity(result), ())
+
+
 def read_in_python(read: Callable[[str], bytes], key: tf.Tensor) -> tf.Tensor:
     """Call a source's `read` in a tf.data graph.
 
     Args:
-        read: Returns the encoded file of a key. Its CorruptImageError and OSError become errors of the graph whose
-            message is theirs; raised in the graph, an exception would put its traceback into the message.
+        read: Returns the encoded file of a key, or raises a CorruptImageError or an OSError.
         key: Scalar string.
 
     Returns:
         Scalar string: the file.
     """
 
-    def read_or_message(key: bytes) -> tuple[bytes, bytes]:
+    def read_key(key: bytes) -> bytes:
         try:
-            return read(key.decode()), b""
-        except CorruptImageError as error:
-            return b"", str(error).encode()
+            return read(key.decode())
         except OSError as error:
-            return b"", f"{key.decode()} cannot be opened: {error.strerror or error}".encode()
+            raise DataError(f"{key.decode()} cannot be opened: {error.strerror or error}") from None
 
-    file, damage = tf.numpy_function(read_or_message, [key], (tf.string, tf.string), stateful=False)
-    intact = tf.raw_ops.Assert(condition=tf.equal(damage, ""), data=[damage])  # tf.debugging's takes 60 us
-    with tf.control_dependencies([intact]):
-        return tf.ensure_shape(tf.identity(file), ())
+    return call_in_graph(read_key, key)
 
 
 def format_list(problems: Sequence[str]) -> str:
