@@ -57,7 +57,8 @@ class ProgressBar(Callback):
         """Update the bar."""
         speed = self._throughput.update(step) * self._batch_size
         epoch = min((step - 1) // self._steps_per_epoch + 1, self._epochs)
-        text = f"loss {metrics['train/loss']:.3f}  {metrics['train/accuracy']:.1%}  {speed:,.0f} images/s"
+        text = f"loss {metrics['train/loss']:.3f}  {metrics['train/accuracy']:.1%}"
+        text += f"  {speed:,.0f} images/s" if speed else ""  # there is none at the first step of an epoch
         self._progress.update(self._task, description=f"epoch {epoch}/{self._epochs}", completed=step, metrics=text)
 
     def on_compile_end(self, stage: StageConfig, seconds: float) -> None:
