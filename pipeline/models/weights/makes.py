@@ -86,8 +86,9 @@ class Conventions:
 
     def __str__(self) -> str:
         """Describe the conventions for the console."""
+        title = MAKES[self.make].title
         return (
-            f"make {self.make} ({MAKES[self.make].title}): {self.padding} padding, normalization "
+            f"make: {self.make}{'' if title == self.make else f' ({title})'}; {self.padding} padding, normalization "
             f"{describe_normalization(self.normalization)}, batch-norm epsilon {self.batch_norm_epsilon:g}"
         )
 
