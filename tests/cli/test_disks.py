@@ -5,10 +5,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+from class_folders import write_class_folders
 from launching import LauncherProcess
-from PIL import Image
 
 CONFIG = """
 model: {variant: {width: 0.1, depth: 0.3, resolution: 32}, weights: null, batch_norm_momentum: 0.9}
@@ -37,12 +36,7 @@ COMMANDS = {  # in a folder with a finished run, a config and images
 def disk(tmp_path_factory: pytest.TempPathFactory, launcher_process: LauncherProcess) -> Iterator[Path]:
     """A small file system in memory with a finished run, its copy, and a config; the images lie outside."""
     root = tmp_path_factory.mktemp("disks")
-    rng = np.random.default_rng(0)
-    for label in range(3):
-        (root / "images" / f"class {label}").mkdir(parents=True)
-        for number in range(24):
-            image = rng.integers(0, 120, (36 + number % 3, 40, 3)) + 100 * np.eye(3)[label]
-            Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"class {label}" / f"{number}.png")
+    write_class_folders(root / "images", 24)
     folder = root / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)]

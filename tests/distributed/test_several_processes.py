@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from class_folders import write_class_folders
 from launcher import PROJECT, TRAIN_STEP
 from launching import LauncherProcess, RunLauncher
-from PIL import Image
 
 from pipeline.distributed.cluster import ProcessInfo, cluster_from_tf_config
 from pipeline.errors import ConfigError, RunError
@@ -143,12 +143,7 @@ class Machine(RunLauncher):
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
     root = tmp_path_factory.mktemp("machines")
-    rng = np.random.default_rng(0)
-    for label in range(3):
-        (root / "images" / f"class {label}").mkdir(parents=True)
-        for number in range(32):
-            image = rng.integers(0, 120, (36 + number % 3, 40, 3)) + 100 * np.eye(3)[label]
-            Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"class {label}" / f"{number}.png")
+    write_class_folders(root / "images", 32)
     (root / "config.yaml").write_text(CONFIG.replace("IMAGES", str(root / "images")))
     started = Machine(root / "first"), Machine(root / "second")
     yield started
