@@ -15,7 +15,8 @@ from PIL import Image
 from pipeline.data.preprocessing import preprocess
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.variants import VARIANTS
-from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained
+from pipeline.models.weights.pretrained import load_pretrained
+from pipeline.models.weights.sources import imagenet_classes
 
 GOLDEN = Path(__file__).parent / "golden" / "lite0.npz"
 LITE0 = VARIANTS["lite0"]

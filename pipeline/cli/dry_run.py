@@ -11,7 +11,7 @@ from pipeline.data.sources.catalog import open_source
 from pipeline.data.validation import scan
 from pipeline.distributed.devices import setup_devices
 from pipeline.models.profile import profile_model
-from pipeline.models.weights.pretrained import PretrainedWeights, WeightsNotDownloadedError
+from pipeline.models.weights.sources import PretrainedWeights, WeightsNotDownloadedError
 from pipeline.tracking.mlflow_store import check_store, tracking_uri
 from pipeline.training.class_weights import class_weights
 from pipeline.training.memory import step_memory

@@ -178,7 +178,8 @@ def load_pretrained_model(weights: str, variant: str, weights_from: str | None, 
     """
     from pipeline.distributed.devices import setup_devices
     from pipeline.models.efficientnet import efficientnet
-    from pipeline.models.weights.pretrained import imagenet_classes, load_pretrained, read_pretrained
+    from pipeline.models.weights.pretrained import load_pretrained
+    from pipeline.models.weights.sources import imagenet_classes, read_pretrained
 
     config = Config(  # a config needs data; any source will do, as none is opened
         model=ModelConfig(variant=variant, weights=None), data=DataConfig(source="digits")

@@ -25,7 +25,7 @@ from pipeline.data.validation import scan
 from pipeline.distributed.devices import Runtime
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.variants import Normalization
-from pipeline.models.weights.pretrained import PretrainedWeights
+from pipeline.models.weights.sources import PretrainedWeights
 from pipeline.runs.run_directory import RunDirectory
 from pipeline.training.memory import BatchSize, check_batch, check_memory, resolve_batch_size
 from pipeline.training.recipe import describe_recipe, resolve_recipe

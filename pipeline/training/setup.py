@@ -10,12 +10,8 @@ from pipeline.console import Console
 from pipeline.distributed.devices import Runtime
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.layers import layer_types
-from pipeline.models.weights.pretrained import (
-    PretrainedWeights,
-    check_class_map,
-    load_pretrained,
-    read_pretrained,
-)
+from pipeline.models.weights.pretrained import load_pretrained
+from pipeline.models.weights.sources import PretrainedWeights, check_class_map, read_pretrained
 from pipeline.tasks import TASKS
 from pipeline.training.optimizers import ModelEMA, build_optimizer
 from pipeline.training.schedule import check_uninitialized_layers

@@ -16,7 +16,7 @@ from pipeline.errors import DataError, WeightsError
 from pipeline.evaluation.external_data import SPLIT, align, open_external_data, scan_external_data
 from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictor import Predictions
-from pipeline.models.weights.pretrained import imagenet_classes
+from pipeline.models.weights.sources import imagenet_classes
 
 IMAGENET = imagenet_classes()
 ANIMALS = (("ant", "bee", "cat", "dog", "eel"),)

@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, WeightsError
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.head_transfer import MARGIN, match_classes, read_class_map, transfer_head
 from pipeline.models.variants import VARIANTS
-from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
+from pipeline.models.weights.pretrained import LoadReport, load_pretrained
+from pipeline.models.weights.sources import imagenet_classes
 from pipeline.tasks import SINGLE_LABEL
 
 LITE = replace(VARIANTS["lite0"], resolution=64)

