@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.arguments import BYTES, add_config, add_overrides, command_parser, local_path, positive_int, quantity
-from pipeline.config.address import is_address
+from pipeline.config.base import is_address
 from pipeline.config.data import SOURCE_KEYS, ColumnsConfig, DataConfig
 from pipeline.config.loader import load_config
 from pipeline.console import Console, command_line, plural

@@ -1,4 +1,4 @@
-"""Addresses in the config and on the command line: host:port, and files such as s3://BUCKET/FILE."""
+"""Addresses of the form host:port, as in TF_CONFIG, the config and the command line."""
 
 import re
 
@@ -19,8 +19,3 @@ def parse_address(address: str) -> tuple[str, int]:
     if match is None or not 0 < int(match[3]) < 2**16:
         raise ValueError(f"{address} is no address; write it like host1:5050")
     return match[1] or match[2], int(match[3])
-
-
-def is_address(text: str) -> bool:
-    """Return whether a text is the address of a file, not a path on this machine."""
-    return "://" in text

@@ -5,12 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline.config.address import is_address
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Schedule = Literal["exponential", "cosine", "constant"]
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is the address of a file, such as s3://BUCKET/FILE, not a path on this machine."""
+    return "://" in text
 
 
 def _refuse_address(value: Any) -> Any:

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config.address import is_address
-from pipeline.config.base import LocalPath, StrictModel
+from pipeline.config.base import LocalPath, StrictModel, is_address
 from pipeline.console import command_line
 
 Background = Literal["white", "black"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from pipeline.config.address import is_address
+from pipeline.config.base import is_address
 from pipeline.config.data import ColumnsConfig
 from pipeline.data import remote
 from pipeline.data.sources.base import FileStat, LabeledImage, LayoutError, read_in_python

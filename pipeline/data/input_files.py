@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.address import is_address
+from pipeline.config.base import is_address
 from pipeline.console import plural
 from pipeline.data import remote
 from pipeline.data.pack_inputs import PackRecord

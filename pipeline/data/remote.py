@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from pipeline.config.address import is_address
+from pipeline.config.base import is_address
 from pipeline.console import install_command, python_executable
 from pipeline.data.sources.servers import short_message
 from pipeline.errors import DataError

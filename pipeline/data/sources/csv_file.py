@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.config.address import is_address
+from pipeline.config.base import is_address
 from pipeline.config.data import ColumnsConfig
 from pipeline.console import command_line, plural
 from pipeline.data.sources.base import LabeledImage, LayoutError, LayoutProblem, index_classes, split_of
