@@ -15,6 +15,7 @@ from pipeline.runs.provenance import mask_credentials
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+SQLITE_HEADER = b"SQLite format 3\0"
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's default of 7 takes minutes, because the pauses grow
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
@@ -121,8 +122,13 @@ def check_store(uri: str, experiment: str) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"tracking.uri: {database} cannot be created, because {folder} cannot be written")
         return
-    with translate_mlflow_error(uri), exclusive_lock(uri):
-        _known_experiment(import_mlflow().MlflowClient(uri), experiment)
+    with translate_mlflow_error(uri):
+        if database is not None:
+            with database.open("rb") as file:  # before a lock is left beside a file of the user's
+                if file.read(len(SQLITE_HEADER)) not in (SQLITE_HEADER, b""):
+                    raise ValueError("the file is not a database")
+        with exclusive_lock(uri):
+            _known_experiment(import_mlflow().MlflowClient(uri), experiment)
 
 
 @contextmanager
