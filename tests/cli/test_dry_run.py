@@ -51,7 +51,7 @@ def refusal(arguments: Sequence[str]) -> str:
         (["--run-dir", "full"], "full: already exists"),
         (["--run-dir", "config.yaml/run"], "config.yaml/run"),
         (["--run-dir", "/proc/run"], "/proc/run"),
-        (["tracking.uri=http://127.0.0.1:9"], "MLflow cannot work with http://127.0.0.1:9"),
+        (["tracking.uri=sqlite:///text.h5"], "MLflow cannot work with sqlite:///"),
         (["runtime.data_service=[127.0.0.1:9]"], "nothing answers at 127.0.0.1:9"),
     ],
 )

@@ -184,6 +184,7 @@ def test_a_range_holds_both_ends(start: int, count: int, step: int) -> None:
         assert values == pytest.approx([(start + i * step) / 1000 for i in range(count + 1)])
 
 
+@pytest.mark.slow
 def test_the_largest_network_is_written_as_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compound_search, "LARGEST_PHI", -5)  # fewer and smaller networks to build
     file, console = tmp_path / "my.yaml", FakeConsole()

@@ -214,6 +214,7 @@ def test_a_run_is_measured_on_corrupted_images(evaluated):
     assert "Corrupted images" in (evaluated / "report/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_in_several_views(finished, evaluated, monkeypatch):
     plain = json.loads((evaluated / "evaluation/test/metrics.json").read_text())
     output = call(monkeypatch, finished[0].parent, evaluate, "--run", str(evaluated), "--tta", "10-crop")
@@ -255,6 +256,7 @@ def test_evaluate_labels_images_as_it_measured_them(finished, launcher_process):
         assert row.predicted_class in ended.stdout
 
 
+@pytest.mark.slow
 def test_labels_flow_through_a_pipe_until_nobody_reads_them(finished):
     directory, _, _ = finished
     endless = (
@@ -514,6 +516,7 @@ def test_weights_of_other_classes_are_not_passed_off_as_imagenets(finished, monk
         )
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_a_head_on_what_a_run_knows_and_keeps_its_best_epoch(finished, tmp_path, monkeypatch):
     directory, _, _ = finished
     config = """

@@ -94,6 +94,7 @@ def test_hashes_within_the_distance_are_found_and_beyond_it_are_not(seed, flips)
     assert len(np.unique(group)) == (49 if flips <= 4 else 50)
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_images_where_all_hashes_are_equal():
     n = 4000
     thumbnail = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)

@@ -300,6 +300,7 @@ def test_artifacts_lie_beside_the_database(config: Config, client: MlflowClient,
     assert (home / "mlartifacts" / tracker.run_id / "artifacts" / "a b.txt").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_named_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     config = Config.model_validate({"data": {"source": "digits"}})
