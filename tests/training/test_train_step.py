@@ -354,9 +354,8 @@ for name in sys.argv[1:]:
 FUSED = [name for name, spec in OPTIMIZERS.items() if spec.keras_class in FUSED_CLASSES]
 
 
-@pytest.mark.parametrize(
-    "names", [FUSED, pytest.param(sorted(OPTIMIZERS.keys() - set(FUSED)), marks=pytest.mark.slow)], ids=" ".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [FUSED, sorted(OPTIMIZERS.keys() - set(FUSED))], ids=" ".join)
 def test_every_optimizer_moves_the_weights_alike_on_two_devices_and_by_xla(names):
     command = [sys.executable, "-c", EVERY_OPTIMIZER, *names]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
