@@ -266,12 +266,12 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
     elif kind == "model_type" and (hint := suggest_section_key(dotted_path(path), given)):
         message = f"is a section with keys of its own; {hint}"
     elif kind == "tuple_type" and path == ("train", "stages"):
+        epochs = given if isinstance(given, int) else "N"
         message = (
-            f"must be a list of stages, such as [{{epochs: 5}}]; for a number of epochs write train.epochs={given}"
+            f"must be a list of stages, such as [{{epochs: 5}}]; for a number of epochs write train.epochs={epochs}"
         )
     elif kind == "value_error":
-        text = str(error["ctx"]["error"])
-        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        message = str(error["ctx"]["error"])
     else:
         message = f"{error['msg'][0].lower()}{error['msg'][1:]}; received {_short(given)}"
         if current := RENAMED_VALUES.get((dotted_path(path), str(given))):
@@ -279,6 +279,7 @@ def _describe(error: dict[str, Any], values: Any, origins: Origins, file: str) -
         elif kind == "literal_error" and isinstance(given, str):
             options = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
             message += "".join(part for part in [suggest(given, options)] if "did you mean" in part)
+    message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)  # a line stays one
     return f"{location}: {dotted_path(path)}: {message}" if path else f"{location}: {message}"
 
 

@@ -485,3 +485,11 @@ def test_every_key_that_a_hint_names_exists():
     for key in SAME_VALUE.values():
         section, name = key.split(".")
         assert name in config[section], key
+
+
+@pytest.mark.parametrize("value", ["\r0", "a\nb", "\x1b[31m"])
+def test_a_character_that_does_not_print_leaves_a_message_on_one_line(tmp_path, value):
+    file = write(tmp_path / "config.yaml", yaml.safe_dump({"data": {"source": "digits"}, "train": {"stages": value}}))
+    with pytest.raises(ConfigError, match=r"train\.stages: must be a list of stages") as caught:
+        load_config(file)
+    assert str(caught.value).isprintable()
